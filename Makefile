@@ -1,0 +1,58 @@
+# Headroom. `make run` opens the dashboard, `make test` checks everything; both set up what they need first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+MODEL ?= smollm2-135m
+PORT ?= 8501
+
+.DEFAULT_GOAL := help
+.PHONY: help run setup setup-dev chromium test lint format bench clean
+
+help: ## Show the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+run: setup ## Open the dashboard on 127.0.0.1:8501 with the default model loading (MODEL=…, PORT=…).
+	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.address 127.0.0.1 --server.port $(PORT)
+
+setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model.
+	@$(BIN)/python -m engine fetch smollm2-135m
+
+setup-dev: $(VENV)/.installed-dev chromium
+	@$(BIN)/python -m engine fetch smollm2-135m
+
+# The stamps make a second run quick: pip runs only after a requirements file has changed.
+$(VENV)/.installed: requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+chromium: # The browser tests drive the system's Chromium; installed only where absent.
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  { echo "Chromium is missing and could not be installed: install it with your package manager." >&2; exit 1; }
+
+test: setup-dev lint ## Lint, type-check and run the whole test suite.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## Ruff (lint and format check) and mypy.
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Let ruff fix what it can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup-dev ## Measure the engine beside transformers on this machine and write the results.
+	$(BIN)/python -m tests.benchmarks.cpu_vs_transformers
+
+clean: ## Remove the environment and caches (models and history under HEADROOM_HOME stay).
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""Headroom: the dashboard. ``make run`` (``streamlit run app.py``) starts here.
+
+The frame of the pages is `pages/frame.py`. This file owns the process: the engine worker starts with the server, before
+the first page is opened, and ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from streamlit.starlette import App
+
+from pages.services import close_services, get_services
+
+
+@contextlib.asynccontextmanager
+async def lifespan(_: App) -> AsyncIterator[dict[str, Any]]:
+    """Start the worker, so that the default model is loading when the page opens; stop it at the end."""
+    get_services()
+    try:
+        yield {}
+    finally:
+        close_services()
+
+
+app = App("pages/frame.py", lifespan=lifespan)

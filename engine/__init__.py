@@ -1,0 +1,5 @@
+"""Headroom's inference engine: paged KV cache, continuous batching, quantization, speculation.
+
+Nothing in this package imports Streamlit or ``storage``; the worker process and the command line
+(``python -m engine``) are its two faces. See the architecture section of the README for the rooms.
+"""

@@ -1,0 +1,1 @@
+"""Request state and the scheduler: static and continuous batching, preemption."""

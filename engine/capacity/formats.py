@@ -1,0 +1,170 @@
+"""Number formats of weights and of the KV cache, and what they cost per value. One row each."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from fractions import Fraction
+
+from engine.errors import ConfigError
+
+#: Bytes of one value in the formats a model computes in.
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+_DTYPE_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    **{name: name for name in DTYPE_BYTES},
+}
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """How the matrices of attention and MLP are stored; embedding, head, norms and biases keep the model's dtype.
+
+    Attributes:
+        name: canonical name, e.g. ``"int4-g128"``.
+        bits: of one weight.
+        group_size: weights along the input dimension that share a scale; None: one scale per output channel.
+        scale_bytes: of one scale; 0 if the format has none.
+        zero_point_bits: of one zero point; 0 if the grid is symmetric.
+        dtype: set for the formats a model computes in, else None.
+    """
+
+    name: str
+    bits: int
+    group_size: int | None = None
+    scale_bytes: int = 0
+    zero_point_bits: int = 0
+    dtype: str | None = None
+
+    def matrix_bytes(self, rows: int, columns: int, plain_bytes: int = 2) -> int:
+        """Bytes of a matrix of ``rows`` outputs and ``columns`` inputs, scales and zero points included.
+
+        Where the group size does not divide ``columns``, the largest smaller one that does is used; where none does,
+        the matrix stays unquantized at ``plain_bytes`` a value.
+
+        >>> weight_format("int4-g128").matrix_bytes(2, 128)  # 128 B of weights, 2 scales of 2 B, 2 zeros of half a byte
+        133
+        """
+        group = self.group_size
+        if group is not None:
+            group = next((size for size in reversed(GROUP_SIZES) if size <= group and columns % size == 0), None)
+            if group is None or rows % 2:
+                return rows * columns * plain_bytes
+        groups = rows * (columns // group if group else 1)
+        return rows * columns * self.bits // 8 + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
+
+    def bytes_per_weight(self) -> float:
+        """Bytes a weight on average, for display; a scale per output channel is left out.
+
+        >>> weight_format("int4-g64").bytes_per_weight()  # 0.5 + 2.5/64
+        0.5390625
+        """
+        extra = 0.0 if self.group_size is None else (self.scale_bytes + self.zero_point_bits / 8) / self.group_size
+        return self.bits / 8 + extra
+
+
+def dtype_name(text: str, field: str = "dtype") -> str:
+    """Canonical name of a compute dtype: ``"bf16"`` → ``"bfloat16"``.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    name = _DTYPE_ALIASES.get(str(text).lower().removeprefix("torch."))
+    if name is None:
+        raise ConfigError(
+            f"{str(text)[:40]!r} is not a compute dtype.", field=field, remedy="Choose bfloat16, float16 or float32."
+        )
+    return name
+
+
+def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
+    """The weight format of that name.
+
+    Args:
+        name: a dtype (bf16, fp16, fp32 and their long forms), ``fp8``, ``int8``, ``int4`` (groups of 128) or
+            ``int4-g32|64|128``.
+        zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
+            kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
+
+    Raises:
+        ConfigError: for any other name.
+    """
+    text = str(name).lower()
+    if text in _DTYPE_ALIASES:
+        dtype = _DTYPE_ALIASES[text]
+        return WeightFormat(dtype, 8 * DTYPE_BYTES[dtype], dtype=dtype)
+    if text in ("fp8", "fp8_e4m3", "fp8-e4m3"):
+        return WeightFormat("fp8", 8, scale_bytes=4)
+    if text == "int8":
+        return WeightFormat("int8", 8, scale_bytes=2)
+    grouped = re.fullmatch(r"int4(?:-g(\d{1,4}))?", text)
+    if grouped and int(grouped[1] or 128) in GROUP_SIZES:
+        size = int(grouped[1] or 128)
+        return WeightFormat(f"int4-g{size}", 4, size, scale_bytes=2, zero_point_bits=zero_point_bits)
+    choices = ", ".join(f"int4-g{size}" for size in GROUP_SIZES)
+    raise ConfigError(
+        f"{text[:40]!r} is not a weight format.",
+        field="weights",
+        remedy=f"Choose bf16, fp16, fp32, fp8, int8, {choices}.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How keys and values are stored.
+
+    Attributes:
+        name: canonical name.
+        bits: of one value.
+        head_overhead_bytes: scale and zero point of one head of one token, for keys and for values each.
+    """
+
+    name: str
+    bits: int
+    head_overhead_bytes: int = 0
+
+    def bytes_per_head(self, head_dim: int) -> Fraction:
+        """Bytes of the keys (or the values) of one head of one token.
+
+        >>> kv_format("bf16").bytes_per_head(128)
+        Fraction(256, 1)
+        >>> kv_format("int4").bytes_per_head(128)  # 64 and a scale and zero point of 2 bytes each
+        Fraction(68, 1)
+        """
+        return Fraction(head_dim * self.bits, 8) + self.head_overhead_bytes
+
+
+def kv_format(name: str, model_dtype: str = "bfloat16") -> KVFormat:
+    """The KV cache format of that name.
+
+    Args:
+        name: a compute dtype, ``auto`` or ``model`` (the model's dtype), ``fp8`` (scales per layer, which cost
+            nothing), ``int8`` (a 4-byte scale per token and head), ``int4`` (scale and zero point of 2 bytes each per
+            token and head).
+        model_dtype: what ``auto`` stands for.
+
+    Raises:
+        ConfigError: for any other name.
+    """
+    text = str(name).lower()
+    if text in ("auto", "model"):
+        text = model_dtype
+    if text in _DTYPE_ALIASES:
+        return KVFormat(_DTYPE_ALIASES[text], 8 * DTYPE_BYTES[_DTYPE_ALIASES[text]])
+    if text in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+        return KVFormat("fp8", 8)
+    if text == "int8":
+        return KVFormat("int8", 8, head_overhead_bytes=4)
+    if text == "int4":
+        return KVFormat("int4", 4, head_overhead_bytes=4)
+    raise ConfigError(
+        f"{text[:40]!r} is not a KV cache format.",
+        field="kv_dtype",
+        remedy="Choose auto, bf16, fp16, fp32, fp8, int8 or int4.",
+    )

@@ -1,0 +1,298 @@
+"""From a model, GPUs and a goal to a memory plan: what is where, what fits, what the limits are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from engine.capacity.budget import kv_cache_within
+from engine.capacity.catalog import model_spec
+from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, with_memory
+from engine.capacity.kv import blocks_for, kv_bytes_per_block, kv_bytes_per_sequence, kv_bytes_per_token
+from engine.capacity.notes import assumptions_of, warnings_of
+from engine.capacity.parallel import Stage, pipeline_stages
+from engine.capacity.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
+from engine.capacity.request import CompleteRequest, PlanRequest, complete
+from engine.capacity.spec import ModelSpec
+from engine.capacity.weights import ParameterCount, parameter_count
+from engine.capacity.words import GIB
+from engine.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """One GPU's memory, bytes. weights + activation + non_torch + kv + unused + reserved = capacity + excess.
+
+    Attributes:
+        capacity: all that a process can see.
+        reserved: what the engine leaves alone: capacity · (1 - utilization).
+        weights, activation, non_torch, kv: what it takes.
+        unused: less than one block, or what the engine has no use for.
+        excess: by how much weights, activations and non-torch alone exceed the limit; then kv and unused are 0.
+    """
+
+    capacity: int
+    reserved: int
+    weights: int
+    activation: int
+    non_torch: int
+    kv: int
+    unused: int
+    excess: int
+
+    @property
+    def limit(self) -> int:
+        """What the engine may use."""
+        return self.capacity - self.reserved
+
+    @property
+    def fixed(self) -> int:
+        """What is taken before the KV cache."""
+        return self.weights + self.activation + self.non_torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer. Memory figures are of one GPU: the one that limits, where a pipeline's stages differ.
+
+    Attributes:
+        request: with every None replaced by what was assumed.
+        stage: the limiting GPU's layers.
+        parameters: of the whole model.
+        memory: see :class:`MemoryBudget`.
+        kv_bytes_per_token, kv_bytes_per_block: of one GPU.
+        kv_blocks: of the cache; kv_tokens: kv_blocks · block size.
+        kv_bytes_per_sequence: one sequence of the planned context.
+        kv_bytes_needed: all of the goal.
+        max_concurrency: sequences of the planned context that memory holds at once; 0 if none.
+        max_context: longest context at the planned concurrency, at most the model's own; 0 if none.
+        fits: the goal fits.
+        shortfall: bytes missing on one GPU; 0 if it fits.
+        warnings: what an operator should look at.
+        assumptions: what the numbers rest on.
+    """
+
+    request: CompleteRequest
+    stage: Stage
+    parameters: ParameterCount
+    memory: MemoryBudget
+    kv_bytes_per_token: int
+    kv_bytes_per_block: int
+    kv_blocks: int
+    kv_tokens: int
+    kv_bytes_per_sequence: int
+    kv_bytes_needed: int
+    max_concurrency: int
+    max_context: int
+    fits: bool
+    shortfall: int
+    warnings: tuple[str, ...]
+    assumptions: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as ``plan --json`` prints it. GiB are 2^30 bytes; figures of memory are of one GPU."""
+        memory, count = self.memory, self.parameters
+        return {
+            "request": _request_dict(self.request),
+            "parameters": {"total": count.total, "active": count.active, "by_part": count.by_part()},
+            "memory": {
+                "capacity_gib": memory.capacity / GIB,
+                "limit_gib": memory.limit / GIB,
+                "weights_gib": memory.weights / GIB,
+                "activation_gib": memory.activation / GIB,
+                "non_torch_gib": memory.non_torch / GIB,
+                "kv_gib": memory.kv / GIB,
+                "kv_bytes_per_token": self.kv_bytes_per_token,
+                "kv_bytes_per_sequence": self.kv_bytes_per_sequence,
+                "kv_tokens": self.kv_tokens,
+                "kv_blocks": self.kv_blocks,
+                "shortfall_gib": self.shortfall / GIB,
+                "bytes": dataclasses.asdict(memory),
+            },
+            "limits": {"max_concurrency": self.max_concurrency, "max_context": self.max_context},
+            "fits": self.fits,
+            "warnings": list(self.warnings),
+            "assumptions": list(self.assumptions),
+        }
+
+
+def _request_dict(request: CompleteRequest) -> dict[str, Any]:
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    model, gpu, profile = values.pop("spec"), values.pop("gpu"), values.pop("profile")
+    return {"model": model.name, "gpu": gpu.name, **values, "profile": profile.name}
+
+
+def plan(request: PlanRequest) -> Plan:
+    """Plan the memory of a deployment.
+
+    >>> answer = plan(PlanRequest(model_spec("Llama-3.1-8B"), find_gpu("H100 SXM 80GB"), context=8192,
+    ...                           max_num_seqs=1024, utilization=0.95))
+    >>> answer.kv_tokens, answer.max_concurrency  # vLLM 0.19 reported 476,016 tokens
+    (475888, 58)
+
+    Raises:
+        ConfigError: naming the input at fault and what would work.
+    """
+    full = complete(request)
+    stage, memory, blocks = _limiting_stage(full)
+    per_sequence = _sequence_bytes(full, stage)
+    needed = per_sequence * full.concurrency
+    fits = needed <= memory.kv
+    most = max_concurrency(full)
+    return Plan(
+        request=full,
+        stage=stage,
+        parameters=parameter_count(full.spec),
+        memory=memory,
+        kv_bytes_per_token=kv_bytes_per_token(full.spec, full.kv_dtype, full.tp, stage=stage),
+        kv_bytes_per_block=kv_bytes_per_block(full.spec, full.block_size, full.kv_dtype, full.tp, stage=stage),
+        kv_blocks=blocks,
+        kv_tokens=blocks * full.block_size,
+        kv_bytes_per_sequence=per_sequence,
+        kv_bytes_needed=needed,
+        max_concurrency=most,
+        max_context=max_context(full),
+        fits=fits,
+        shortfall=0 if fits else max(memory.fixed + needed - memory.limit, needed - memory.kv),
+        warnings=warnings_of(full, most),
+        assumptions=assumptions_of(full),
+    )
+
+
+def plan_from_names(
+    model: str,
+    gpu: str | None = None,
+    *,
+    gpu_memory_gib: float | None = None,
+    spec: ModelSpec | None = None,
+    **options: Any,
+) -> Plan:
+    """A plan from names, as the command line has them.
+
+    Args:
+        model: name in the catalog (ignored where ``spec`` is given).
+        gpu: name in the catalog; may be left out where ``gpu_memory_gib`` is given.
+        gpu_memory_gib: usable memory of each GPU, in place of the catalog's.
+        spec: a model that is not in the catalog, read from a ``config.json``.
+        options: the other fields of :class:`PlanRequest`.
+
+    >>> plan_from_names("Llama-3.1-70B", "H100 SXM 80GB", tp=4, context=8192).fits
+    True
+
+    Raises:
+        ConfigError: naming the input at fault and what would work.
+    """
+    if gpu is None and gpu_memory_gib is None:
+        raise ConfigError(
+            "neither a GPU nor its memory is given.", field="gpu", remedy="Give a GPU's name, or gpu_memory_gib."
+        )
+    if gpu is None:
+        device = custom_gpu("GPU", gpu_memory_gib or 0.0)
+    elif gpu_memory_gib is None:
+        device = find_gpu(gpu)
+    else:
+        device = _known_or_custom(gpu, gpu_memory_gib)
+    return plan(PlanRequest(model_spec(model) if spec is None else spec, device, **options))
+
+
+def _known_or_custom(name: str, memory_gib: float) -> Gpu:
+    # With its memory given, a GPU need not be in the catalog.
+    try:
+        return with_memory(find_gpu(name), memory_gib)
+    except ConfigError as problem:
+        if problem.field != "gpu":
+            raise
+        return custom_gpu(name, memory_gib)
+
+
+def max_concurrency(request: CompleteRequest) -> int:
+    """Sequences of the planned context that fit at once, 0 if not even one does."""
+    if not request.profile.batch_is_concurrency:
+        return _sequences_that_fit(request)
+
+    def holds(batch: int) -> bool:
+        trial = dataclasses.replace(request, concurrency=batch, max_num_seqs=batch)
+        return _sequences_that_fit(trial) >= batch
+
+    one = dataclasses.replace(request, concurrency=1, max_num_seqs=1)
+    return _largest(holds, _sequences_that_fit(one))
+
+
+def max_context(request: CompleteRequest) -> int:
+    """Longest context, tokens, of which the planned concurrency fits; at most the model's own, 0 if there is none."""
+
+    def holds(context: int) -> bool:
+        return _sequences_that_fit(dataclasses.replace(request, context=context)) >= request.concurrency
+
+    return _largest(holds, request.spec.max_position)
+
+
+def _limiting_stage(request: CompleteRequest) -> tuple[Stage, MemoryBudget, int]:
+    """The pipeline stage whose GPU can hold the fewest blocks, its budget, and that number of blocks."""
+    budgets = [(stage, *_budget(request, stage)) for stage in pipeline_stages(request.spec.num_layers, request.pp)]
+    return min(budgets, key=lambda item: (item[2], -item[1].excess))
+
+
+def _budget(request: CompleteRequest, stage: Stage) -> tuple[MemoryBudget, int]:
+    """The budget of one GPU of a stage, and the number of KV blocks in it."""
+    spec, profile, tp = request.spec, request.profile, request.tp
+    capacity = request.gpu.usable_bytes
+    limit = int(capacity * request.utilization)
+    weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage)
+    activation = peak_activation_bytes(
+        profile,
+        spec,
+        context=request.context,
+        max_num_seqs=request.max_num_seqs,
+        token_budget=request.token_budget,
+        dtype=request.dtype,
+        tp=tp,
+        stage=stage,
+    )
+    non_torch = non_torch_bytes(profile, tp * request.pp)
+    left = limit - weights - activation - non_torch
+    most = request.max_num_seqs * blocks_for(request.context, request.block_size) if profile.caps_cache else None
+    cache = kv_cache_within(
+        spec, left, block_size=request.block_size, kv_dtype=request.kv_dtype, max_blocks=most, tp=tp, stage=stage
+    )
+    budget = MemoryBudget(
+        capacity=capacity,
+        reserved=capacity - limit,
+        weights=weights,
+        activation=activation,
+        non_torch=non_torch,
+        kv=cache.bytes,
+        unused=max(left, 0) - cache.bytes,
+        excess=max(-left, 0),
+    )
+    return budget, cache.num_blocks
+
+
+def _sequence_bytes(request: CompleteRequest, stage: Stage) -> int:
+    return kv_bytes_per_sequence(
+        request.spec,
+        request.context,
+        request.block_size,
+        request.kv_dtype,
+        request.tp,
+        stage=stage,
+        frees_windows=request.profile.frees_windows,
+    )
+
+
+def _sequences_that_fit(request: CompleteRequest) -> int:
+    """Sequences of the planned context for which every stage has room."""
+    stages = pipeline_stages(request.spec.num_layers, request.pp)
+    return min(_budget(request, stage)[0].kv // _sequence_bytes(request, stage) for stage in stages)
+
+
+def _largest(holds: Callable[[int], bool], most: int) -> int:
+    """The largest n in 1 … most for which ``holds(n)``, which is true up to a point; 0 if there is none."""
+    if most < 1 or not holds(1):
+        return 0
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,564 @@
+"""The engine: schedule → run → sample → commit, with reconfiguration between two steps.
+
+An :class:`Engine` is used from one thread. :class:`engine.loop.EngineLoop` gives it a thread of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine import sizing
+from engine.batching.request import Request, RequestState
+from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
+from engine.cache.block_pool import BlockPool
+from engine.cache.kv_cache import KVCache
+from engine.config import EngineConfig, Tier, knob
+from engine.detokenizer import Detokenizer
+from engine.errors import ConfigError, RequestError
+from engine.layers.attention import get_backend
+from engine.models import load_model
+from engine.outputs import (
+    EngineEvent,
+    EngineStatus,
+    FinishReason,
+    ReconfigureResult,
+    RequestOutput,
+    RequestTimes,
+    StepStats,
+    TokenLogprob,
+)
+from engine.ring import Ring
+from engine.runner import Runner
+from engine.sampling import SamplingParams, SamplingRow, sample
+from engine.speculation.proposers import make_proposer
+from engine.speculation.verification import accept_drafts
+
+if TYPE_CHECKING:
+    from engine.models import LoadedModel, PreparedWeights
+
+STEPS_KEPT = 8192
+EVENTS_KEPT = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedChange:
+    """A validated change of knobs, with the work that could be done beside the running engine already done.
+
+    Attributes:
+        changes: knob names and values.
+        weights: quantized weights ready to be exchanged; None if they stay.
+        prepare_ms: how long the preparation took.
+    """
+
+    changes: dict[str, Any]
+    weights: PreparedWeights | None
+    prepare_ms: float
+
+
+class Engine:
+    """One model, one paged cache, one scheduler.
+
+    Args:
+        model: what :func:`engine.models.load_model` gave.
+        config: every knob; `weights` is applied if the model is not in that format yet.
+
+    Raises:
+        CapacityError: if the cache would not hold a useful number of tokens; the message has the arithmetic.
+        ConfigError: if a knob asks for what this machine or model cannot do.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.config = config
+        self._attention, self._attention_path = self._make_attention(config)
+        if model.weights_format() != _weights_name(config):
+            model.commit_weights(model.prepare_weights(config.weights, int(config.group_size)))
+        self.envelope = sizing.size_engine(model, config)
+        decoder = model.decoder
+        self.cache = KVCache(
+            num_layers=decoder.num_layers,
+            num_blocks=self.envelope.num_blocks,
+            block_size=config.block_size,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
+        self._runner = Runner(model, self.cache)
+        self._proposer = make_proposer(config)
+        self._requests: dict[str, Request] = {}
+        self._detokenizers: dict[str, Detokenizer] = {}
+        self.steps: Ring[StepStats] = Ring(STEPS_KEPT)
+        self.events: Ring[EngineEvent] = Ring(EVENTS_KEPT)
+        self._step_index = 0
+        self._event_index = 0
+        self.totals = dict.fromkeys(
+            (
+                "requests",
+                "prompt_tokens",
+                "output_tokens",
+                "preemptions",
+                "prefix_hit_tokens",
+                "prefix_query_tokens",
+                "draft_tokens",
+                "accepted_tokens",
+            ),
+            0,
+        )
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> Engine:
+        """Load the model that ``config`` names and make an engine around it.
+
+        Args:
+            progress: called with a stage ("weights", …) and the fraction done.
+
+        Raises:
+            ModelLoadError, CapacityError, ConfigError: naming the field and the remedy.
+        """
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)  # a setting of the process: torch knows no narrower one
+        started = time.perf_counter()
+        model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+        engine = cls(model, config)
+        seconds = time.perf_counter() - started
+        engine.add_event("load", f"loaded {model.name} in {seconds:.1f} s", {"seconds": seconds})
+        return engine
+
+    # -- requests ----------------------------------------------------------------------------------------
+
+    def validate_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Refuse what could never finish. Reads only what does not change while a model is loaded.
+
+        Raises:
+            RequestError: naming the field and the remedy.
+        """
+        if not prompt_token_ids:
+            raise RequestError("the prompt is empty.", field="prompt", remedy="Send at least one token.")
+        vocab = self.model.decoder.vocab_size
+        for field, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+            bad = next((t for t in token_ids if not 0 <= t < vocab), None)
+            if bad is not None:
+                raise RequestError(
+                    f"token id {bad} is not in the vocabulary.", field=field, remedy=f"Use ids from 0 to {vocab - 1}."
+                )
+        longest, length = self.envelope.max_model_len, len(prompt_token_ids)
+        if length + 1 > longest:
+            raise RequestError(
+                f"{length:,} prompt tokens leave no room for output: a request may hold {longest:,} tokens "
+                f"({self.envelope.limited_by}).",
+                field="prompt",
+                remedy=self.envelope.remedy,
+            )
+        if length + params.max_tokens > longest:
+            raise RequestError(
+                f"{length:,} prompt tokens and {params.max_tokens:,} output tokens are more than the {longest:,} "
+                f"tokens a request may hold ({self.envelope.limited_by}).",
+                field="max_tokens",
+                remedy=f"Ask for at most {longest - length:,} output tokens. {self.envelope.remedy}",
+            )
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        priority: int = 0,
+        arrival: float | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: unique among unfinished requests.
+            priority: lower runs first and is preempted last.
+            arrival: ``time.perf_counter()`` when the client asked; now if not given.
+
+        Raises:
+            RequestError: if it is malformed, a duplicate, or could never finish.
+        """
+        self.validate_request(prompt_token_ids, params)
+        if request_id in self._requests:
+            raise RequestError(f"{request_id!r} is already in flight.", field="request_id", remedy="Use another id.")
+        request = Request(
+            request_id=request_id,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            params=params,
+            priority=priority,
+            times=RequestTimes(arrival=time.perf_counter() if arrival is None else arrival),
+            seed=(secrets.randbits(63) if params.seed is None else params.seed) % 2**64,
+        )
+        self._requests[request_id] = request
+        self._detokenizers[request_id] = Detokenizer(self.tokenizer, params.stop)
+        self.scheduler.add(request)
+        self.totals["requests"] += 1
+        self.totals["prompt_tokens"] += len(prompt_token_ids)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free its blocks; its last output, or None if it is not in flight."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._end(request, "abort")
+
+    def fail_all(self, message: str) -> list[RequestOutput]:
+        """End every request in flight with an error."""
+        outputs = []
+        for request in list(self._requests.values()):
+            request.error = message
+            outputs.append(self._end(request, "error"))
+        return outputs
+
+    def has_unfinished(self) -> bool:
+        """True while a request is running or waiting."""
+        return bool(self._requests)
+
+    # -- stepping ------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step: schedule → run → sample → commit.
+
+        Returns:
+            News of every request that got tokens or ended.
+        """
+        began = time.perf_counter()
+        self._propose()
+        schedule = self.scheduler.schedule(self.config)
+        if not schedule.rows:
+            return []
+        scheduled = time.perf_counter()
+        logits = self._runner.run(schedule.rows, self._attention)
+        computed = time.perf_counter()
+        sampled, logprobs = sample(logits, self._sampling_rows(schedule.rows))
+        stats = _count(schedule)
+        outputs = self._commit(schedule.rows, sampled, logprobs, scheduled)
+        self._record(schedule, stats, (began, scheduled, computed, time.perf_counter()))
+        return outputs
+
+    def _propose(self) -> None:
+        """Draft for every request past its prompt, as far as its output and context may still grow."""
+        for request in self.scheduler.running:
+            request.draft_token_ids = []
+            if self._proposer is not None and request.in_decode:
+                room = request.max_total_tokens - request.num_tokens - 1
+                if room > 0:
+                    count = min(self.config.draft_length, room)
+                    request.draft_token_ids = self._proposer.propose(request, count)
+
+    def _sampling_rows(self, rows: Sequence[ScheduledRequest]) -> list[SamplingRow]:
+        """One sampling row for each logits row of the runner, in the same order."""
+        result: list[SamplingRow] = []
+        for row in rows:
+            if row.samples:
+                request, params = row.request, row.request.params
+                drafts = request.draft_token_ids[: row.num_drafts]
+                for ahead in range(row.num_drafts + 1):
+                    position = request.num_output_tokens + ahead
+                    history = [*request.token_ids, *drafts[:ahead]] if params.repetition_penalty != 1.0 else ()
+                    forbidden = self._end_tokens(params) if position < params.min_tokens else ()
+                    result.append(SamplingRow(params, request.seed, position, history, forbidden))
+        return result
+
+    def _end_tokens(self, params: SamplingParams) -> tuple[int, ...]:
+        """Token ids that end this request."""
+        return params.stop_token_ids if params.ignore_eos else (*self.model.eos_token_ids, *params.stop_token_ids)
+
+    def _commit(
+        self,
+        rows: Sequence[ScheduledRequest],
+        sampled: list[int],
+        logprobs: list[TokenLogprob | None],
+        scheduled: float,
+    ) -> list[RequestOutput]:
+        """Take over what was computed: tokens, computed counts, finished requests, reusable blocks."""
+        outputs: list[RequestOutput] = []
+        now = time.perf_counter()
+        offset = 0
+        for row in rows:
+            request = row.request
+            if request.times.first_scheduled is None:
+                request.times.first_scheduled = scheduled
+            known_end = row.start + row.num_tokens - row.num_drafts
+            request.num_computed_tokens = known_end
+            if row.samples:
+                end = offset + row.num_drafts + 1
+                tokens = accept_drafts(sampled[offset:end], request.draft_token_ids[: row.num_drafts])
+                request.num_computed_tokens = known_end + len(tokens) - 1
+                request.num_draft_tokens += row.num_drafts
+                request.num_accepted_tokens += len(tokens) - 1
+                outputs.append(self._append(request, tokens, logprobs[offset:end], now))
+                offset = end
+            if self.config.prefix_cache and request.state == RequestState.RUNNING:
+                self.scheduler.publish_computed(request)
+        return outputs
+
+    def _append(
+        self, request: Request, tokens: list[int], logprobs: list[TokenLogprob | None], now: float
+    ) -> RequestOutput:
+        """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it."""
+        detokenizer = self._detokenizers[request.request_id]
+        taken = 0
+        reason: FinishReason | None = None
+        for token in tokens:
+            taken += 1
+            request.token_ids.append(token)
+            request.times.token_times.append(now)
+            may_stop = request.num_output_tokens >= request.params.min_tokens
+            stop_string = detokenizer.append(token, may_stop=may_stop)
+            reason = self._finish_reason(request, token, stop_string)
+            if reason is not None:
+                break
+        self.totals["output_tokens"] += taken
+        kept = [entry for entry in logprobs[:taken] if entry is not None]
+        if reason is not None:
+            return self._end(request, reason, tokens[:taken], kept)
+        return self._output(request, tokens[:taken], kept)
+
+    def _finish_reason(self, request: Request, token: int, stop_string: str | None) -> FinishReason | None:
+        params = request.params
+        if stop_string is not None:
+            request.stop_reason = stop_string
+            return "stop"
+        if token in self._end_tokens(params) and request.num_output_tokens > params.min_tokens:
+            request.stop_reason = token
+            return "stop"
+        return "length" if request.num_output_tokens >= params.max_tokens else None
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        tokens: list[int] | None = None,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> RequestOutput:
+        """Finish a request: publish what is reusable, free its blocks, give its last output."""
+        request.finish_reason = reason
+        request.times.end = time.perf_counter()
+        if self.config.prefix_cache and request.state == RequestState.RUNNING and reason != "error":
+            self.scheduler.publish_computed(request)
+        self.scheduler.finish(request)
+        self._detokenizers[request.request_id].finish()
+        output = self._output(request, tokens or [], logprobs or [])
+        del self._requests[request.request_id]
+        del self._detokenizers[request.request_id]
+        if self._proposer is not None:
+            self._proposer.forget(request.request_id)
+        return output
+
+    def _output(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> RequestOutput:
+        detokenizer = self._detokenizers[request.request_id]
+        new_text = detokenizer.take()
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            new_token_ids=tokens,
+            new_text=new_text,
+            token_ids=request.output_token_ids,
+            text=detokenizer.text,
+            finished=request.finish_reason is not None,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            error=request.error,
+            logprobs=logprobs if request.params.logprobs is not None else None,
+            times=request.times,
+            num_cached_tokens=request.num_cached_tokens,
+            num_preemptions=request.num_preemptions,
+            num_draft_tokens=request.num_draft_tokens,
+            num_accepted_tokens=request.num_accepted_tokens,
+        )
+
+    def _record(self, schedule: Schedule, stats: dict[str, int], clock: tuple[float, float, float, float]) -> None:
+        began, scheduled, computed, done = clock
+        pool = self.scheduler.pool
+        accepted = stats.pop("accepted_before")
+        total_accepted = sum(row.request.num_accepted_tokens for row in schedule.rows) - accepted
+        total_output = sum(row.request.num_output_tokens for row in schedule.rows) - stats.pop("output_before")
+        step = StepStats(
+            index=self._step_index,
+            time_unix_s=time.time(),
+            duration_ms=(done - began) * 1e3,
+            schedule_ms=(scheduled - began) * 1e3,
+            model_ms=(computed - scheduled) * 1e3,
+            sample_ms=(done - computed) * 1e3,
+            num_running=len(self.scheduler.running),
+            num_waiting=self.scheduler.num_waiting,
+            accepted_tokens=total_accepted,
+            output_tokens=total_output,
+            preempted=schedule.preempted,
+            kv_blocks_used=pool.num_blocks - pool.num_free,
+            kv_blocks_cached=pool.num_cached,
+            prefix_hit_tokens=schedule.prefix_hit_tokens,
+            prefix_query_tokens=schedule.prefix_query_tokens,
+            **stats,
+        )
+        self._step_index += 1
+        self.steps.append(step)
+        self.totals["preemptions"] += schedule.preempted
+        for name in ("prefix_hit_tokens", "prefix_query_tokens", "draft_tokens", "accepted_tokens"):
+            self.totals[name] += getattr(step, name)
+
+    # -- reconfiguration -------------------------------------------------------------------------------
+
+    def prepare(self, changes: Mapping[str, Any]) -> PreparedChange:
+        """Validate a change and do what can be done beside the running engine. Changes nothing; any thread.
+
+        Raises:
+            ConfigError, CapacityError: naming the knob and the remedy.
+        """
+        began = time.perf_counter()
+        target = self.config.with_changes(changes)
+        differences = self.config.difference(target)
+        fixed = [name for name in differences if knob(name).tier == Tier.RELOAD]
+        if fixed:
+            raise ConfigError(
+                f"is fixed while a model is loaded ({differences[fixed[0]][0]!r} now).",
+                field=fixed[0],
+                remedy="Load the model again with the new value.",
+            )
+        self._make_attention(target)
+        weights = None
+        if _weights_name(target) != _weights_name(self.config):
+            sizing.check_weights_fit(self.model, self.envelope, target)
+            weights = self.model.prepare_weights(target.weights, int(target.group_size))
+        return PreparedChange(dict(changes), weights, (time.perf_counter() - began) * 1e3)
+
+    def apply(self, prepared: PreparedChange) -> ReconfigureResult:
+        """Put a prepared change into force between two steps; all of it or, on an error, none."""
+        began = time.perf_counter()
+        target = self.config.with_changes(prepared.changes)
+        differences = self.config.difference(target)
+        attention, attention_path = self._make_attention(target)
+        notes: list[str] = []
+        if prepared.weights is not None:
+            notes += self._exchange_weights(prepared.weights)
+        if {"speculation", "ngram_min", "ngram_max"} & differences.keys():
+            self._proposer = make_proposer(target)
+        self._attention, self._attention_path = attention, attention_path
+        self.config = target
+        pause_ms = (time.perf_counter() - began) * 1e3
+        tiers = {knob(name).tier for name in differences}
+        tier = "swap" if Tier.SWAP in tiers else ("live" if tiers else "none")
+        result = ReconfigureResult(
+            changed=differences,
+            tier=tier,
+            pause_ms=pause_ms,
+            prepare_ms=prepared.prepare_ms,
+            requests_in_flight=len(self._requests),
+            notes=notes,
+        )
+        if differences:
+            self.add_event("reconfigure", _describe_change(result), dataclasses.asdict(result))
+        return result
+
+    def reconfigure(self, changes: Mapping[str, Any]) -> ReconfigureResult:
+        """Prepare and apply in one go (the stepping thread's own way; a loop prepares in another thread)."""
+        return self.apply(self.prepare(changes))
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every reusable prefix; requests in flight keep their blocks."""
+        self.scheduler.pool.reset_prefixes()
+        for request in self.scheduler.running:
+            request.num_published = 0
+
+    def _exchange_weights(self, prepared: PreparedWeights) -> list[str]:
+        self.model.commit_weights(prepared)
+        # Cached keys and values came from the old weights: nobody may take them for the new ones' work.
+        self.scheduler.pool.reset_prefixes()
+        for request in self.scheduler.running:
+            request.publishable = False
+        notes = [f"weights now: {self.model.weights_path()}"]
+        if self.scheduler.running:
+            count = len(self.scheduler.running)
+            notes.append(f"{count} running requests keep the keys and values they have; their blocks are not reused")
+        return notes
+
+    def _make_attention(self, config: EngineConfig) -> tuple[Any, str]:
+        decoder = self.model.decoder
+        return get_backend(config.attention, self.model.device, self.model.dtype, decoder.head_dim)
+
+    # -- looking at it ---------------------------------------------------------------------------------
+
+    def add_event(self, kind: str, summary: str, detail: dict[str, Any]) -> None:
+        """Write something into the event log that charts mark."""
+        self.events.append(EngineEvent(self._event_index, time.time(), kind, summary, detail))
+        self._event_index += 1
+
+    def prompt_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """float32 [T, vocab]: the model's distribution after each token of a text, beside the serving cache."""
+        return self._runner.prompt_logits(token_ids, self._attention)
+
+    def path(self) -> dict[str, str]:
+        """What really runs, for the record of every run."""
+        return {
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": self._attention_path,
+            "weights": self.model.weights_path(),
+            "kv_cache": str(self.model.dtype).removeprefix("torch."),
+            "execution": self.config.execution,
+            "speculation": self.config.speculation,
+            "threads": str(torch.get_num_threads()),
+        }
+
+    def status(self) -> EngineStatus:
+        """A consistent picture between two steps."""
+        return EngineStatus(
+            model=sizing.describe_model(self.model),
+            config=self.config.to_dict(),
+            config_hash=self.config.hash(),
+            path=self.path(),
+            memory=sizing.memory_report(self.model, self.envelope, self.cache),
+            block_size=self.config.block_size,
+            num_blocks=self.envelope.num_blocks,
+            max_model_len=self.envelope.max_model_len,
+            blocks=self.scheduler.pool.letters(),
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.num_waiting,
+            totals=dict(self.totals),
+        )
+
+    def check_invariants(self) -> None:
+        """Recompute queues, block tables, reference counts, hashes and free list from scratch.
+
+        Raises:
+            AssertionError: naming what does not agree.
+        """
+        self.scheduler.check()
+        queued = {r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert queued == self._requests.keys() == self._detokenizers.keys(), "a request is lost or left over"
+
+
+def _count(schedule: Schedule) -> dict[str, int]:
+    """Composition of a step, before its results are committed."""
+    counts = {"prefill_tokens": 0, "decode_tokens": 0, "draft_tokens": 0, "accepted_before": 0, "output_before": 0}
+    for row in schedule.rows:
+        known = row.num_tokens - row.num_drafts
+        decodes = known == 1 and row.request.num_output_tokens > 0 and row.samples
+        counts["decode_tokens" if decodes else "prefill_tokens"] += known
+        counts["draft_tokens"] += row.num_drafts
+        counts["accepted_before"] += row.request.num_accepted_tokens
+        counts["output_before"] += row.request.num_output_tokens
+    return counts
+
+
+def _weights_name(config: EngineConfig) -> str:
+    """The weight format that a configuration asks for, as `LoadedModel.weights_format` names it."""
+    return f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
+
+
+def _describe_change(result: ReconfigureResult) -> str:
+    parts = [f"{name}: {_show(old)} → {_show(new)}" for name, (old, new) in result.changed.items()]
+    pause = f" (paused {result.pause_ms:.1f} ms)" if result.tier == "swap" else ""
+    return ", ".join(parts) + pause
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "auto" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Building blocks of the decoder: linear (swappable weights), norm, rotary, attention interface."""

@@ -1,0 +1,40 @@
+"""The linear layer: it owns a weight format, which can be exchanged while the model is loaded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.quantization.formats import WeightFormat
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, where W is kept in an exchangeable :class:`~engine.quantization.formats.WeightFormat`.
+
+    Args:
+        format: the weight, [out_features, in_features], in its present format.
+        bias: [out_features] in the activations' dtype, or None. It is never quantized.
+    """
+
+    def __init__(self, format: WeightFormat, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.format = format
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, in_features] → [M, out_features] in the dtype of ``x``."""
+        return self.format.forward(x, self.bias)
+
+    def exchange(self, format: WeightFormat) -> None:
+        """Use another format of the same weight from the next call on; the former one is dropped.
+
+        Raises:
+            ValueError: if the shape differs; nothing is exchanged then.
+        """
+        if format.shape != self.format.shape:
+            raise ValueError(f"weight of shape {format.shape} cannot replace {self.format.shape}")
+        self.format = format
+
+    def nbytes(self) -> int:
+        """Resident bytes of weight and bias."""
+        return self.format.nbytes() + (0 if self.bias is None else self.bias.nbytes)

@@ -1,0 +1,541 @@
+"""Running a workload, and two settings against each other, on a live engine.
+
+    all-at-once   the stepping thread is held for the moment of submission, so that the first batch is the whole burst
+    poisson       requests are due at their times whatever the engine does; a late submission counts as queueing
+    closed loop   a client's next request arrives when its last one has ended
+
+Whatever happens (cancelled, engine died, a bug here), what was measured until then comes back as a
+:class:`RunResult` whose status says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from engine.config import Tier, knob
+from engine.errors import CapacityError, ConfigError, EngineDeadError, HeadroomError, RequestError, WorkloadError
+from engine.measure.metrics import Slo, summarize
+from engine.measure.prompts import WorkloadRequest, expand, expand_warmup, workload_hash
+from engine.measure.quality import QualityComparison, is_lossy, measure_quality
+from engine.measure.recording import RequestLog, Sampler, describe_error
+from engine.measure.results import EventRecord, RunResult, RunStatus
+from engine.measure.workloads import Workload, get_workload
+from engine.provenance import collect_provenance
+
+if TYPE_CHECKING:
+    from engine.loop import EngineLoop
+
+_POLL_S = 0.1
+_ABORT_TIMEOUT_S = 10.0
+_HOLD_TIMEOUT_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunProgress:
+    """How far a run or a comparison is.
+
+    Attributes:
+        done, total: requests ended, and requests of everything that was asked for (all runs of a comparison).
+        elapsed_s: since the start; eta_s: expected until the end, None before anything is done.
+        detail: one line, e.g. "repeat 2 of 5, B: 12 of 32 requests".
+    """
+
+    done: int
+    total: int
+    elapsed_s: float
+    eta_s: float | None
+    detail: str
+
+
+ProgressCallback = Callable[[RunProgress], None]
+
+
+@dataclasses.dataclass(slots=True)
+class Comparison:
+    """What :func:`run_comparison` measured.
+
+    Attributes:
+        comparison_id: UUID4 hex, also in every run.
+        runs: in the order in which they ran; the last one may be failed or cancelled.
+        status: "completed", "failed" or "cancelled"; error: why it failed.
+        arm_a, arm_b: the changes of knobs; knobs that only one arm names keep their former value in the other.
+        repeats: as asked for.
+    """
+
+    comparison_id: str
+    runs: list[RunResult]
+    status: RunStatus
+    arm_a: dict[str, Any]
+    arm_b: dict[str, Any]
+    repeats: int
+    error: str | None = None
+
+    def arm(self, name: Literal["A", "B"]) -> list[RunResult]:
+        """The runs of one arm, by repeat."""
+        return sorted((run for run in self.runs if run.arm == name), key=lambda run: run.repeat or 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """One run: what to send and how to file it."""
+
+    workload: Workload
+    requests: list[WorkloadRequest]
+    warmup: list[WorkloadRequest]
+    seed: int
+    label: str
+    kind: Literal["bench", "compare"]
+    run_id: str
+    comparison_id: str | None = None
+    arm: str | None = None
+    repeat: int | None = None
+
+
+def run_workload(
+    loop: EngineLoop,
+    workload: str | Mapping[str, Any] | Workload,
+    *,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
+    slo: Slo | Mapping[str, Any] | None = None,
+    label: str = "",
+    kind: Literal["bench", "compare"] = "bench",
+    run_id: str | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: threading.Event | None = None,
+    on_start: Callable[[RunResult], None] | None = None,
+) -> RunResult:
+    """Run a workload on a live engine and measure it.
+
+    The prefix cache is emptied after the warm-up, so that a run finds only prefixes of its own.
+
+    Args:
+        changes: knobs for this run alone; what was in force before is restored afterwards.
+        slo: objectives for goodput, instead of the workload's own.
+        progress: called in this thread at least ten times a second.
+        cancel: set it to end the run early; its requests are aborted, the status is "cancelled".
+        on_start: called with the announced record (status "running") before the first request.
+
+    Returns:
+        The record; ``status`` "failed" with ``error`` if the engine died, with everything measured until then.
+
+    Raises:
+        WorkloadError, ConfigError, CapacityError, EngineDeadError: before anything was run.
+    """
+    definition = _with_slo(get_workload(workload), slo)
+    plan = _make_plan(loop, definition, seed, label=label, kind=kind, run_id=run_id or uuid.uuid4().hex)
+    former = _values_in_force(loop, changes or {})
+    if changes:
+        loop.reconfigure(changes)
+    try:
+        return _Run(loop, plan, progress, cancel or threading.Event()).measure(on_start)
+    finally:
+        if changes:
+            _restore(loop, former)
+
+
+def run_comparison(
+    loop: EngineLoop,
+    workload: str | Mapping[str, Any] | Workload,
+    arm_a: Mapping[str, Any],
+    arm_b: Mapping[str, Any],
+    *,
+    repeats: int = 5,
+    seed: int = 0,
+    slo: Slo | Mapping[str, Any] | None = None,
+    label: str = "",
+    quality: bool = True,
+    comparison_id: str | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: threading.Event | None = None,
+    on_run: Callable[[RunResult], None] | None = None,
+    on_start: Callable[[RunResult], None] | None = None,
+) -> Comparison:
+    """Run the same workload under two settings, interleaved, ``repeats`` times each.
+
+    Repeat r sends the same requests (seed + r) to both arms. The order within a repeat is drawn, and mirrored in the
+    next one (A B · B A or B A · A B), so that a drift of the machine falls on both arms alike.
+
+    Args:
+        arm_a, arm_b: changes of knobs against what is in force now, which is restored at the end.
+        quality: where an arm is lossy, first measure the quality of both on the bundled text and put it into the
+            metrics of every run (see :mod:`engine.measure.quality`).
+        on_run: called after each run, so that a crash loses nothing. If it raises, the comparison ends as "failed".
+
+    Returns:
+        The comparison, complete or not; see its ``status``.
+
+    Raises:
+        WorkloadError, ConfigError, CapacityError, EngineDeadError: before anything was run.
+    """
+    if repeats < 1:
+        raise WorkloadError(f"{repeats} is not a number of repeats.", field="repeats", remedy="Give at least 1.")
+    definition = _with_slo(get_workload(workload), slo)
+    former = _values_in_force(loop, {**arm_a, **arm_b})
+    for changes in (arm_a, arm_b):
+        _check_changes(loop, changes)
+    comparison = Comparison(comparison_id or uuid.uuid4().hex, [], "completed", dict(arm_a), dict(arm_b), repeats)
+    tracker = _ComparisonProgress(progress, definition.num_requests, repeats)
+    stop = cancel or threading.Event()
+    try:
+        measured = _measure_quality(loop, arm_a, arm_b, tracker, stop) if quality else None
+        for run in _runs(loop, comparison, definition, former, seed, label, tracker, stop, on_start):
+            _attach_quality(run, measured)
+            comparison.runs.append(run)
+            if on_run is not None:
+                on_run(run)
+            if run.status != "completed":
+                comparison.status, comparison.error = run.status, run.error
+                break
+    except Exception as problem:
+        if not comparison.runs:
+            raise
+        comparison.status, comparison.error = "failed", describe_error(problem)
+    finally:
+        _restore(loop, former)
+    return comparison
+
+
+def _runs(
+    loop: EngineLoop,
+    comparison: Comparison,
+    workload: Workload,
+    former: Mapping[str, Any],
+    seed: int,
+    label: str,
+    tracker: _ComparisonProgress,
+    cancel: threading.Event,
+    on_start: Callable[[RunResult], None] | None,
+) -> Iterator[RunResult]:
+    """The runs of a comparison, one by one in their interleaved order."""
+    filing: dict[str, Any] = {"label": label, "kind": "compare", "comparison_id": comparison.comparison_id}
+    for repeat, arm in _order(comparison.repeats, seed):
+        plan = _make_plan(loop, workload, seed + repeat, run_id=uuid.uuid4().hex, arm=arm, repeat=repeat, **filing)
+        loop.reconfigure({**former, **(comparison.arm_a if arm == "A" else comparison.arm_b)})
+        tracker.begin(plan)
+        yield _Run(loop, plan, tracker.update, cancel).measure(on_start)
+
+
+def _measure_quality(
+    loop: EngineLoop,
+    arm_a: Mapping[str, Any],
+    arm_b: Mapping[str, Any],
+    tracker: _ComparisonProgress,
+    cancel: threading.Event,
+) -> QualityComparison | None:
+    """Quality of both arms, or None where neither is lossy (or it was cancelled)."""
+    config = loop.engine.config.to_dict()
+    if not (is_lossy({**config, **arm_a}) or is_lossy({**config, **arm_b})):
+        return None
+    return measure_quality(loop, arm_a, arm_b, progress=tracker.update_quality, cancel=cancel)
+
+
+def _attach_quality(run: RunResult, measured: QualityComparison | None) -> None:
+    if measured is None:
+        return
+    stats = measured.a if run.arm == "A" else measured.b
+    run.metrics.update(stats.metrics())
+    detail = {**dataclasses.asdict(stats), "text_hash": measured.text_hash, "reference": measured.reference.perplexity}
+    run.events.insert(0, EventRecord(0.0, "run", measured.describe(stats), detail))
+
+
+def _order(repeats: int, seed: int) -> list[tuple[int, str]]:
+    """(repeat, arm) in the order of running: random in every other repeat, mirrored in the next."""
+    stream = random.Random(f"headroom/order/{seed}")
+    order: list[tuple[int, str]] = []
+    arms = ("A", "B")
+    for repeat in range(repeats):
+        swap = repeat % 2 == 1 or stream.random() < 0.5
+        arms = (arms[1], arms[0]) if swap else arms
+        order += [(repeat, arm) for arm in arms]
+    return order
+
+
+def _make_plan(loop: EngineLoop, workload: Workload, seed: int, **filing: Any) -> _Plan:
+    tokenizer = loop.engine.model.tokenizer
+    requests = expand(workload, tokenizer, seed)
+    limit = loop.status().max_model_len
+    longest = max(len(request.prompt_token_ids) + request.params.max_tokens for request in requests)
+    if longest > limit:
+        raise WorkloadError(
+            f"its longest request has {longest} tokens, the engine takes {limit}.",
+            field="workload",
+            remedy="Shorten prompt_tokens or output_tokens, or load the model with a larger max_model_len.",
+        )
+    return _Plan(workload, requests, expand_warmup(workload, tokenizer, seed), seed, **filing)
+
+
+def _with_slo(workload: Workload, slo: Slo | Mapping[str, Any] | None) -> Workload:
+    if slo is None:
+        return workload
+    return dataclasses.replace(workload, slo=Slo.from_mapping(slo) if isinstance(slo, Mapping) else slo)
+
+
+def _values_in_force(loop: EngineLoop, names: Mapping[str, Any]) -> dict[str, Any]:
+    config = loop.engine.config.to_dict()
+    return {knob(name).name: config[name] for name in names}
+
+
+def _check_changes(loop: EngineLoop, changes: Mapping[str, Any]) -> None:
+    """Raise ConfigError now rather than in the middle of a comparison."""
+    config = loop.engine.config
+    for name in config.difference(config.with_changes(changes)):
+        if knob(name).tier == Tier.RELOAD:
+            remedy = "Compare two single runs of two loaded engines instead."
+            raise ConfigError("is fixed while a model is loaded.", field=name, remedy=remedy)
+
+
+def _restore(loop: EngineLoop, former: Mapping[str, Any]) -> None:
+    """Put the former values back. A failure here must not hide what was measured: it goes to the event log."""
+    if not former:
+        return
+    try:
+        loop.reconfigure(former)
+    except HeadroomError as problem:
+        with contextlib.suppress(EngineDeadError):
+            loop.add_event("error", f"the former knobs were not restored: {problem}", {"former": dict(former)})
+
+
+class _CancelledError(Exception):
+    """The run was asked to end."""
+
+
+class _Run:
+    """One run in progress; used once."""
+
+    def __init__(
+        self, loop: EngineLoop, plan: _Plan, progress: ProgressCallback | None, cancel: threading.Event
+    ) -> None:
+        self.loop = loop
+        self.plan = plan
+        self.progress = progress
+        self.cancel = cancel
+        self.log = RequestLog(plan.requests)
+        self.sampler = Sampler(loop)
+        self.done = 0
+        self.start = time.perf_counter()
+
+    def measure(self, on_start: Callable[[RunResult], None] | None) -> RunResult:
+        """Warm up, drive, record."""
+        result = self._announce()
+        if on_start is not None:
+            on_start(result)
+        status: RunStatus = "completed"
+        error: str | None = None
+        try:
+            self._prepare()
+            self.sampler.start()
+            self._note_other_traffic()
+            result.started_unix_s = time.time()
+            self._drive()
+        except (_CancelledError, KeyboardInterrupt):
+            status = "cancelled"
+        except Exception as problem:  # anything at all: what was measured must not be lost
+            status, error = "failed", describe_error(problem)
+        self._abort_rest()
+        self.sampler.stop()
+        return self._finish(result, status, error)
+
+    def _announce(self) -> RunResult:
+        plan = self.plan
+        provenance = collect_provenance(self.loop, plan.workload, workload_hash(plan.requests), plan.seed)
+        return RunResult(
+            run_id=plan.run_id,
+            kind=plan.kind,
+            status="running",
+            label=plan.label,
+            started_unix_s=time.time(),
+            duration_s=0.0,
+            provenance=provenance,
+            metrics={},
+            comparison_id=plan.comparison_id,
+            arm=plan.arm,
+            repeat=plan.repeat,
+        )
+
+    def _prepare(self) -> None:
+        """Run the warm-up to its end and forget the prefixes that it left."""
+        plan = self.plan
+        detail = {"run_id": plan.run_id, "workload": plan.workload.name, "arm": plan.arm, "repeat": plan.repeat}
+        self.loop.add_event("run", f"run of {plan.workload.name} begins{f' ({plan.arm})' if plan.arm else ''}", detail)
+        warmup = RequestLog(plan.warmup)
+        self._report("warming up")
+        for request in plan.warmup:
+            self._submit(request, warmup, time.perf_counter())
+        try:
+            for _ in plan.warmup:
+                while self._next_finished(warmup, _POLL_S) is None:
+                    self._check()
+        finally:
+            self._abort(warmup)
+        self.loop.call(lambda engine: engine.reset_prefix_cache())
+
+    def _drive(self) -> None:
+        """Submit every request at its time and wait for all of them."""
+        waiting = list(reversed(self.plan.requests))
+        in_flight = self._submit_burst(waiting)
+        while waiting or in_flight:
+            self._check()
+            now = time.perf_counter()
+            while waiting and self._is_due(waiting[-1], now, in_flight):
+                request = waiting.pop()
+                open_loop = self.plan.workload.arrival.kind == "poisson"
+                # late or not, an open-loop request arrived when it was due: else a busy engine would hide its queue
+                self._submit(request, self.log, self.start + request.arrival_s if open_loop else now)
+                in_flight += 1
+            if self._next_finished(self.log, self._patience(waiting)) is not None:
+                in_flight -= 1
+                self.done += 1
+            self._report(f"{self.done} of {len(self.plan.requests)} requests")
+
+    def _submit_burst(self, waiting: list[WorkloadRequest]) -> int:
+        """Start the clock; a burst is submitted as one, with the engine held meanwhile."""
+        if self.plan.workload.arrival.kind != "all-at-once":
+            self.start = time.perf_counter()
+            return 0
+        with _held(self.loop):
+            self.start = time.perf_counter()
+            for request in self.plan.requests:
+                self._submit(request, self.log, self.start)
+        waiting.clear()
+        return len(self.plan.requests)
+
+    def _is_due(self, request: WorkloadRequest, now: float, in_flight: int) -> bool:
+        concurrency = self.plan.workload.arrival.concurrency
+        return in_flight < concurrency if concurrency is not None else now >= self.start + request.arrival_s
+
+    def _patience(self, waiting: Sequence[WorkloadRequest]) -> float:
+        if not waiting or self.plan.workload.arrival.kind != "poisson":
+            return _POLL_S
+        return min(_POLL_S, max(0.0, self.start + waiting[-1].arrival_s - time.perf_counter()))
+
+    def _submit(self, request: WorkloadRequest, log: RequestLog, arrival: float) -> None:
+        index = request.index
+        log.arrived(index, arrival)
+        try:
+            log.ids[index] = self.loop.submit(
+                request.prompt_token_ids, request.params, on_output=lambda output: log.receive(index, output)
+            )
+        except (RequestError, CapacityError) as problem:
+            log.rejected(index, str(problem))
+
+    def _next_finished(self, log: RequestLog, timeout: float) -> int | None:
+        try:
+            return log.finished.get(timeout=timeout) if timeout > 0 else log.finished.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _check(self) -> None:
+        if not self.loop.alive:
+            raise EngineDeadError(f"the engine died during the run: {self.loop.error or 'it was shut down'}.")
+        if self.cancel.is_set():
+            raise _CancelledError
+
+    def _report(self, detail: str) -> None:
+        if self.progress is None:
+            return
+        total, elapsed = len(self.plan.requests), time.perf_counter() - self.start
+        eta = elapsed / self.done * (total - self.done) if self.done else None
+        self.progress(RunProgress(self.done, total, elapsed, eta, detail))
+
+    def _note_other_traffic(self) -> None:
+        status = self.loop.call(lambda engine: engine.status())
+        others = status.running + status.waiting
+        if others:
+            summary = f"{others} requests of other clients were in flight at the start"
+            self.sampler.events.append(EventRecord(0.0, "run", summary, {"other_requests": others}))
+
+    def _abort(self, log: RequestLog) -> None:
+        unfinished = log.unfinished()
+        if not unfinished:
+            return
+        with contextlib.suppress(EngineDeadError):
+            for index in unfinished:
+                self.loop.abort(log.ids[index])
+        deadline = time.monotonic() + _ABORT_TIMEOUT_S
+        while log.unfinished() and self.loop.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _abort_rest(self) -> None:
+        self._abort(self.log)
+
+    def _finish(self, result: RunResult, status: RunStatus, error: str | None) -> RunResult:
+        end = self.log.last_end() or time.perf_counter()
+        lost = error or (None if self.loop.alive else self.loop.error)
+        result.requests = self.log.records(self.start, lost if status == "failed" else None)
+        result.duration_s = max(0.0, end - self.start)
+        result.samples, result.events = self.sampler.samples, self.sampler.events
+        slo = self.plan.workload.slo
+        result.metrics = {**summarize(result.requests, result.duration_s, slo), **self.sampler.metrics()}
+        result.status, result.error = status, error
+        failed = [request for request in result.requests if request.finish_reason == "error"]
+        if status == "completed" and failed:
+            result.error = f"{len(failed)} of {len(result.requests)} requests failed, first: {failed[0].error}"
+            if len(failed) == len(result.requests):
+                result.status = "failed"
+        return result
+
+
+@contextlib.contextmanager
+def _held(loop: EngineLoop) -> Iterator[None]:
+    """The stepping thread waits between two steps while the body runs (bounded, so that it can never hang on us)."""
+    reached, release = threading.Event(), threading.Event()
+
+    def hold(_: Any) -> None:
+        reached.set()
+        release.wait(_HOLD_TIMEOUT_S)
+
+    def call() -> None:
+        with contextlib.suppress(EngineDeadError):
+            loop.call(hold)
+
+    thread = threading.Thread(target=call, name="run-hold", daemon=True)
+    thread.start()
+    while not reached.wait(0.05) and thread.is_alive():
+        pass
+    try:
+        yield
+    finally:
+        release.set()
+        thread.join(timeout=_HOLD_TIMEOUT_S)
+
+
+class _ComparisonProgress:
+    """Turns the progress of single runs into that of the whole comparison."""
+
+    def __init__(self, progress: ProgressCallback | None, requests: int, repeats: int) -> None:
+        self._progress = progress
+        self._requests = requests
+        self._repeats = repeats
+        self._runs_begun = 0
+        self._title = ""
+        self._start = time.perf_counter()
+
+    def begin(self, plan: _Plan) -> None:
+        """The next run starts."""
+        self._runs_begun += 1
+        self._title = f"repeat {(plan.repeat or 0) + 1} of {self._repeats}, {plan.arm}: "
+
+    def update_quality(self, fraction: float) -> None:
+        """The quality of the arms is measured before their runs."""
+        if self._progress is not None:
+            total, elapsed = 2 * self._repeats * self._requests, time.perf_counter() - self._start
+            self._progress(RunProgress(0, total, elapsed, None, f"measuring quality: {fraction:.0%}"))
+
+    def update(self, run: RunProgress) -> None:
+        """A run's own progress."""
+        if self._progress is None:
+            return
+        total = 2 * self._repeats * self._requests
+        done = (self._runs_begun - 1) * self._requests + run.done
+        elapsed = time.perf_counter() - self._start
+        eta = elapsed / done * (total - done) if done else None
+        self._progress(RunProgress(done, total, elapsed, eta, self._title + run.detail))

@@ -1,0 +1,304 @@
+"""Checkpoints: weights and configuration on disk, which can be read again at any time.
+
+Every checkpoint answers with Hugging Face tensor names and layouts, whatever its file format, so that one decoder
+serves all. Nothing is kept in memory between reads: going back from quantized weights re-reads, bit for bit.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import ModelLoadError
+from engine.models.checksums import remembered, remembered_sha256
+from engine.models.families import Family, family_of, family_of_gguf
+from engine.models.gguf_file import GGUFFile
+
+_FULL_HASH_LIMIT_BYTES = 1 << 30
+_SAMPLE_BYTES = 1 << 20
+_NUM_SAMPLES = 64
+
+
+class Checkpoint(abc.ABC):
+    """One model on disk.
+
+    Attributes:
+        path: the file or folder.
+        source: ``"safetensors"`` or ``"gguf"``.
+        config: the configuration with the field names of a Hugging Face ``config.json``.
+        family: the row of the family table it belongs to.
+        rope_factors: float32 [head_dim / 2] by which rotary frequencies are divided, or None.
+    """
+
+    path: Path
+    source: str
+    config: dict[str, Any]
+    family: Family
+    rope_factors: torch.Tensor | None = None
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+        self._stamps = self._current_stamps()
+
+    @abc.abstractmethod
+    def names(self) -> frozenset[str]:
+        """All tensor names, as Hugging Face has them."""
+
+    @abc.abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """A fresh copy of a tensor on the CPU, in its stored float dtype (float32 if stored quantized).
+
+        Raises:
+            ModelLoadError: if it is not there or cannot be read.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) that identifies the content; quick when the files are unchanged since the last call."""
+
+    def check_unchanged(self) -> None:
+        """Raises ModelLoadError if a file has changed since this checkpoint was opened."""
+        if self._current_stamps() != self._stamps:
+            raise ModelLoadError(
+                f"{self.path} has changed on disk since it was loaded.",
+                field="model",
+                remedy="Load the model again.",
+            )
+
+    def _current_stamps(self) -> list[tuple[int, int]] | None:
+        try:
+            return [(status.st_size, status.st_mtime_ns) for status in (path.stat() for path in self._files)]
+        except OSError:
+            return None
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A folder with ``config.json`` and one or more ``*.safetensors`` (with an index, if there is one)."""
+
+    source = "safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.config = read_json(folder / "config.json", "config.json")
+        self.family = family_of(self.config)
+        self._file_of = self._locate()
+        super().__init__(sorted(set(self._file_of.values())))
+        tie = "lm_head.weight" not in self._file_of
+        if tie and not self.config.get("tie_word_embeddings", False):
+            raise _incomplete(folder, "lacks lm_head.weight although its config.json does not tie the head")
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._file_of)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self._file_of:
+            raise _incomplete(self.path, f"lacks the tensor {name!r}")
+        with _open(self._file_of[name]) as stored:
+            return stored.get_tensor(name).clone()  # a copy: the file's mapping ends with this block
+
+    def fingerprint(self) -> str:
+        return remembered("safetensors-v1", [self.path / "config.json", *self._files], self._hash)
+
+    def _hash(self) -> str:
+        """Over the configuration and, per file, its name, size and content; of a file above 1 GiB its header and
+        64 samples of 1 MiB stand for the content."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for path in self._files:
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}\n".encode())
+            with path.open("rb") as stream:
+                if size <= _FULL_HASH_LIMIT_BYTES:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+                    continue
+                header_bytes = 8 + int.from_bytes(stream.read(8), "little")
+                stream.seek(0)
+                digest.update(stream.read(header_bytes))
+                for index in range(_NUM_SAMPLES):
+                    stream.seek(header_bytes + (size - header_bytes - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
+                    digest.update(stream.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def _locate(self) -> dict[str, Path]:
+        """Tensor name → file, from the index where there is one, else from the files' own headers."""
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index, index.name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise _incomplete(self.path, f"has an {index.name} without a weight_map")
+            located = {name: self.path / str(file) for name, file in weight_map.items()}
+            for path in sorted(set(located.values())):
+                if not path.exists():
+                    raise _incomplete(self.path, f"lacks {path.name}, which {index.name} names")
+            return located
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise _incomplete(self.path, "contains no *.safetensors files")
+        located = {}
+        for path in files:
+            with _open(path) as stored:
+                located.update(dict.fromkeys(stored.keys(), path))
+        return located
+
+
+class GGUFCheckpoint(Checkpoint):
+    """One ``.gguf`` file, presented under Hugging Face names with the query and key rows in Hugging Face order."""
+
+    source = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = GGUFFile(path)
+        if self.file.metadata.get("split.count", 1) > 1:
+            raise ModelLoadError(
+                f"{path} is one part of a model that is split over several files.",
+                field="model",
+                remedy="Merge the parts into one file first, for example with llama-gguf-split --merge.",
+            )
+        architecture = str(self.file.metadata.get("general.architecture"))
+        self.family = family_of_gguf(architecture)
+        self.config = _config_of_gguf(self.file, architecture, self.family)
+        self._gguf_name = {
+            hf_name: name for name in self.file.tensors if (hf_name := _hf_name_of_gguf(name)) is not None
+        }
+        if "rope_freqs.weight" in self.file.tensors:
+            self.rope_factors = self.file.read("rope_freqs.weight").float()
+        super().__init__([path])
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._gguf_name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self._gguf_name:
+            raise _incomplete(self.path, f"lacks the tensor {name!r}")
+        tensor = self.file.read(self._gguf_name[name])
+        if self.family.gguf_permuted and ".q_proj." in name:
+            return _unpermute(tensor, self.config["num_attention_heads"])
+        if self.family.gguf_permuted and ".k_proj." in name:
+            return _unpermute(tensor, self.config["num_key_value_heads"])
+        return tensor
+
+    def fingerprint(self) -> str:
+        return remembered_sha256(self.path)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """One tensor in the compute dtype on the device: the same bits at every call."""
+    return checkpoint.tensor(name).to(device=device, dtype=dtype)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        ModelLoadError: if it is missing, not readable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _incomplete(path.parent, f"has no {what}") from None
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{path} is not valid JSON ({error}).", field=what, remedy="Mend the file or download it again."
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path} is not a JSON object.", field=what, remedy="Mend it or download it again.")
+    return value
+
+
+_GGUF_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _hf_name_of_gguf(name: str) -> str | None:
+    """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``; None if the decoder has no use for it."""
+    if name in _GGUF_TOP:
+        return _GGUF_TOP[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER:
+        return f"model.layers.{parts[1]}.{_GGUF_LAYER[parts[2]]}.{parts[3]}"
+    return None
+
+
+def _unpermute(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Undo the row order of GGUF's Llama conversion: pairs (2i, 2i+1) of each head go back to halves (i, i + D/2)."""
+    half = tensor.shape[0] // num_heads // 2
+    return tensor.view(num_heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[str, Any]:
+    """The file's metadata under the field names of a ``config.json``."""
+    metadata = file.metadata
+
+    def value(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    if "token_embd.weight" not in file.tensors:
+        raise _incomplete(file.path, "lacks the tensor 'token_embd.weight'")
+    num_heads, hidden_size = value("attention.head_count"), value("embedding_length")
+    if not isinstance(num_heads, int) or not isinstance(hidden_size, int) or num_heads < 1:
+        raise _incomplete(file.path, f"lacks {architecture}.attention.head_count or {architecture}.embedding_length")
+    head_dim = value("attention.key_length", hidden_size // num_heads)
+    config = {
+        "architectures": [family.architectures[0]],
+        "model_type": family.name,
+        "_name_or_path": metadata.get("general.name", file.path.stem),
+        "num_hidden_layers": value("block_count"),
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": value("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "intermediate_size": value("feed_forward_length"),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": value("rope.freq_base", 10000.0),
+        "sliding_window": value("attention.sliding_window"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "partial_rotary_factor": value("rope.dimension_count", head_dim) / head_dim,
+        "hidden_act": "silu",
+    }
+    scaling = value("rope.scaling.type", "none")
+    if scaling != "none":
+        config["rope_scaling"] = {"rope_type": scaling, "factor": value("rope.scaling.factor", 1.0)}
+    return config
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(
+            f"{path} cannot be read ({error}).",
+            field="model",
+            remedy="The file is missing, cut off or damaged: copy or download it again.",
+        ) from None
+
+
+def _incomplete(path: Path, what: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"{path} {what}.",
+        field="model",
+        remedy="Give a folder with config.json, tokenizer files and *.safetensors, or a complete .gguf file.",
+    )

@@ -1,0 +1,190 @@
+"""Reading a ``.gguf`` file: header in one pass, tensors dequantized on demand.
+
+``gguf.GGUFReader`` builds a numpy view for each of the hundred thousand strings of a vocabulary, which takes seconds;
+here arrays of strings are walked with ``struct`` and only decoded when asked for. Types, block sizes and the
+dequantization itself come from the ``gguf`` package.
+
+Layout (GGUF v2 and v3, little-endian; specification: ggml/docs/gguf.md):
+
+    magic "GGUF" | version u32 | tensor count u64 | pair count u64 | key-value pairs | tensor infos | padding | data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from engine.errors import ModelLoadError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_SUPPORTED_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_PLAIN_DTYPES = {
+    GGMLQuantizationType.F32: np.float32,
+    GGMLQuantizationType.F16: np.float16,
+    GGMLQuantizationType.F64: np.float64,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and how it is stored.
+
+    Attributes:
+        shape: as torch has it, rows first (GGUF stores the reverse).
+        kind: storage type, e.g. Q4_1.
+        offset: bytes from the start of the file.
+        num_bytes: stored size.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int
+    num_bytes: int
+
+
+class GGUFFile:
+    """An open GGUF file: ``metadata`` (arrays of strings excluded), ``tensors``, and :meth:`read`.
+
+    Raises:
+        ModelLoadError: if the file is missing, not GGUF, of an unknown version, or shorter than its header promises.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as self._map:
+                self._parse()
+        except OSError as error:
+            raise self._broken(f"cannot be read ({error})") from None
+        except (ValueError, struct.error, MemoryError, OverflowError):  # mmap of an empty file is a ValueError
+            raise self._broken("ends inside its header, or the header is damaged") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor's values: float32 if it is stored quantized, else its stored float dtype. A fresh copy.
+
+        Raises:
+            ModelLoadError: if there is no such tensor or its storage type is unknown to the ``gguf`` package.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise self._broken(f"lacks the tensor {name!r}")
+        # Read, not mapped: a file that is truncated beside us must give an error, not a bus error.
+        raw = np.fromfile(self.path, dtype=np.uint8, count=info.num_bytes, offset=info.offset)
+        if raw.size != info.num_bytes:
+            raise self._broken("has become shorter since it was opened")
+        if info.kind in _PLAIN_DTYPES:
+            return torch.from_numpy(raw.view(_PLAIN_DTYPES[info.kind]).reshape(info.shape))
+        if info.kind == GGMLQuantizationType.BF16:
+            return torch.from_numpy(raw).view(torch.bfloat16).reshape(info.shape)
+        try:
+            values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
+        except NotImplementedError:
+            raise self._broken(f"stores {name!r} as {info.kind.name}, which cannot be dequantized here") from None
+        return torch.from_numpy(np.ascontiguousarray(values.reshape(info.shape)))
+
+    def _broken(self, what: str) -> ModelLoadError:
+        return ModelLoadError(
+            f"{self.path} {what}.",
+            field="model",
+            remedy="Check that it is a complete GGUF file; copy or download it again.",
+        )
+
+    def _parse(self) -> None:
+        if self._map[:4] != b"GGUF":
+            raise self._broken("is not a GGUF file")
+        version, num_tensors, num_pairs = struct.unpack_from("<IQQ", self._map, 4)
+        if version not in _SUPPORTED_VERSIONS:
+            raise self._broken(f"has GGUF version {version}; supported are 2 and 3 (little-endian)")
+        position = 4 + struct.calcsize("<IQQ")
+        for _ in range(num_pairs):
+            key, position = self._string(position)
+            value, position = self._value(position)
+            self.metadata[key] = value
+        infos = []
+        for _ in range(num_tensors):
+            info, position = self._tensor_info(position)
+            infos.append(info)
+        alignment = int(self.metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
+        if alignment <= 0 or alignment & (alignment - 1):
+            raise self._broken(f"has an invalid alignment of {alignment}")
+        data_start = position + (-position) % alignment
+        for info in infos:
+            self._add(dataclasses.replace(info, offset=info.offset + data_start))
+
+    def _add(self, info: TensorInfo) -> None:
+        end = info.offset + info.num_bytes
+        if end > len(self._map):
+            raise self._broken(
+                f"is cut off: tensor {info.name!r} ends at byte {end:,} but the file has {len(self._map):,} bytes"
+            )
+        self.tensors[info.name] = info
+
+    def _string(self, position: int) -> tuple[str, int]:
+        (length,) = struct.unpack_from("<Q", self._map, position)
+        start = position + 8
+        if start + length > len(self._map):
+            raise struct.error
+        return self._map[start : start + length].decode("utf-8"), start + length
+
+    def _value(self, position: int) -> tuple[Any, int]:
+        (kind,) = struct.unpack_from("<I", self._map, position)
+        position += 4
+        if kind == _STRING:
+            return self._string(position)
+        if kind == _ARRAY:
+            return self._array(position)
+        return self._scalar(kind, position)
+
+    def _scalar(self, kind: int, position: int) -> tuple[Any, int]:
+        if kind not in _SCALARS:
+            raise self._broken(f"has a metadata value of unknown type {kind}")
+        return struct.unpack_from(_SCALARS[kind], self._map, position)[0], position + struct.calcsize(_SCALARS[kind])
+
+    def _array(self, position: int) -> tuple[Any, int]:
+        """Numbers become a list, strings only their count: the tokenizer reads them by its own way."""
+        kind, length = struct.unpack_from("<IQ", self._map, position)
+        position += 12
+        if kind == _STRING:
+            unpack, view = struct.Struct("<Q").unpack_from, self._map
+            for _ in range(length):
+                position += 8 + unpack(view, position)[0]
+            return length, position
+        if kind not in _SCALARS:
+            raise self._broken(f"has a metadata array of unsupported type {kind}")
+        layout = f"<{length}{_SCALARS[kind][1]}"
+        return list(struct.unpack_from(layout, self._map, position)), position + struct.calcsize(layout)
+
+    def _tensor_info(self, position: int) -> tuple[TensorInfo, int]:
+        name, position = self._string(position)
+        (num_dimensions,) = struct.unpack_from("<I", self._map, position)
+        if num_dimensions > _MAX_DIMENSIONS:
+            raise self._broken(f"gives tensor {name!r} {num_dimensions} dimensions")
+        layout = f"<{num_dimensions}QIQ"
+        *sizes, raw_kind, offset = struct.unpack_from(layout, self._map, position + 4)
+        try:
+            kind = GGMLQuantizationType(raw_kind)
+        except ValueError:
+            raise self._broken(f"stores {name!r} as type {raw_kind}, unknown to the installed gguf package") from None
+        block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        num_elements = math.prod(sizes)
+        if sizes and sizes[0] % block_size:
+            raise self._broken(
+                f"gives tensor {name!r} a row of {sizes[0]}, not a multiple of {kind.name}'s {block_size}"
+            )
+        num_bytes = num_elements // block_size * block_bytes
+        info = TensorInfo(name, tuple(reversed(sizes)), kind, offset, num_bytes)
+        return info, position + 4 + struct.calcsize(layout)

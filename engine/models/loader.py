@@ -1,0 +1,308 @@
+"""From a name to a model that can run: find the checkpoint, read it, build the decoder, load the tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.capacity import ModelSpec, weight_bytes
+from engine.errors import CapacityError, ConfigError, ModelLoadError
+from engine.models import weight_exchange
+from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint, read_tensor
+from engine.models.decoder import Decoder
+from engine.models.decoder_config import DecoderConfig, read_decoder_config
+from engine.models.default import DEFAULT_MODEL, fetch_default_model
+from engine.models.tokenizer import eos_token_ids, load_tokenizer
+from engine.models.weight_exchange import PreparedWeights
+from engine.quantization.error import QuantizationError
+from engine.quantization.formats import dtype_name
+
+Progress = Callable[[str, float], None]
+"""(what is being done, fraction done from 0 to 1)."""
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model in memory, its tokenizer, and the checkpoint it can be read from again.
+
+    Attributes:
+        name: as asked for.
+        spec: its shape, as the capacity functions want it.
+        eos_token_ids: ids that end a generation.
+        max_position: the model's own context length, in tokens.
+        fingerprint: SHA-256 (hex) over the checkpoint's content.
+        source: ``"gguf"`` or ``"safetensors"``.
+        family: ``"llama"``, ``"mistral"`` …
+        checkpoint: where the weights come from.
+    """
+
+    name: str
+    spec: ModelSpec
+    decoder: Decoder
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    max_position: int
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: str
+    source: str
+    family: str
+    checkpoint: Checkpoint
+    _weights_label: str = "model"
+
+    def weight_bytes(self) -> int:
+        """Resident bytes of all parameters in their present formats."""
+        return self.decoder.resident_bytes()
+
+    def weights_format(self) -> str:
+        """The format in force: ``"model"``, ``"int8"`` or ``"int4-g64"`` …"""
+        return self._weights_label
+
+    def weights_path(self) -> str:
+        """What really runs in the linear layers, for the page and the record."""
+        return weight_exchange.describe_path(self.decoder)
+
+    def prepare_weights(
+        self, weights: str, group_size: int, progress: Callable[[float], None] | None = None
+    ) -> PreparedWeights:
+        """Make another weight format from the checkpoint, in any thread, while the engine keeps running.
+
+        Args:
+            weights: ``"model"``, ``"int8"`` or ``"int4"``.
+            group_size: of INT4, in weights; ignored by the others.
+            progress: called with the fraction done.
+
+        Raises:
+            ConfigError: if the format or group size is unknown.
+            CapacityError: if the new weights do not fit into free memory beside the present ones.
+            ModelLoadError: if the checkpoint is gone or has changed since it was loaded.
+        """
+        return weight_exchange.prepare(
+            self.decoder, self.checkpoint, self.spec, weights, group_size, self.device, self.dtype, progress
+        )
+
+    def commit_weights(self, prepared: PreparedWeights) -> None:
+        """Put prepared weights in place, between two steps: pointers only."""
+        weight_exchange.commit(self.decoder, prepared)
+        self._weights_label = prepared.label
+
+    def quantization_errors(self) -> dict[str, QuantizationError]:
+        """Measured weight error of every linear layer beside the published bound; reads the checkpoint again."""
+        return weight_exchange.measure_errors(self.decoder, self.checkpoint)
+
+
+def resolve(name: str, progress: Progress | None = None) -> Checkpoint:
+    """The checkpoint that ``name`` stands for.
+
+    Args:
+        name: ``smollm2-135m`` (fetched if it is not there), a folder of safetensors, a ``.gguf`` file, or a hub id
+            such as ``owner/model`` (downloaded if it is not in the hub's local cache).
+
+    Raises:
+        ModelLoadError: if there is no such thing, or it cannot be read.
+    """
+    if name == DEFAULT_MODEL:
+        return GGUFCheckpoint(fetch_default_model(progress))
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = bool(name) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a NUL byte
+        is_folder = is_file = False
+    if is_folder:
+        return _resolve_folder(path)
+    if is_file:
+        if path.suffix.lower() != ".gguf":
+            raise ModelLoadError(f"{path} is not a .gguf file.", field="model", remedy=_WHAT_IS_A_MODEL)
+        return GGUFCheckpoint(path)
+    if _looks_like_hub_id(name):
+        return SafetensorsCheckpoint(_download_from_hub(name))
+    raise ModelLoadError(f"there is no model {name!r}.", field="model", remedy=_WHAT_IS_A_MODEL)
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", progress: Progress | None = None
+) -> LoadedModel:
+    """Load a model by name.
+
+    Args:
+        name: see :func:`resolve`.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see :func:`resolve_dtype`.
+        device: ``auto`` or a torch device such as ``cuda:1``; see :func:`resolve_device`.
+        progress: called with the stage's name and the fraction of the whole that is done.
+
+    Raises:
+        ModelLoadError: naming what is wrong with the checkpoint.
+        ConfigError: if the device or dtype cannot be had.
+        CapacityError: if the weights do not fit into free memory.
+    """
+    report = progress or (lambda stage, fraction: None)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+    report("finding the model", 0.0)
+    checkpoint = resolve(name, lambda stage, fraction: report(stage, 0.3 * fraction))
+    config = read_decoder_config(checkpoint.config, checkpoint.family)
+    spec = _read_spec(checkpoint)
+    _check_memory(spec, torch_device, torch_dtype)
+    report("reading the tokenizer", 0.3)
+    tokenizer = load_tokenizer(checkpoint)
+    decoder = _build_decoder(checkpoint, config, torch_device, torch_dtype, report)
+    report("identifying the checkpoint", 0.97)
+    fingerprint = checkpoint.fingerprint()
+    report("ready", 1.0)
+    return LoadedModel(
+        name=name,
+        spec=spec,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids(checkpoint, tokenizer),
+        max_position=config.max_position,
+        device=torch_device,
+        dtype=torch_dtype,
+        fingerprint=fingerprint,
+        source=checkpoint.source,
+        family=checkpoint.family.name,
+        checkpoint=checkpoint,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``: the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        ConfigError: if torch does not know the device or cannot use it here.
+    """
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{device!r} cannot be used here ({reason}).", field="device", remedy="Choose auto, cpu or a CUDA device."
+        ) from None
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the device has instructions for it, else float32 on a CPU and float16 on a GPU.
+
+    Raises:
+        ConfigError: if the name is unknown.
+    """
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto":
+        if dtype not in named:
+            raise ConfigError(
+                f"{dtype!r} is not available.", field="dtype", remedy="Choose auto or " + ", ".join(named)
+            )
+        return named[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """True on CPUs with bfloat16 dot products: oneDNN also says yes where it only emulates them, with plain AVX-512."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+_WHAT_IS_A_MODEL = (
+    f"Give {DEFAULT_MODEL}, a folder with config.json and *.safetensors, a .gguf file, or a hub id such as owner/model."
+)
+
+
+def _resolve_folder(folder: Path) -> Checkpoint:
+    """A folder of safetensors, or one whose only model is a single ``.gguf`` file."""
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if not (folder / "config.json").exists() and len(gguf_files) == 1:
+        return GGUFCheckpoint(gguf_files[0])
+    return SafetensorsCheckpoint(folder)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    owner, separator, model = name.partition("/")
+    parts_are_names = all(part and all(c.isalnum() or c in "-_." for c in part) for part in (owner, model))
+    return bool(separator) and parts_are_names and owner not in (".", "..")
+
+
+def _download_from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]))
+    except Exception as error:  # network, permissions, unknown name: the hub client has an error for each
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelLoadError(
+            f"{name!r} is no local path and could not be had from the model hub ({reason}).",
+            field="model",
+            remedy="Check the spelling and the network, or download the model and give the path of its folder.",
+        ) from error
+
+
+def _read_spec(checkpoint: Checkpoint) -> ModelSpec:
+    try:
+        return ModelSpec.from_hf_config(checkpoint.config)
+    except ConfigError as error:
+        raise ModelLoadError(error.message, field=error.field, remedy=error.remedy) from error
+
+
+def _check_memory(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse at once what would otherwise end in the out-of-memory killer after minutes of reading."""
+    needed, free = weight_bytes(spec, dtype_name(dtype)), weight_exchange.free_bytes(device)
+    if needed > free:
+        raise CapacityError(
+            f"the weights need {needed / 2**30:.2f} GiB in {dtype_name(dtype)}, but {free / 2**30:.2f} GiB are free.",
+            field="model",
+            remedy="Free memory, choose a smaller model or a smaller dtype.",
+        )
+
+
+def _build_decoder(
+    checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, dtype: torch.dtype, report: Progress
+) -> Decoder:
+    total = max(len(checkpoint.names()), 1)
+    done = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal done
+        tensor = read_tensor(checkpoint, name, device, dtype)
+        done += 1
+        report("reading the weights", 0.4 + 0.55 * min(done / total, 1.0))
+        return tensor
+
+    decoder = Decoder(config, read)
+    if checkpoint.rope_factors is not None:
+        decoder.rotary.inv_freq /= checkpoint.rope_factors.to(device)
+    _check_shapes(decoder, checkpoint)
+    return decoder
+
+
+def _check_shapes(decoder: Decoder, checkpoint: Checkpoint) -> None:
+    """Raises ModelLoadError where a tensor's shape contradicts the configuration."""
+    c = decoder.config
+    attention_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    expected = {
+        "qkv_proj": (attention_rows, c.hidden_size),
+        "o_proj": (c.hidden_size, c.num_heads * c.head_dim),
+        "gate_up_proj": (2 * c.intermediate_size, c.hidden_size),
+        "down_proj": (c.hidden_size, c.intermediate_size),
+    }
+    found = [("embed_tokens", tuple(decoder.embed_tokens.shape), (c.vocab_size, c.hidden_size))]
+    found.append(("lm_head", tuple(decoder.lm_head.shape), (c.vocab_size, c.hidden_size)))
+    found += [(name, linear.format.shape, expected[name.rsplit(".")[-1]]) for name, linear, _ in decoder.linears()]
+    for name, shape, wanted in found:
+        if shape != wanted:
+            raise ModelLoadError(
+                f"{checkpoint.path}: {name} has shape {list(shape)} but the configuration asks for {list(wanted)}.",
+                field="model",
+                remedy="The weights and config.json do not belong together: download the model again.",
+            )

@@ -1,0 +1,211 @@
+"""What the engine tells the outside: outputs of requests, statistics of steps, results of a reconfiguration.
+
+Plain dataclasses of JSON-ready values, so that the server, the run driver and the storage room share them.
+All times are ``time.perf_counter()`` seconds of the engine's process unless a name ends in ``_unix_s``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclasses.dataclass(slots=True)
+class TokenLogprob:
+    """Log-probability of one output position: the chosen token and the most likely alternatives.
+
+    Attributes:
+        token_id: the chosen token.
+        logprob: its natural-log probability.
+        top: ``{token_id: logprob}`` of the most likely tokens, most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclasses.dataclass(slots=True)
+class RequestTimes:
+    """Clock of one request. ``token_times[i]`` is when output token i became known; tokens that one verification
+    accepted together share a time."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    token_times: list[float] = dataclasses.field(default_factory=list)
+    end: float | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class RequestOutput:
+    """News of one request after a step (one step may bring several tokens under speculation).
+
+    Attributes:
+        request_id: as submitted.
+        prompt_token_ids: the whole prompt.
+        new_token_ids: tokens of this step.
+        new_text: text that became certain in this step (held back while a stop string or a character may be half done).
+        token_ids, text: everything so far, without a stop string.
+        finished: True once, on the last output.
+        finish_reason: "stop" (end of sequence or stop string), "length", "abort" or "error"; None before the end.
+        stop_reason: the stop string or token id that ended it, if one did.
+        error: what went wrong if finish_reason is "error".
+        logprobs: one entry a new token, if asked for.
+        times: the request's clock (a reference; it grows).
+        num_cached_tokens: prompt tokens whose KV came from the prefix cache.
+        num_preemptions: how often the request was put back.
+        num_draft_tokens, num_accepted_tokens: speculation totals so far.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    new_token_ids: list[int]
+    new_text: str
+    token_ids: list[int]
+    text: str
+    finished: bool
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    error: str | None
+    logprobs: list[TokenLogprob] | None
+    times: RequestTimes
+    num_cached_tokens: int
+    num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one step did. A chart of the Live page is a list of these.
+
+    Attributes:
+        index: number of the step since the engine was made.
+        time_unix_s: wall clock at the end of the step.
+        duration_ms: wall time of the whole step.
+        schedule_ms, model_ms, sample_ms: its parts: drafting and scheduling; building the tensors and the forward
+            pass; sampling and commit.
+        num_running, num_waiting: requests after the step.
+        prefill_tokens: prompt tokens computed (recomputed ones after a preemption included).
+        decode_tokens: one for each sequence past its prompt.
+        draft_tokens, accepted_tokens: speculative tokens verified, and how many of them were right.
+        output_tokens: tokens handed to clients.
+        preempted: requests put back in this step.
+        kv_blocks_used: blocks that running requests hold.
+        kv_blocks_cached: free blocks that still hold a reusable prefix.
+        prefix_hit_tokens, prefix_query_tokens: of the requests admitted in this step.
+    """
+
+    index: int
+    time_unix_s: float
+    duration_ms: float
+    schedule_ms: float
+    model_ms: float
+    sample_ms: float
+    num_running: int
+    num_waiting: int
+    prefill_tokens: int
+    decode_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
+    output_tokens: int
+    preempted: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """Something that charts mark: a reconfiguration, a load, a failure.
+
+    Attributes:
+        index: running number.
+        time_unix_s: wall clock.
+        kind: "load" | "reconfigure" | "run" | "error".
+        summary: one line for a person, e.g. "weights: model → int4 (paused 12 ms)".
+        detail: JSON-ready particulars.
+    """
+
+    index: int
+    time_unix_s: float
+    kind: str
+    summary: str
+    detail: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReconfigureResult:
+    """Outcome of a change of knobs.
+
+    Attributes:
+        changed: ``{knob: [old, new]}``.
+        tier: the heaviest tier among the changes ("live", "swap"), "none" if nothing changed.
+        pause_ms: how long no step could run because of it.
+        prepare_ms: work done beside the running engine before the pause.
+        requests_in_flight: how many requests were running or waiting when it was applied.
+        notes: what the operator should know (which path will run, what was recomputed or dropped).
+    """
+
+    changed: dict[str, tuple[Any, Any]]
+    tier: str
+    pause_ms: float
+    prepare_ms: float
+    requests_in_flight: int
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Where the bytes are, predicted by `engine.capacity` and as really allocated. Bytes.
+
+    Attributes:
+        limit: what the engine was given.
+        weights: bytes of parameters now resident (follows the weight format).
+        weights_at_load: bytes the KV cache was sized with.
+        activations: reserved for activations and logits of the largest step.
+        kv_cache: bytes of the KV cache as allocated.
+        resident: resident set size of the process (CPU) or device memory in use (GPU), all included.
+    """
+
+    limit: int
+    weights: int
+    weights_at_load: int
+    activations: int
+    kv_cache: int
+    resident: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A consistent picture of the engine between two steps; cheap enough to be taken several times a second.
+
+    Attributes:
+        model: name, family, fingerprint, parameters, layers … for display.
+        config, config_hash: knobs in force.
+        path: what really runs: device, dtype, attention, weights, execution, each with a reason where it is not what
+            was asked for.
+        memory: see :class:`MemoryReport`.
+        block_size, num_blocks, max_model_len: the capacity envelope.
+        blocks: one letter a block: "." free, "c" free but holding a reusable prefix, "u" used by one request,
+            "s" shared by several.
+        running, waiting: requests now.
+        totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,
+            prefix_query_tokens, draft_tokens, accepted_tokens.
+    """
+
+    model: dict[str, Any]
+    config: dict[str, Any]
+    config_hash: str
+    path: dict[str, str]
+    memory: MemoryReport
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    blocks: str
+    running: int
+    waiting: int
+    totals: dict[str, int]

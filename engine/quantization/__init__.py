@@ -1,0 +1,1 @@
+"""Weight formats and the algorithms that make them."""

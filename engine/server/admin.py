@@ -1,0 +1,113 @@
+"""The admin API: status, configuration, series for charts, loading a model, measured runs. Guarded by a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import hmac
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+
+from engine.config import EngineConfig, schema
+from engine.errors import HeadroomError
+from engine.measure import WORKLOADS
+from engine.server.host import EngineHost, NotReadyError
+from engine.server.jobs import JobRunner
+from engine.server.schemas import RunBody
+from engine.telemetry import Telemetry
+
+
+class UnauthorizedError(HeadroomError):
+    """The bearer token is missing (401) or wrong (403)."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message, field="Authorization", remedy="Send 'Authorization: Bearer' with the admin token.")
+        self.status = status
+
+
+def require_token(token: str) -> Callable[[Request], None]:
+    """A dependency that refuses requests without the admin token (compared in constant time)."""
+
+    def check(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not given:
+            raise UnauthorizedError("the admin API needs a token.", status=401)
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            raise UnauthorizedError("the admin token is wrong.", status=403)
+
+    return check
+
+
+def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
+    """Routes under ``/admin``."""
+    router = APIRouter(prefix="/admin", dependencies=[Depends(require_token(token))])
+    telemetry = Telemetry()
+
+    @router.get("/status")
+    def status() -> dict[str, Any]:
+        load = dataclasses.asdict(host.state())
+        worker = {"pid": os.getpid(), "uptime_s": time.time() - host.started_unix_s, "load": load}
+        try:
+            engine = dataclasses.asdict(host.loop.status())
+        except NotReadyError:
+            engine = None
+        return {"worker": worker, "engine": engine, "telemetry": telemetry.sample()}
+
+    @router.get("/config")
+    def config() -> dict[str, Any]:
+        try:
+            in_force = host.loop.engine.config
+        except NotReadyError:  # the knobs are needed all the same: to load a model with
+            return {"config": None, "hash": None, "knobs": schema()}
+        return {"config": in_force.to_dict(), "hash": in_force.hash(), "knobs": schema()}
+
+    @router.patch("/config")
+    def patch_config(changes: dict[str, Any]) -> dict[str, Any]:
+        return dataclasses.asdict(host.loop.reconfigure(changes))
+
+    @router.get("/series")
+    def series(steps_since: int = -1, events_since: int = -1) -> dict[str, Any]:
+        """Steps and events numbered above the given ones."""
+        loop = host.loop
+        steps = loop.steps_since(steps_since + 1)
+        events = loop.events_since(events_since + 1)
+        return {
+            "steps": [dataclasses.asdict(step) for step in steps],
+            "events": [dataclasses.asdict(event) for event in events],
+            "last_step": steps[-1].index if steps else loop.engine.steps.last_index,
+            "last_event": events[-1].index if events else loop.engine.events.last_index,
+        }
+
+    @router.post("/load", status_code=202)
+    def load(knobs: dict[str, Any]) -> dict[str, Any]:
+        host.load(EngineConfig.from_mapping(knobs))
+        return {"load": dataclasses.asdict(host.state())}
+
+    @router.get("/workloads")
+    def workloads() -> dict[str, Any]:
+        return {"workloads": [workload.to_dict() for workload in WORKLOADS.values()]}
+
+    @router.post("/runs", status_code=202)
+    def start_run(body: RunBody) -> dict[str, Any]:
+        job = jobs.start(host.loop, body)
+        return {"job_id": job.job_id, "run_ids": job.run_ids}
+
+    @router.get("/runs/{job_id}")
+    def run_status(job_id: str) -> dict[str, Any]:
+        return jobs.get(job_id).to_dict()
+
+    @router.delete("/runs/{job_id}")
+    def cancel_run(job_id: str) -> dict[str, Any]:
+        jobs.get(job_id).cancel.set()
+        return {"cancelled": job_id}
+
+    @router.post("/shutdown", status_code=202)
+    def shutdown() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"stopping": True}
+
+    return router

@@ -1,0 +1,177 @@
+"""Which engine is being served: loading in the background, replacing it, and saying what state it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.errors import ConfigError, HeadroomError
+from engine.loop import EngineLoop
+from engine.models import resolve
+from engine.outputs import RequestOutput
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal["loading", "ready", "failed", "dead"]
+
+
+class NotReadyError(HeadroomError):
+    """No model is loaded (yet, or any more)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadState:
+    """How far a load is.
+
+    Attributes:
+        phase: "loading", "ready", "failed" (no model is loaded) or "dead" (the stepping thread has given up).
+        model: what is loaded or being loaded.
+        stage, progress: what is being done, and the fraction of the whole, from 0 to 1.
+        error: ``{"message", "field", "remedy"}`` of the last load that failed, also if the former model serves on.
+    """
+
+    phase: Phase
+    model: str
+    stage: str
+    progress: float | None
+    error: dict[str, str | None] | None
+
+
+class EngineHost:
+    """Holds the engine that requests go to.
+
+    A load is refused before anything is given up if the new model cannot be resolved. Then the former engine is
+    stopped (its memory is needed) and, should the new one fail after all, loaded again.
+
+    Args:
+        on_finished: sees the last output of every request.
+    """
+
+    def __init__(self, on_finished: Callable[[RequestOutput], None] | None = None) -> None:
+        self._on_finished = on_finished
+        self._loop: EngineLoop | None = None
+        self._lock = threading.Lock()
+        self._loading = False
+        self._state = LoadState("loading", "", "starting", 0.0, None)
+        self.started_unix_s = time.time()
+
+    @property
+    def loop(self) -> EngineLoop:
+        """The engine in service.
+
+        Raises:
+            NotReadyError: while none is loaded.
+        """
+        loop, state = self._loop, self.state()
+        if loop is not None and state.phase == "ready":
+            return loop
+        if state.phase == "loading":
+            raise NotReadyError(f"{state.model} is still loading ({state.stage}).", remedy="Try again in a moment.")
+        reason = (state.error or {}).get("message") or "no model is loaded"
+        remedy = "Load a model." if state.phase == "failed" else "Restart the worker."
+        raise NotReadyError(f"the engine is not serving: {reason}", remedy=remedy)
+
+    def state(self) -> LoadState:
+        """What is loaded or loading now."""
+        loop = self._loop
+        if self._state.phase == "ready" and loop is not None and not loop.alive:
+            error = {"message": loop.error or "it was shut down", "field": None, "remedy": "Restart the worker."}
+            return dataclasses.replace(self._state, phase="dead", error=error)
+        return self._state
+
+    def load(self, config: EngineConfig) -> None:
+        """Start loading in the background and return.
+
+        Raises:
+            ConfigError: if a load is in progress.
+        """
+        with self._lock:
+            if self._loading:
+                raise ConfigError("a model is being loaded.", field="model", remedy="Wait until it is ready.")
+            self._loading = True
+        self._report(config.model)("starting", 0.0)
+        threading.Thread(target=self._load, args=(config,), name="load-model", daemon=True).start()
+
+    def close(self, timeout: float = 10.0) -> bool:
+        """Stop serving; requests in flight are answered with an error.
+
+        Args:
+            timeout: seconds to wait for the step in progress.
+
+        Returns:
+            False if a thread is still at work: a load in progress, or a step that takes longer.
+        """
+        loop = self._loop
+        if loop is not None:
+            loop.stop(timeout)
+        return not self._loading and (loop is None or not loop.running)
+
+    def _load(self, config: EngineConfig) -> None:
+        former = self._loop.engine.config if self._loop is not None else None
+        try:
+            resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
+            self._unload()
+            self._start(config)
+        except Exception as problem:
+            logger.exception("loading %s failed", config.model)
+            self._recover(former, _describe(problem))
+        finally:
+            with self._lock:
+                self._loading = False
+
+    def _start(self, config: EngineConfig) -> None:
+        engine = Engine.load(config, self._report(config.model))
+        loop = EngineLoop(engine)
+        loop.on_finished = self._on_finished
+        loop.start()
+        self._loop = loop
+        self._state = LoadState("ready", config.model, "ready", 1.0, None)
+
+    def _unload(self) -> None:
+        if self._loop is not None:
+            self._loop.stop()
+            self._loop = None
+            gc.collect()
+
+    def _recover(self, former: EngineConfig | None, error: dict[str, str | None]) -> None:
+        """Go on with the former model if there was one; keep the error for people to read either way."""
+        if self._loop is not None and self._loop.alive and former is not None:
+            self._state = LoadState("ready", former.model, "ready", 1.0, error)
+            return
+        failed = LoadState("failed", self._state.model, "failed", None, error)
+        if former is None:
+            self._state = failed
+            return
+        try:
+            self._start(former)
+            self._state = dataclasses.replace(self._state, error=error)
+        except Exception:
+            logger.exception("the former model could not be loaded again")
+            self._state = failed
+
+    def _report(self, model: str) -> Callable[[str, float], None]:
+        def report(stage: str, fraction: float) -> None:
+            if self._loop is None or not self._loop.alive:
+                self._state = LoadState("loading", model, stage, fraction, None)
+            else:  # the former model serves on meanwhile
+                self._state = dataclasses.replace(self._state, stage=f"loading {model}: {stage}", progress=fraction)
+
+        return report
+
+
+def _describe(problem: Exception) -> dict[str, str | None]:
+    if isinstance(problem, HeadroomError):
+        return problem.to_dict()
+    return {"message": f"{type(problem).__name__}: {problem}", "field": None, "remedy": "See the worker's log."}
+
+
+def error_document(problem: HeadroomError) -> Mapping[str, Any]:
+    """An error as the admin API answers it."""
+    return {"error": problem.to_dict()}

@@ -1,0 +1,76 @@
+"""From the stepping thread to asyncio: one HTTP request's engine requests as an asynchronous stream of outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from fastapi import Request as HTTPRequest
+
+from engine.loop import EngineLoop
+from engine.outputs import RequestOutput
+from engine.sampling import SamplingParams
+
+# How often a request looks whether its client is still there, whether tokens come or not, seconds.
+_DISCONNECT_POLL_S = 0.25
+
+
+class Submission:
+    """The engine requests behind one HTTP request: prompts × n choices, their outputs in one queue.
+
+    Leaving :meth:`outputs` early, for whatever reason, aborts what is unfinished, so that a client that has gone
+    away holds no blocks.
+    """
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
+        self._event_loop = asyncio.get_running_loop()
+        self._unfinished: dict[int, str] = {}
+
+    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], priority: int) -> None:
+        """Queue all of them; if one is refused the others are taken back.
+
+        Raises:
+            RequestError, EngineDeadError: as the engine does.
+        """
+        try:
+            for index, (token_ids, params) in enumerate(prompts):
+                self._unfinished[index] = self._loop.submit(
+                    token_ids, params, on_output=self._receiver(index), priority=priority
+                )
+        except Exception:
+            self.abort()
+            raise
+
+    async def outputs(self, http_request: HTTPRequest) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(choice index, output) as they come, until all are finished or the client is gone."""
+        looked = time.monotonic()
+        try:
+            while self._unfinished:
+                if time.monotonic() - looked >= _DISCONNECT_POLL_S:
+                    if await http_request.is_disconnected():
+                        return
+                    looked = time.monotonic()
+                try:
+                    index, output = await asyncio.wait_for(self._queue.get(), _DISCONNECT_POLL_S)
+                except TimeoutError:
+                    continue
+                if output.finished:
+                    del self._unfinished[index]
+                yield index, output
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """End what is unfinished."""
+        for request_id in self._unfinished.values():
+            self._loop.abort(request_id)
+        self._unfinished = {}
+
+    def _receiver(self, index: int) -> Callable[[RequestOutput], None]:
+        def receive(output: RequestOutput) -> None:
+            self._event_loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))
+
+        return receive

@@ -1,0 +1,179 @@
+"""How much of what fits: the engine asks :mod:`engine.capacity`, the same functions that the Plan page shows.
+
+limit ─┬─ weights       as they are resident when the cache is sized
+       ├─ activations   of the largest step the envelope allows
+       └─ KV cache      whole blocks, at most what `max_num_seqs` requests of `max_model_len` could ever use
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from engine import capacity
+from engine.cache.kv_cache import KVCache
+from engine.capacity.formats import weight_format
+from engine.config import EngineConfig
+from engine.errors import CapacityError, ConfigError
+from engine.outputs import MemoryReport
+
+if TYPE_CHECKING:
+    from engine.models import LoadedModel
+
+GIB = 2**30
+GPU_UTILIZATION = 0.9
+CPU_DEFAULT_BYTES = 4 * GIB
+CPU_SHARE_OF_FREE = 0.5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Envelope:
+    """What memory was reserved for when the model was loaded. Bytes and tokens.
+
+    Attributes:
+        limit_bytes, weights_bytes, activation_bytes: the budget the cache was sized with.
+        num_blocks: blocks of the KV cache.
+        max_model_len: tokens one request may hold.
+        limited_by: why it is not more, for error messages.
+        remedy: what would make it more.
+    """
+
+    limit_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    num_blocks: int
+    max_model_len: int
+    limited_by: str
+    remedy: str
+
+
+def size_engine(model: LoadedModel, config: EngineConfig) -> Envelope:
+    """Size the KV cache of a loaded model.
+
+    Raises:
+        ConfigError: if `max_model_len` is above the model's own context length.
+        CapacityError: if not even one block fits; the message has the arithmetic.
+    """
+    context = _context_length(model, config)
+    weights = model.weight_bytes()
+    limit = memory_limit_bytes(config, model.device, weights)
+    activations = capacity.activation_bytes(
+        model.spec, config.max_num_batched_tokens, config.max_num_seqs, _dtype_name(model.dtype)
+    )
+    size = capacity.size_kv_cache(
+        model.spec,
+        limit_bytes=limit,
+        weights_bytes=weights,
+        activation_bytes=activations,
+        block_size=config.block_size,
+        kv_dtype=_dtype_name(model.dtype),
+        max_blocks=config.max_num_seqs * -(-context // config.block_size),
+    )
+    longest = min(context, size.num_blocks * config.block_size)
+    if longest < context:
+        limited_by = f"the KV cache has {size.num_blocks:,} blocks of {config.block_size} tokens"
+        remedy = "Load the model with a larger memory_limit_gib."
+    elif context < model.max_position:
+        limited_by, remedy = "the max_model_len it was loaded with", "Load the model with a larger max_model_len."
+    else:
+        limited_by, remedy = "the model's context length", "Shorten the prompt."
+    return Envelope(limit, weights, activations, size.num_blocks, longest, limited_by, remedy)
+
+
+def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes: int) -> int:
+    """Bytes for weights, activations and KV cache together: `memory_limit_gib`, or its automatic value."""
+    if config.memory_limit_gib is not None:
+        return int(config.memory_limit_gib * GIB)
+    if device.type == "cuda":
+        return int(GPU_UTILIZATION * torch.cuda.get_device_properties(device).total_memory)
+    # The weights are resident already, so what is free now excludes them.
+    free = psutil.virtual_memory().available + weights_bytes
+    return int(min(max(CPU_DEFAULT_BYTES, 2 * weights_bytes), max(CPU_SHARE_OF_FREE * free, weights_bytes)))
+
+
+def check_weights_fit(model: LoadedModel, envelope: Envelope, target: EngineConfig) -> None:
+    """Refuse a weight format that, with the cache as allocated, would exceed the memory limit.
+
+    Raises:
+        CapacityError: with the arithmetic and the remedy.
+    """
+    wanted = predicted_weight_bytes(model, target)
+    kv_bytes = envelope.num_blocks * capacity.kv_bytes_per_block(
+        model.spec, target.block_size, _dtype_name(model.dtype)
+    )
+    total = wanted + envelope.activation_bytes + kv_bytes
+    if total > envelope.limit_bytes and wanted > envelope.weights_bytes:
+        raise CapacityError(
+            f"{target.weights} weights need {wanted / GIB:.3f} GiB; with {kv_bytes / GIB:.3f} GiB of KV cache and "
+            f"{envelope.activation_bytes / GIB:.3f} GiB of activations that is {total / GIB:.3f} GiB, above the limit "
+            f"of {envelope.limit_bytes / GIB:.3f} GiB.",
+            field="weights",
+            remedy="Load the model again with these weights: the KV cache is then sized to what is left.",
+        )
+
+
+def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
+    """Bytes of the weights in the format that ``config`` asks for, by the planner's formula."""
+    dtype = _dtype_name(model.dtype)
+    if config.weights == "model":
+        return capacity.weight_bytes(model.spec, dtype)
+    name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
+    # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
+    chosen = weight_format(name, zero_point_bits=16)
+    return capacity.weight_bytes(model.spec, chosen, dtype=dtype)
+
+
+def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> MemoryReport:
+    """Where the bytes are now."""
+    if model.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(model.device)
+        resident = total - free
+    else:
+        resident = psutil.Process().memory_info().rss
+    return MemoryReport(
+        limit=envelope.limit_bytes,
+        weights=model.weight_bytes(),
+        weights_at_load=envelope.weights_bytes,
+        activations=envelope.activation_bytes,
+        kv_cache=cache.nbytes,
+        resident=resident,
+    )
+
+
+def describe_model(model: LoadedModel) -> dict[str, Any]:
+    """Facts of the model for display."""
+    spec = model.spec
+    return {
+        "name": model.name,
+        "family": model.family,
+        "source": model.source,
+        "fingerprint": model.fingerprint,
+        "parameters": capacity.parameter_count(spec).total,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "context_length": model.max_position,
+        "kv_bytes_per_token": capacity.kv_bytes_per_token(spec, _dtype_name(model.dtype)),
+    }
+
+
+def _context_length(model: LoadedModel, config: EngineConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position
+    if config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"{config.max_model_len:,} tokens are more than the model's own context of {model.max_position:,}.",
+            field="max_model_len",
+            remedy=f"Give at most {model.max_position:,}, or auto.",
+        )
+    return config.max_model_len
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

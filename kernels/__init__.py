@@ -1,0 +1,1 @@
+"""Triton kernels, one concept a file, each beside its torch reference; :mod:`kernels.dispatch` says which runs."""

@@ -1,0 +1,108 @@
+"""The one place that decides which implementation of an operation runs, and says why.
+
+Nothing falls back in silence: a request that cannot be met yields a :class:`Choice` without a path, with the reason and
+the remedy, and the caller refuses it. The path that ran is shown on the Live page and kept in every run's record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+
+Op = Literal["paged_attention", "kv_write", "rms_norm", "silu_mul"]
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "paged_attention": ("sdpa", "reference", "triton"),
+    "kv_write": ("reference", "triton"),
+    "rms_norm": ("reference", "triton"),
+    "silu_mul": ("reference", "triton"),
+}
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_MAX_HEAD_DIM = 256  # a tile of queries, keys and values must fit into registers and shared memory
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """Which implementation of an operation runs.
+
+    Attributes:
+        op: the operation.
+        path: what will run, e.g. ``"sdpa"`` or ``"triton (interpreter)"``; None if the request cannot be met.
+        reason: why this path, or why none.
+        remedy: what to do if ``path`` is None, else empty.
+    """
+
+    op: Op
+    path: str | None
+    reason: str
+    remedy: str = ""
+
+
+def choose(
+    op: Op, asked: str, *, device: torch.device | str, dtype: torch.dtype, head_dim: int | None = None
+) -> Choice:
+    """Decide how ``op`` runs.
+
+    Args:
+        op: the operation.
+        asked: the implementation asked for, one of ``IMPLEMENTATIONS[op]``.
+        device: where the tensors live.
+        dtype: of the tensors (for attention: of queries and cache).
+        head_dim: of one attention head, where the operation has heads.
+
+    Returns:
+        The choice; ``path`` is None where what was asked for cannot run.
+    """
+    known = IMPLEMENTATIONS[op]
+    if asked not in known:
+        return Choice(op, None, f"there is no implementation {asked!r} of {op}.", f"Choose one of: {', '.join(known)}.")
+    if asked == "sdpa":
+        return Choice(op, "sdpa", "torch's fused attention over gathered blocks runs on every device.")
+    if asked == "reference":
+        return Choice(op, "reference", "plain torch runs on every device.")
+    return _choose_triton(op, known[0], torch.device(device), dtype, head_dim)
+
+
+def _choose_triton(op: Op, other: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:
+    instead = f"Choose {other}."
+    if not triton_installed():
+        return Choice(op, None, "Triton is not installed on this platform.", f"{instead} Triton needs Linux.")
+    if dtype not in TRITON_DTYPES:
+        return Choice(op, None, f"the Triton kernel has no {dtype} form.", f"Load the model in bfloat16, or {instead}")
+    if head_dim is not None and head_dim > TRITON_MAX_HEAD_DIM:
+        reason = f"the Triton kernel takes heads of up to {TRITON_MAX_HEAD_DIM} dimensions, this model has {head_dim}."
+        return Choice(op, None, reason, instead)
+    if triton_interpreted():
+        return Choice(op, "triton (interpreter)", "TRITON_INTERPRET=1: kernels run in Triton's interpreter, slowly.")
+    if device.type != "cuda":
+        remedy = f"{instead} To check the kernel without a GPU, start the process with TRITON_INTERPRET=1."
+        return Choice(op, None, f"the Triton kernel needs a CUDA device, the model is on {device}.", remedy)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        reason = f"the Triton kernel needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}."
+        return Choice(op, None, reason, instead)
+    return Choice(op, "triton", f"compiled for sm_{capability[0]}{capability[1]}.")
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """True if Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """True if kernels run in Triton's interpreter.
+
+    Triton reads ``TRITON_INTERPRET`` when a kernel is defined, so what counts once a kernel is imported is its kind.
+    """
+    if not triton_installed():
+        return False
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from kernels.kv_write import _kv_write_kernel
+
+    return isinstance(_kv_write_kernel, InterpretedFunction)

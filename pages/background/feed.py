@@ -1,0 +1,144 @@
+"""One shared, incremental reading of the engine's status and series, whatever the number of open pages."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from engine.outputs import EngineEvent, EngineStatus, MemoryReport, StepStats
+
+#: Steps kept for the charts: about half an hour of a busy CPU engine.
+_KEPT_STEPS = 65536
+_KEPT_EVENTS = 512
+_FIRST_PATIENCE_S = 3.0
+
+
+class SeriesSource(Protocol):
+    """The part of :class:`engine.client.EngineClient` that the feed reads."""
+
+    def status(self) -> Mapping[str, Any]: ...
+
+    def series(self, *, steps_since: int = -1, events_since: int = -1) -> Mapping[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the pages draw from.
+
+    Attributes:
+        engine: the engine's status, None while nothing is loaded or reachable.
+        worker: the worker's own facts (pid, uptime_s, load …), empty if unreachable.
+        telemetry: memory and device readings, as the worker gives them.
+        steps, events: oldest first.
+        begun_unix_s, taken_unix_s: when the reading was begun and when it was there.
+        error: why the last reading failed, None if it did not.
+    """
+
+    engine: EngineStatus | None
+    worker: Mapping[str, Any]
+    telemetry: Mapping[str, Any]
+    steps: tuple[StepStats, ...]
+    events: tuple[EngineEvent, ...]
+    begun_unix_s: float
+    taken_unix_s: float
+    error: str | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while the engine has requests, so that the pages poll fast."""
+        return self.engine is not None and (self.engine.running + self.engine.waiting) > 0
+
+
+class Feed:
+    """Reads the worker no oftener than it is asked to, one reading at a time, and keeps the recent steps and events.
+
+    Thread-safe: many pages (sessions) share one feed. A worker that was restarted numbers its steps from 0 again; the
+    feed notices by the process id and starts over, keeping the events for the charts' marks.
+
+    Args:
+        source: gives the client of the worker that runs now.
+    """
+
+    def __init__(self, source: Callable[[], SeriesSource]) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._reading: concurrent.futures.Future[None] | None = None
+        self._steps: collections.deque[StepStats] = collections.deque(maxlen=_KEPT_STEPS)
+        self._events: collections.deque[EngineEvent] = collections.deque(maxlen=_KEPT_EVENTS)
+        self._last_step = -1
+        self._last_event = -1
+        self._pid: int | None = None
+        self._snapshot = Snapshot(None, {}, {}, (), (), 0.0, 0.0)
+
+    def latest(self) -> Snapshot:
+        """The last reading, without touching the worker."""
+        return self._snapshot
+
+    def read(self, max_age_s: float = 0.4, patience_s: float = 0.25) -> Snapshot:
+        """A reading at most ``max_age_s`` old if it can be had within ``patience_s``, else the last one.
+
+        The worker answers between two steps, and a page must not stand still for a long step: the reading goes on
+        beside it and is there the next time. Never raises: ``Snapshot.error`` says what went wrong.
+        """
+        with self._lock:
+            if time.time() - self._snapshot.taken_unix_s < max_age_s:
+                return self._snapshot
+            if self._reading is None or self._reading.done():
+                self._reading = self._pool.submit(self._refresh)
+            reading = self._reading
+        first = self._snapshot.taken_unix_s == 0.0
+        concurrent.futures.wait([reading], timeout=max(patience_s, _FIRST_PATIENCE_S if first else 0.0))
+        return self._snapshot
+
+    def _refresh(self) -> None:
+        try:
+            self._snapshot = self._fetch()
+        except Exception as problem:  # the worker may be loading, dying or dead: the pages say so, they go on
+            self._snapshot = dataclasses.replace(
+                self._snapshot, engine=None, error=str(problem) or type(problem).__name__, taken_unix_s=time.time()
+            )
+
+    def _fetch(self) -> Snapshot:
+        begun_unix_s = time.time()
+        source = self._source()
+        status = source.status()
+        worker = status.get("worker") or {}
+        if worker.get("pid") != self._pid:
+            self._pid, self._last_step, self._last_event = worker.get("pid"), -1, -1
+        engine = engine_status(status.get("engine"))
+        if engine is not None:
+            self._extend(source.series(steps_since=self._last_step, events_since=self._last_event))
+        return Snapshot(
+            engine=engine,
+            worker=worker,
+            telemetry=status.get("telemetry") or {},
+            steps=tuple(self._steps),
+            events=tuple(self._events),
+            begun_unix_s=begun_unix_s,
+            taken_unix_s=time.time(),
+        )
+
+    def _extend(self, series: Mapping[str, Any]) -> None:
+        last_step, last_event = int(series.get("last_step", -1)), int(series.get("last_event", -1))
+        if last_step < self._last_step or last_event < self._last_event:
+            # Another model was loaded in the same process: its engine counts from 0; read it whole next time.
+            self._last_step, self._last_event = -1, -1
+            return
+        self._steps.extend(item if isinstance(item, StepStats) else StepStats(**item) for item in series["steps"])
+        self._events.extend(item if isinstance(item, EngineEvent) else EngineEvent(**item) for item in series["events"])
+        self._last_step, self._last_event = last_step, last_event
+
+
+def engine_status(document: EngineStatus | Mapping[str, Any] | None) -> EngineStatus | None:
+    """The engine's status from its JSON form."""
+    if document is None or isinstance(document, EngineStatus):
+        return document
+    values = dict(document)
+    values["memory"] = MemoryReport(**values["memory"])
+    return EngineStatus(**values)

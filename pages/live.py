@@ -1,0 +1,178 @@
+"""Live: tune the loaded model while it serves, chat with it, load it with traffic, watch what happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from engine.outputs import EngineStatus
+from pages.background.feed import Snapshot
+from pages.services import Services, get_services
+from pages.widgets.block_map import block_map
+from pages.widgets.chat import chat, streams
+from pages.widgets.knobs import config_in_force, knob_panel, load_form, settle_change, show_toasts
+from pages.widgets.live_charts import live_charts
+from pages.widgets.memory import memory_bar
+from pages.widgets.messages import bytes_text, seconds_text
+from pages.widgets.series import bin_steps, event_marks
+from pages.widgets.workloads import workload_launcher
+
+_BUSY_S = 1.0
+_IDLE_S = 5.0
+_CHANGE_S = 0.4
+_BINS = 60
+_WINDOWS = {"1 min": 60.0, "5 min": 300.0, "15 min": 900.0}
+
+
+def main() -> None:
+    """Draw the page: knobs at the left, charts in the middle, chat and workloads at the right."""
+    services = get_services()
+    phase = services.view().phase
+    ready = phase == "ready"
+    snapshot = services.feed.read() if ready else services.feed.latest()
+    show_toasts()
+    left, middle, right = st.columns([1.05, 2.1, 1.35], gap="medium")
+    with left:
+        _controls(services, snapshot, phase)
+    with middle:
+        _monitor(services, snapshot, ready)
+    with right:
+        tab_chat, tab_workload = st.tabs([":material/chat: Chat", ":material/science: Workload"])
+        with tab_chat:
+            chat(services, ready=ready)
+        with tab_workload:
+            workload_launcher(services, ready=ready)
+
+
+def _controls(services: Services, snapshot: Snapshot, phase: str) -> None:
+    if phase == "ready" and snapshot.engine is not None:
+        pending = st.session_state.get("pending_change") is not None
+        st.fragment(_knobs, run_every=_CHANGE_S if pending else None)(services, pending)
+    else:
+        st.caption("The controls appear when the model is ready.")
+    if phase in ("ready", "failed"):
+        with st.expander("Load model", icon=":material/deployed_code_update:", expanded=phase == "failed"):
+            load_form(services, services.knobs(), snapshot.engine.config if snapshot.engine else {})
+
+
+def _knobs(services: Services, was_pending: bool) -> None:
+    pending = settle_change(services)
+    if pending != was_pending:
+        st.rerun()
+    show_toasts()
+    snapshot = services.feed.read()
+    if snapshot.engine is None:
+        return
+    config = config_in_force(snapshot)
+    st.session_state["config_shown"] = config
+    knob_panel(services, services.knobs(), config)
+
+
+def _monitor(services: Services, snapshot: Snapshot, ready: bool) -> None:
+    window = st.session_state.get("live-window") or "1 min"
+    busy = ready and _is_busy(services, snapshot)
+    interval = (_BUSY_S if busy else _IDLE_S) if ready else None
+    st.fragment(_charts, run_every=interval)(services, ready, busy, window)
+
+
+def _is_busy(services: Services, snapshot: Snapshot) -> bool:
+    return snapshot.busy or services.recorder.active() is not None or any(stream.active for stream in streams())
+
+
+def _charts(services: Services, ready: bool, was_busy: bool, window: str) -> None:
+    snapshot = services.feed.read() if ready else services.feed.latest()
+    engine = snapshot.engine
+    if ready and (_is_busy(services, snapshot) != was_busy or _config_moved(snapshot)):
+        st.rerun()  # another pace, or another client changed a knob
+    if engine is not None:
+        _facts(engine, snapshot)
+    steps = snapshot.steps
+    if not steps:
+        words = "with the first request: send a prompt or run a workload." if ready else "once the model is ready."
+        st.info(f"Charts appear {words}", icon=":material/monitoring:")
+    else:
+        _history_charts(snapshot, was_busy)
+    if engine is not None:
+        _memory(engine)
+
+
+def _config_moved(snapshot: Snapshot) -> bool:
+    shown = st.session_state.get("config_shown")
+    if snapshot.engine is None or shown is None or st.session_state.get("pending_change") is not None:
+        return False
+    return bool(shown != config_in_force(snapshot))
+
+
+def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
+    model, totals = engine.model, engine.totals
+    recent = [step for step in snapshot.steps[-400:] if step.time_unix_s > snapshot.taken_unix_s - 3.0]
+    speed = sum(step.output_tokens for step in recent) / 3.0
+    columns = st.columns(5)
+    columns[0].metric(
+        "Tokens/s", f"{speed:,.1f}" if recent else "idle", help="Output tokens, mean of the last 3 seconds."
+    )
+    columns[1].metric("Running / waiting", f"{engine.running} / {engine.waiting}")
+    used = sum(letter in "us" for letter in engine.blocks)
+    columns[2].metric("KV in use", f"{100 * used / max(engine.num_blocks, 1):.1f} %", help=_capacity_text(engine))
+    columns[3].metric(
+        "Tokens out", f"{totals.get('output_tokens', 0):,}", help="Output tokens since the model was loaded."
+    )
+    columns[4].metric("Preempted", f"{totals.get('preemptions', 0):,}", help="Preemptions since the model was loaded.")
+    with st.expander(_model_line(model), icon=":material/info:"):
+        st.table(_details(engine), border="horizontal")
+
+
+def _capacity_text(engine: EngineStatus) -> str:
+    tokens = engine.num_blocks * engine.block_size
+    return f"{engine.num_blocks:,} blocks of {engine.block_size} tokens hold {tokens:,} tokens."
+
+
+def _model_line(model: Mapping[str, Any]) -> str:
+    parameters = float(model.get("parameters") or 0) / 1e6
+    size = f"{parameters / 1000:.2f} B" if parameters >= 1000 else f"{parameters:.0f} M"
+    return f"{model.get('name')}: {size} parameters, {model.get('layers')} layers · what really runs"
+
+
+def _details(engine: EngineStatus) -> dict[str, str]:
+    model = engine.model
+    heads = f"{model.get('heads')} query, {model.get('kv_heads')} key/value"
+    facts = {
+        "Family": f"{model.get('family')}, from {model.get('source')}",
+        "Attention heads": f"{heads}, {model.get('head_dim')} wide",
+        "Context": f"{engine.max_model_len:,} tokens (the model's own: {int(model.get('context_length') or 0):,})",
+        "KV cache": f"{_capacity_text(engine)} {bytes_text(engine.memory.kv_cache)}.",
+        "Fingerprint": str(model.get("fingerprint", ""))[:16],
+    }
+    return facts | {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
+
+
+def _history_charts(snapshot: Snapshot, busy: bool) -> None:
+    end = snapshot.taken_unix_s if busy else max(snapshot.steps[-1].time_unix_s, _last_event(snapshot))
+    ago = time.time() - end
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+        st.caption("Live" if busy else f"Idle. The last step was {seconds_text(ago)} ago.", width="content")
+        window = st.segmented_control(
+            "Window", list(_WINDOWS), default="1 min", key="live-window", label_visibility="collapsed", required=True
+        )
+    span = _WINDOWS[window or "1 min"]
+    table = bin_steps(snapshot.steps, end_unix_s=end, window_s=span, bins=_BINS)
+    live_charts(table, event_marks(snapshot.events, end_unix_s=end, window_s=span), span)
+
+
+def _last_event(snapshot: Snapshot) -> float:
+    return snapshot.events[-1].time_unix_s if snapshot.events else 0.0
+
+
+def _memory(engine: EngineStatus) -> None:
+    with st.container(border=True):
+        st.markdown("**KV cache blocks**")
+        block_map(engine.blocks, engine.block_size)
+    with st.container(border=True):
+        st.markdown("**Memory**")
+        memory_bar(engine.memory)
+
+
+main()

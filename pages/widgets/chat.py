@@ -1,0 +1,97 @@
+"""Prompts and their streaming answers. The streams run beside the script, so a toggle never cuts one off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from pages.background.streams import ChatStream, start_stream
+from pages.services import Services
+
+_POLL_S = 0.4
+_HEIGHT = 560
+_EXAMPLES = (
+    "Explain in three sentences what a KV cache is.",
+    "Write a short story about a lighthouse keeper.",
+    "Count from one to twenty in words.",
+)
+
+
+def streams() -> list[ChatStream]:
+    """The streams of this browser session, oldest first."""
+    return st.session_state.setdefault("chat_streams", [])
+
+
+def chat(services: Services, *, ready: bool) -> None:
+    """Draw the chat; it polls only while an answer is coming in."""
+    active = any(stream.active for stream in streams())
+    st.fragment(_chat, run_every=_POLL_S if active else None)(services, ready, active)
+
+
+def _chat(services: Services, ready: bool, was_active: bool) -> None:
+    _conversation()
+    with st.container(horizontal=True, vertical_alignment="center"):
+        parameters = _parameters()
+        if any(stream.active for stream in streams()):
+            if st.button("Stop", icon=":material/stop_circle:", key="chat-stop"):
+                for stream in streams():
+                    stream.stop()
+        elif streams() and st.button("Clear", icon=":material/delete_sweep:", key="chat-clear"):
+            streams().clear()
+            st.rerun(scope="fragment")
+    hint = "Ask the loaded model" if ready else "The model is not ready yet"
+    prompt = st.chat_input(hint, disabled=not ready, key="chat-input")
+    if prompt:
+        _send(services, prompt, parameters)
+        st.rerun()  # the whole page once, so that this fragment starts to poll
+    if was_active and not any(stream.active for stream in streams()):
+        st.rerun()  # … and once more, so that it stops
+
+
+def _conversation() -> None:
+    with st.container(height=_HEIGHT, border=True, autoscroll=True, key="chat-log"):
+        if not streams():
+            st.caption("Nothing asked yet. Prompts sent while another streams run in one batch. Try:")
+            for example in _EXAMPLES:
+                st.markdown(f":small[:gray[{example}]]")
+        for stream in streams():
+            with st.chat_message("user", avatar=":material/person:"):
+                st.text(stream.prompt)
+            with st.chat_message("assistant", avatar=":material/smart_toy:"):
+                st.markdown(stream.text + (" ▌" if stream.active else "") or "…")
+                _footer(stream)
+
+
+def _footer(stream: ChatStream) -> None:
+    if stream.state == "failed":
+        st.error(stream.error or "The stream broke.", icon=":material/error:")
+        return
+    facts = []
+    if stream.ttft_ms is not None:
+        facts.append(f"TTFT {stream.ttft_ms:.0f} ms")
+    if stream.tokens_per_second is not None:
+        facts.append(f"{stream.tokens_per_second:.1f} tokens/s")
+    if stream.completion_tokens:
+        facts.append(f"{stream.completion_tokens} tokens")
+    if stream.state == "stopped":
+        facts.append("stopped")
+    elif stream.finish_reason == "length":
+        facts.append("reached max tokens")
+    st.caption(" · ".join(facts) if facts else "waiting for the first token")
+
+
+def _parameters() -> dict[str, Any]:
+    with st.popover("Sampling", icon=":material/tune:"):
+        max_tokens = st.number_input("Max tokens", 1, 100_000, 256, key="chat-max-tokens", persist_state="session")
+        temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="chat-temperature", persist_state="session")
+        top_p = st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, key="chat-top-p", persist_state="session")
+        ignore_eos = st.toggle("Go on past the end of the answer", key="chat-ignore-eos", persist_state="session")
+        st.toggle("Remember the conversation", value=False, key="chat-memory", persist_state="session")
+    parameters: dict[str, Any] = {"max_tokens": int(max_tokens), "temperature": temperature, "top_p": top_p}
+    return parameters | ({"ignore_eos": True} if ignore_eos else {})
+
+
+def _send(services: Services, prompt: str, parameters: dict[str, Any]) -> None:
+    history = [stream for stream in streams() if not stream.active] if st.session_state.get("chat-memory") else []
+    streams().append(start_stream(services.client, prompt, parameters, history))

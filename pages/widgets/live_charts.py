@@ -1,0 +1,119 @@
+"""The live charts: what the engine did in the last minutes, with a mark at each toggle.
+
+Time runs from left (past) to right (the last step); the axis counts seconds before it, so that a chart's
+specification stays the same between refreshes and only its data is exchanged. The specifications are plain Vega-Lite:
+they are drawn every second, and building them through Altair's checked classes takes a hundred times longer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from pages.widgets.series import long
+
+_HEIGHT = 165
+_MARKS_SHOWN = 4
+_MARK_COLOR = "#f43f5e"
+
+Spec = dict[str, Any]
+
+
+def live_charts(table: pd.DataFrame, marks: pd.DataFrame, window_s: float) -> None:
+    """Draw the six charts, two in a row, from :func:`pages.widgets.series.bin_steps` and its marks."""
+    for row in range(0, len(_CHARTS), 2):
+        for column, (title, unit, columns, kind) in zip(st.columns(2), _CHARTS[row : row + 2], strict=True):
+            with column:
+                st.markdown(f"**{title}** :small[:gray[{unit}]]")
+                data = {"series": long(table, columns), "marks": _placed(marks, window_s)}
+                spec = {**_spec(kind, tuple(columns.values()), window_s, row == 0), "datasets": data}
+                st.vega_lite_chart(spec, width="stretch", key=f"live-{title}")
+
+
+_CHARTS: tuple[tuple[str, str, dict[str, str], str], ...] = (
+    ("Throughput", "tokens/s", {"output_tokens_s": "output", "total_tokens_s": "with prompts"}, "line"),
+    ("Requests", "running and waiting", {"running": "running", "waiting": "waiting"}, "steps"),
+    ("Work of the steps", "tokens/s", {"decode": "decode", "prefill": "prefill", "draft": "drafts"}, "area"),
+    ("Step time", "ms", {"step_mean_ms": "mean", "step_max_ms": "longest"}, "gaps"),
+    ("Prefix hits and draft acceptance", "%", {"prefix_hit": "prefix hits", "acceptance": "accepted drafts"}, "points"),
+    ("Preemptions", "requests put back", {"preempted": "preempted"}, "bar"),
+)
+_MARK_OF: dict[str, Spec] = {
+    "line": {"type": "line", "strokeWidth": 1.8, "interpolate": "monotone"},
+    "gaps": {"type": "line", "strokeWidth": 1.8, "point": {"size": 7}},
+    "area": {"type": "area", "opacity": 0.75},
+    "steps": {"type": "area", "opacity": 0.75, "interpolate": "step-before"},
+    "points": {"type": "circle", "size": 26, "opacity": 0.85},
+    "bar": {"type": "bar"},
+}
+
+
+@functools.cache
+def _spec(kind: str, labels: tuple[str, ...], window_s: float, labelled: bool) -> Spec:
+    """The specification of a chart without its data."""
+    y: Spec = {"field": "value", "type": "quantitative", "axis": {"title": None, "tickCount": 4}}
+    if kind == "points":
+        y |= {"scale": {"domain": [0, 100]}, "axis": {"title": None, "values": [0, 25, 50, 75, 100]}}
+    elif kind == "bar":
+        y |= {"scale": {"domain": {"unionWith": [0, 1]}}, "axis": {"title": None, "tickMinStep": 1, "format": "d"}}
+    y["stack"] = "zero" if kind in ("area", "steps") else None
+    series = {
+        "data": {"name": "series"},
+        "mark": {**_MARK_OF[kind], "clip": True},
+        "encoding": {"x": _x(window_s), "y": y, "color": _color(labels), "tooltip": _TOOLTIP},
+    }
+    return {
+        "layer": [series, *_marks(window_s, labelled)],
+        "height": _HEIGHT,
+        "resolve": {"scale": {"y": "independent"}},
+        "config": {"view": {"strokeWidth": 0}},
+    }
+
+
+_TOOLTIP = [
+    {"field": "series", "title": "series"},
+    {"field": "value", "type": "quantitative", "title": "value", "format": ",.1f"},
+    {"field": "t", "type": "quantitative", "title": "seconds before the end", "format": ".0f"},
+]
+
+
+def _x(window_s: float) -> Spec:
+    words = "datum.value == 0 ? 'now' : datum.value <= -120 ? datum.value / 60 + ' min' : datum.value + ' s'"
+    ticks = [-window_s * part / 4 for part in range(4, -1, -1)]
+    axis = {"title": None, "labelExpr": words, "values": ticks, "grid": False, "labelFlush": True}
+    return {"field": "t", "type": "quantitative", "axis": axis, "scale": {"domain": [-window_s, 0], "nice": False}}
+
+
+def _color(labels: tuple[str, ...]) -> Spec:
+    legend = {"title": None, "orient": "top", "direction": "horizontal", "offset": 0, "padding": 0}
+    return {"field": "series", "type": "nominal", "scale": {"domain": list(labels)}, "legend": legend}
+
+
+def _marks(window_s: float, labelled: bool) -> list[Spec]:
+    """A dashed line at each toggle; on the top row with labels, towards the middle so that none is cut."""
+    x, tooltip = _x(window_s), [{"field": "summary", "title": "event"}]
+    rule = {"type": "rule", "strokeDash": [3, 3], "color": _MARK_COLOR, "opacity": 0.8}
+    layers: list[Spec] = [{"data": {"name": "marks"}, "mark": rule, "encoding": {"x": x, "tooltip": tooltip}}]
+    if not labelled:
+        return layers
+    line = {"field": "line", "type": "quantitative", "axis": None, "scale": {"domain": [0, 6], "reverse": True}}
+    for align, shift, side in (("right", -4, "datum.t > {}"), ("left", 4, "datum.t <= {}")):
+        text = {"type": "text", "align": align, "baseline": "top", "dx": shift, "fontSize": 10, "color": _MARK_COLOR}
+        layers.append(
+            {
+                "data": {"name": "marks"},
+                "transform": [{"filter": f"datum.line >= 0 && {side.format(-window_s / 2)}"}],
+                "mark": text,
+                "encoding": {"x": x, "y": line, "text": {"field": "label"}, "tooltip": tooltip},
+            }
+        )
+    return layers
+
+
+def _placed(marks: pd.DataFrame, window_s: float) -> pd.DataFrame:
+    """The marks with the line their label stands on; -1 for the older ones, which get none."""
+    skipped = max(len(marks) - _MARKS_SHOWN, 0)
+    return marks.assign(line=[max(place - skipped, -1) for place in range(len(marks))])

@@ -1,0 +1,117 @@
+"""Between a :class:`~engine.measure.results.RunResult` and the rows it is kept in: exact both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, Table, delete, insert, inspect, select
+
+from engine.measure.results import EventRecord, Provenance, RequestRecord, RunResult, SampleRecord
+from storage.owner import Owner
+from storage.tables import Base, Event, Metric, Request, Run, Sample
+
+_CHUNK = 500  # run ids in one IN (...): SQLite and drivers limit the number of parameters
+
+
+def table(model: type[Base]) -> Table:
+    """The table behind a mapped class (rows are written and read in bulk, without ORM objects)."""
+    found = inspect(model).local_table
+    assert isinstance(found, Table)
+    return found
+
+
+RUNS = table(Run)
+METRICS = table(Metric)
+# (table, field of RunResult, type of its items); columns are named as the record's fields
+_DETAILS = (
+    (table(Request), "requests", RequestRecord),
+    (table(Sample), "samples", SampleRecord),
+    (table(Event), "events", EventRecord),
+)
+_PROVENANCE_FIELDS = tuple(field.name for field in dataclasses.fields(Provenance))
+_RUN_FIELDS = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")
+
+
+def run_values(result: RunResult, owner: Owner | None) -> dict[str, Any]:
+    """Column values of the run's own row."""
+    provenance = result.provenance
+    values = {name: getattr(result, name) for name in (*_RUN_FIELDS, "error")}
+    values.update({name: getattr(provenance, name) for name in _PROVENANCE_FIELDS})
+    values["workload_name"] = str(provenance.workload.get("name", ""))
+    values["metric_names"] = list(result.metrics)
+    values["owner_host"] = owner.host if owner else None
+    values["owner_pid"] = owner.pid if owner else None
+    values["owner_started_unix_s"] = owner.started_unix_s if owner else None
+    return values
+
+
+def write_details(connection: Connection, result: RunResult) -> None:
+    """Replace the metrics, requests, samples and events of a run whose row is there."""
+    metrics = [{"run_id": result.run_id, "name": name, "value": value} for name, value in result.metrics.items()]
+    _replace(connection, METRICS, result.run_id, metrics)
+    for target, field, record_type in _DETAILS:
+        names = [item.name for item in dataclasses.fields(record_type)]
+        rows = [
+            {"run_id": result.run_id, "position": position, **{name: getattr(record, name) for name in names}}
+            for position, record in enumerate(getattr(result, field))
+        ]
+        _replace(connection, target, result.run_id, rows)
+
+
+def _replace(connection: Connection, target: Table, run_id: str, rows: list[dict[str, Any]]) -> None:
+    connection.execute(delete(target).where(target.c.run_id == run_id))
+    if rows:
+        connection.execute(insert(target), rows)
+
+
+def read_results(connection: Connection, run_ids: Sequence[str]) -> list[RunResult]:
+    """The complete runs of these ids, in their order; ids that are not there are left out."""
+    wanted = list(dict.fromkeys(run_ids))
+    rows = {row.run_id: row for row in _select_in(connection, RUNS, wanted)}
+    metrics = read_metrics(connection, wanted)
+    details = {field: _read_details(connection, target, kind, wanted) for target, field, kind in _DETAILS}
+    return [
+        RunResult(
+            **{name: getattr(rows[run_id], name) for name in (*_RUN_FIELDS, "error")},
+            provenance=provenance_of(rows[run_id]),
+            metrics=ordered_metrics(rows[run_id], metrics.get(run_id, {})),
+            **{field: found.get(run_id, []) for field, found in details.items()},
+        )
+        for run_id in wanted
+        if run_id in rows
+    ]
+
+
+def provenance_of(row: Row[Any]) -> Provenance:
+    """The provenance in a row of ``runs``."""
+    return Provenance(**{name: getattr(row, name) for name in _PROVENANCE_FIELDS})
+
+
+def ordered_metrics(row: Row[Any], metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """The metrics in the order in which the run had them."""
+    return {name: metrics.get(name) for name in row.metric_names}
+
+
+def read_metrics(connection: Connection, run_ids: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """``{run_id: {metric: value}}``."""
+    found: dict[str, dict[str, float | None]] = {}
+    for row in _select_in(connection, METRICS, run_ids):
+        found.setdefault(row.run_id, {})[row.name] = row.value
+    return found
+
+
+def _read_details(connection: Connection, source: Table, record_type: Any, run_ids: Sequence[str]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(record_type)]
+    found: dict[str, list[Any]] = {}
+    for row in _select_in(connection, source, run_ids):
+        found.setdefault(row.run_id, []).append(record_type(**{name: getattr(row, name) for name in names}))
+    return found
+
+
+def _select_in(connection: Connection, source: Table, run_ids: Sequence[str]) -> Iterable[Row[Any]]:
+    order = [source.c.run_id, source.c.position] if "position" in source.c else [source.c.run_id]
+    for start in range(0, len(run_ids), _CHUNK):
+        chunk = run_ids[start : start + _CHUNK]
+        yield from connection.execute(select(source).where(source.c.run_id.in_(chunk)).order_by(*order))

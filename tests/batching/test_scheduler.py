@@ -1,0 +1,265 @@
+"""The scheduler alone: a stand-in for the model computes whatever is scheduled."""
+
+import itertools
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.batching.request import Request, RequestState
+from engine.batching.scheduler import Schedule, Scheduler
+from engine.cache.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.outputs import RequestTimes
+from engine.sampling import SamplingParams
+
+clock = itertools.count()
+
+
+def make_request(name: str, prompt: int, output: int = 4, priority: int = 0, first_token: int = 0) -> Request:
+    tokens = [first_token + i for i in range(prompt)]
+    times = RequestTimes(arrival=float(next(clock)))
+    return Request(name, tokens, prompt, SamplingParams(max_tokens=output), priority, times, seed=0)
+
+
+def compute(scheduler: Scheduler, schedule: Schedule, config: EngineConfig) -> list[str]:
+    """Pretend to run the step: every sampling row gets token 7; returns who finished."""
+    finished = []
+    for row in schedule.rows:
+        request = row.request
+        request.num_computed_tokens = row.start + row.num_tokens - row.num_drafts
+        if row.samples:
+            request.token_ids.append(7)
+        if config.prefix_cache:
+            scheduler.publish_computed(request)
+        if request.num_output_tokens >= request.params.max_tokens:
+            scheduler.finish(request)
+            finished.append(request.request_id)
+    scheduler.check()
+    return finished
+
+
+def run(scheduler: Scheduler, config: EngineConfig, limit: int = 500) -> list[list[str]]:
+    """Step until all is done; the names scheduled in each step."""
+    history = []
+    while scheduler.running or scheduler.num_waiting:
+        schedule = scheduler.schedule(config)
+        history.append([row.request.request_id for row in schedule.rows])
+        compute(scheduler, schedule, config)
+        assert len(history) < limit, "the scheduler does not get on"
+    return history
+
+
+def scheduler_with(blocks: int, *requests: Request, block_size: int = 4) -> Scheduler:
+    scheduler = Scheduler(BlockPool(blocks, block_size))
+    for request in requests:
+        scheduler.add(request)
+    return scheduler
+
+
+def config_with(**knobs: object) -> EngineConfig:
+    return EngineConfig.from_mapping({"prefix_cache": False, **knobs})
+
+
+def test_continuous_batch_admits_a_newcomer_while_others_decode():
+    config = config_with()
+    scheduler = scheduler_with(100, make_request("a", 5, 10))
+    compute(scheduler, scheduler.schedule(config), config)
+    scheduler.add(make_request("b", 5))
+    assert {row.request.request_id for row in scheduler.schedule(config).rows} == {"a", "b"}
+
+
+def test_static_batch_waits_for_its_longest_member():
+    config = config_with(batching="static", max_running=2)
+    requests = [make_request("short", 4, 2), make_request("long", 4, 6), make_request("next", 4, 2)]
+    history = run(scheduler_with(100, *requests), config)
+    first_of_next = next(i for i, names in enumerate(history) if "next" in names)
+    last_of_long = max(i for i, names in enumerate(history) if "long" in names)
+    assert first_of_next > last_of_long
+
+
+def test_static_batch_is_filled_over_several_steps_when_the_budget_is_small():
+    config = config_with(batching="static", max_running=3, token_budget=4)
+    history = run(scheduler_with(100, *(make_request(name, 4, 3) for name in "abc")), config)
+    assert any(set(names) == {"a", "b", "c"} for names in history)
+
+
+def test_switching_static_to_continuous_lets_waiting_requests_in_at_the_next_step():
+    static, continuous = config_with(batching="static", max_running=2), config_with(max_running=3)
+    scheduler = scheduler_with(100, *(make_request(name, 4, 9) for name in "abc"))
+    compute(scheduler, scheduler.schedule(static), static)
+    assert [r.request_id for r in scheduler.waiting] == ["c"]
+    assert "c" in [row.request.request_id for row in scheduler.schedule(continuous).rows]
+
+
+def test_long_prompt_is_cut_to_the_token_budget():
+    config = config_with(token_budget=8)
+    scheduler = scheduler_with(100, make_request("a", 20))
+    chunks = []
+    while not chunks or not chunks[-1][1]:
+        schedule = scheduler.schedule(config)
+        chunks.append((schedule.rows[0].num_tokens, schedule.rows[0].samples))
+        compute(scheduler, schedule, config)
+    assert chunks == [(8, False), (8, False), (4, True)]
+
+
+def test_without_chunked_prefill_a_prompt_is_computed_whole():
+    config = config_with(token_budget=8, chunked_prefill=False)
+    scheduler = scheduler_with(100, make_request("a", 20), make_request("b", 20))
+    first = scheduler.schedule(config)
+    assert [(row.request.request_id, row.num_tokens) for row in first.rows] == [("a", 20)]
+    compute(scheduler, first, config)
+    second = scheduler.schedule(config)
+    assert [(row.request.request_id, row.num_tokens) for row in second.rows] == [("a", 1), ("b", 20)]
+
+
+def test_partial_chunk_carries_no_draft_tokens():
+    config = config_with(token_budget=8)
+    request = make_request("a", 20)
+    request.draft_token_ids = [1, 2]
+    row = scheduler_with(100, request).schedule(config).rows[0]
+    assert row.num_drafts == 0
+    assert not row.samples
+
+
+def test_drafts_are_cut_to_the_budget_that_is_left():
+    config = config_with(token_budget=3)
+    scheduler = scheduler_with(100, make_request("a", 3, 10))
+    compute(scheduler, scheduler.schedule(config), config)
+    scheduler.running[0].draft_token_ids = [1, 2, 3, 4]
+    row = scheduler.schedule(config).rows[0]
+    assert (row.num_tokens, row.num_drafts) == (3, 2)
+
+
+def test_youngest_request_is_preempted_when_blocks_run_out():
+    config = config_with()
+    old, young = make_request("old", 7, 9), make_request("young", 7, 9)
+    scheduler = scheduler_with(4, old, young)
+    for _ in range(20):
+        compute(scheduler, scheduler.schedule(config), config)
+        if young.num_preemptions:
+            break
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert young.state == RequestState.PREEMPTED
+    assert young.num_computed_tokens == 0
+    run(scheduler, config)
+    assert young.num_output_tokens == 9
+
+
+def test_lower_priority_is_preempted_before_higher_whatever_came_first():
+    config = config_with()
+    low, high = make_request("low", 7, 9, priority=5), make_request("high", 7, 9, priority=0)
+    run(scheduler_with(4, low, high), config)
+    assert low.num_preemptions >= 1
+    assert high.num_preemptions == 0
+
+
+def test_without_preemption_nothing_is_admitted_that_could_run_out_of_blocks():
+    config = config_with(preemption=False)
+    requests = [make_request(name, 7, 9) for name in "abc"]
+    run(scheduler_with(4, *requests), config)
+    assert all(request.num_preemptions == 0 for request in requests)
+
+
+def test_fully_cached_prompt_still_computes_its_last_token():
+    config = EngineConfig()
+    scheduler = scheduler_with(100, make_request("first", 8, 1))
+    run(scheduler, config)
+    again = make_request("again", 8, 1)
+    scheduler.add(again)
+    row = scheduler.schedule(config).rows[0]
+    assert (row.start, row.num_tokens) == (4, 4)
+    assert row.samples
+    assert again.num_cached_tokens == 4
+
+
+def test_preempted_request_may_come_back_through_the_prefix_cache():
+    config = EngineConfig()
+    old, young = make_request("old", 7, 9), make_request("young", 7, 9, first_token=50)
+    scheduler = scheduler_with(6, old, young)
+    run(scheduler, config)
+    assert young.num_output_tokens == old.num_output_tokens == 9
+    scheduler.pool.check({})
+    assert scheduler.pool.num_free == 6
+
+
+def test_blocks_computed_under_exchanged_weights_are_not_published():
+    config = EngineConfig()
+    request = make_request("a", 8, 3)
+    scheduler = scheduler_with(100, request)
+    request.publishable = False
+    schedule = scheduler.schedule(config)
+    compute(scheduler, schedule, config)
+    twin = make_request("b", 8)
+    scheduler.add(twin)
+    row = next(row for row in scheduler.schedule(config).rows if row.request is twin)
+    assert row.start == 0
+
+
+def test_every_running_request_gets_on_when_the_budget_is_below_their_number():
+    config = config_with(token_budget=2)
+    scheduler = scheduler_with(100, *(make_request(name, 2, 6) for name in "abcde"))
+    history = run(scheduler, config)
+    longest_wait = max(
+        max(b - a for a, b in itertools.pairwise([i for i, names in enumerate(history) if name in names]))
+        for name in "abcde"
+    )
+    assert longest_wait <= 4
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.large_base_example])
+@given(data=st.data())
+def test_all_requests_finish_under_any_knobs_and_toggles(data: st.DataObject):
+    blocks = data.draw(st.integers(6, 16), label="blocks")
+    scheduler = Scheduler(BlockPool(blocks, 4))
+    requests = [
+        make_request(
+            f"r{i}",
+            prompt=data.draw(st.integers(1, 14)),
+            output=data.draw(st.integers(1, 10)),
+            priority=data.draw(st.integers(0, 2)),
+            first_token=data.draw(st.sampled_from([0, 100])),
+        )
+        for i in range(data.draw(st.integers(1, 7), label="requests"))
+    ]
+    pending = list(requests)
+    cancelled: set[str] = set()
+    for step in range(2000):
+        if pending and data.draw(st.booleans()):
+            scheduler.add(pending.pop(0))
+        knobs = data.draw(
+            st.fixed_dictionaries(
+                {
+                    "batching": st.sampled_from(["continuous", "static"]),
+                    "token_budget": st.integers(1, 20),
+                    "max_running": st.integers(1, 8),
+                    "prefix_cache": st.booleans(),
+                    "preemption": st.booleans(),
+                    "chunked_prefill": st.booleans(),
+                }
+            )
+            if step % 5 == 0
+            else st.just(None)
+        )
+        if knobs is not None:
+            config = EngineConfig.from_mapping(knobs)
+        if step % 11 == 10 and scheduler.running and data.draw(st.booleans()):
+            victim = scheduler.running[-1]
+            scheduler.finish(victim)
+            cancelled.add(victim.request_id)
+        for request in scheduler.running:
+            request.draft_token_ids = [7] * min(2, request.max_total_tokens - request.num_tokens - 1)
+        schedule = scheduler.schedule(config)
+        assert len({id(row.request) for row in schedule.rows}) == len(schedule.rows)
+        if config.chunked_prefill:
+            assert sum(row.num_tokens for row in schedule.rows) <= config.token_budget
+        compute(scheduler, schedule, config)
+        if not pending and not scheduler.running and not scheduler.num_waiting:
+            break
+    else:
+        pytest.fail("not finished after 2,000 steps")
+    for request in requests:
+        assert request.state == RequestState.FINISHED
+        if request.request_id not in cancelled:
+            assert request.num_output_tokens == request.params.max_tokens
+    assert scheduler.pool.num_free == blocks

@@ -1,0 +1,151 @@
+"""The block pool: counts, free list, prefix index."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.cache.block_pool import BlockPool, OutOfBlocksError, chain_digest
+
+
+def digests_of(tokens: list[int], block_size: int) -> list[bytes]:
+    digests: list[bytes] = []
+    for start in range(0, len(tokens) - block_size + 1, block_size):
+        digests.append(chain_digest(digests[-1] if digests else b"", tokens[start : start + block_size]))
+    return digests
+
+
+def fill_and_publish(pool: BlockPool, tokens: list[int]) -> list[int]:
+    digests = digests_of(tokens, pool.block_size)
+    table = pool.allocate(len(digests))
+    for position, (index, digest) in enumerate(zip(table, digests, strict=True)):
+        pool.publish(index, digest, tokens[position * pool.block_size : (position + 1) * pool.block_size])
+    return table
+
+
+def test_failed_allocation_leaves_the_pool_unchanged():
+    pool = BlockPool(4, 2)
+    held = pool.allocate(3)
+    with pytest.raises(OutOfBlocksError):
+        pool.allocate(2)
+    pool.check({"a": held})
+    assert pool.num_free == 1
+
+
+def test_released_prefix_is_found_again_and_shared():
+    pool = BlockPool(4, 2)
+    tokens = [1, 2, 3, 4]
+    table = fill_and_publish(pool, tokens)
+    pool.release(table)
+    assert pool.num_cached == 2
+    hit = pool.lookup(digests_of(tokens, 2), tokens)
+    assert hit == table
+    pool.share(hit)
+    pool.share(hit)
+    assert pool.letters().count("s") == 2
+    pool.check({"a": table, "b": table})
+
+
+def test_stale_hash_is_gone_after_a_block_is_reused():
+    pool = BlockPool(2, 2)
+    tokens = [1, 2, 3, 4]
+    pool.release(fill_and_publish(pool, tokens))
+    held = pool.allocate(2)  # evicts both
+    assert pool.lookup(digests_of(tokens, 2), tokens) == []
+    pool.check({"a": held})
+
+
+def test_lookup_compares_tokens_so_a_digest_collision_is_no_hit():
+    pool = BlockPool(2, 2)
+    fill_and_publish(pool, [1, 2])
+    forged = digests_of([1, 2], 2)
+    assert pool.lookup(forged, [7, 8]) == []
+
+
+def test_least_recently_used_prefix_is_evicted_first():
+    pool = BlockPool(3, 1)
+    first, second = fill_and_publish(pool, [1]), fill_and_publish(pool, [2])
+    pool.release(first)
+    pool.release(second)
+    pool.allocate(2)  # one never used, then the least recently released
+    assert pool.lookup(digests_of([1], 1), [1]) == []
+    assert pool.lookup(digests_of([2], 1), [2]) == second
+
+
+def test_end_of_a_sequence_is_evicted_before_its_beginning():
+    pool = BlockPool(2, 1)
+    table = fill_and_publish(pool, [1, 2])
+    pool.release(table)
+    pool.allocate(1)
+    assert pool.lookup(digests_of([1, 2], 1), [1, 2]) == table[:1]
+
+
+def test_checker_notices_a_wrong_reference_count():
+    pool = BlockPool(2, 2)
+    table = pool.allocate(1)
+    pool.blocks[table[0]].ref_count = 2
+    with pytest.raises(AssertionError, match="holders"):
+        pool.check({"a": table})
+
+
+def test_checker_notices_a_stale_hash():
+    pool = BlockPool(2, 2)
+    table = fill_and_publish(pool, [1, 2])
+    pool.blocks[table[0]].digest = b"something else"
+    with pytest.raises(AssertionError):
+        pool.check({"a": table})
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Random holders allocate, publish, share and release; the checker runs after every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(8, 2)
+        self.tables: dict[str, list[int]] = {}
+        self.texts: dict[str, list[int]] = {}
+        self.count = 0
+
+    @rule(tokens=st.lists(st.integers(0, 2), min_size=2, max_size=8))
+    def admit(self, tokens: list[int]) -> None:
+        tokens = tokens[: len(tokens) // 2 * 2]
+        hit = self.pool.lookup(digests_of(tokens, 2), tokens)
+        fresh = len(tokens) // 2 - len(hit)
+        if fresh + self.pool.count_free(hit) > self.pool.num_free:
+            return
+        self.pool.share(hit)
+        self.count += 1
+        self.tables[str(self.count)] = [*hit, *self.pool.allocate(fresh)]
+        self.texts[str(self.count)] = tokens
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.tables)))
+        tokens = self.texts[name]
+        for position, digest in enumerate(digests_of(tokens, 2)):
+            self.pool.publish(self.tables[name][position], digest, tokens[position * 2 : position * 2 + 2])
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.tables)))
+        self.pool.release(self.tables.pop(name))
+        del self.texts[name]
+
+    @rule(count=st.integers(9, 20))
+    def fail_to_allocate(self, count: int) -> None:
+        with pytest.raises(OutOfBlocksError):
+            self.pool.allocate(count)
+
+    @rule()
+    def reset(self) -> None:
+        self.pool.reset_prefixes()
+
+    @invariant()
+    def consistent(self) -> None:
+        self.pool.check(self.tables)
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,0 +1,152 @@
+"""KV cache bytes, and the published formula beside the right one."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.capacity import (
+    ModelSpec,
+    compare_kv_formulas,
+    kv_bytes_per_block,
+    kv_bytes_per_sequence,
+    kv_bytes_per_token,
+    model_config,
+    model_spec,
+    size_kv_cache,
+)
+from engine.errors import CapacityError, ConfigError
+
+# Bytes per token in 16 bits: 2 · layers · KV heads · head dimension · 2.
+PER_TOKEN = {
+    "Llama-2-7b": 524_288,
+    "Llama-2-13b": 819_200,
+    "Llama-2-70b": 327_680,
+    "Llama-3.1-8B": 131_072,
+    "Llama-3.1-70B": 327_680,
+    "Llama-3.1-405B": 516_096,
+    "Llama-3.2-1B": 32_768,
+    "Mistral-7B-v0.1": 131_072,
+    "Mistral-Nemo-12B-2407": 163_840,
+    "Qwen2.5-7B": 57_344,
+    "Qwen2.5-72B": 327_680,
+    "Qwen3-8B": 147_456,
+    "Qwen3-14B": 163_840,
+    "Qwen3-32B": 262_144,
+    "SmolLM2-135M": 23_040,
+    "TinyLlama-1.1B": 22_528,
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), PER_TOKEN.items())
+def test_kv_bytes_per_token_are_exact(name: str, expected: int):
+    spec = model_spec(name)
+    assert kv_bytes_per_token(spec, "bf16") == expected
+    assert kv_bytes_per_token(spec, "fp8") == expected // 2
+    assert kv_bytes_per_token(spec, "float32") == 2 * expected
+    assert kv_bytes_per_block(spec, 16, "bfloat16") == 16 * expected
+
+
+def test_tensor_parallel_divides_heads_and_replicates_beyond_them():
+    spec = model_spec("Llama-3.1-70B")
+    assert [kv_bytes_per_token(spec, "bf16", tp) for tp in (1, 2, 4, 8, 16)] == [327680, 163840, 81920, 40960, 40960]
+    assert kv_bytes_per_token(model_spec("Qwen2.5-7B"), "bf16", tp=3) == 57344 * 2 // 4  # 4 heads on 3 GPUs: 2 on one
+
+
+def test_quantized_cache_pays_for_its_scales():
+    spec = model_spec("Llama-3.1-8B")  # 32 layers, 8 heads of 128
+    heads = 2 * 32 * 8
+    assert kv_bytes_per_token(spec, "int8") == heads * (128 + 4)
+    assert kv_bytes_per_token(spec, "int4") == heads * (64 + 4)
+
+
+def test_published_formula_stands_beside_the_right_one_with_its_errors_named():
+    both = compare_kv_formulas(model_spec("Llama-3.1-8B"), 1000, 16, "bf16", tp=2)
+    assert both.published.bytes == 2 * 32 * 32 * 128 * 1000 * 2
+    assert both.corrected.bytes == 2 * 32 * 4 * 128 * 1008 * 2
+    text = " ".join(both.errors)
+    assert "4× too much" in text
+    assert "2 GPUs share the heads: each keeps 4" in text
+    assert "1,000 tokens occupy 1,008" in text
+
+
+def test_formulas_agree_for_multi_head_attention_on_one_gpu_in_whole_blocks():
+    both = compare_kv_formulas(model_spec("Llama-2-7b"), 4096, 16, "fp16")
+    assert both.published.bytes == both.corrected.bytes == 4096 * 524_288
+    assert both.errors == ()
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["Mistral-7B-v0.1", "Llama-3.1-405B", "SmolLM2-135M"])
+def test_substituted_factors_multiply_to_the_bytes_shown(name: str, kv_dtype: str):
+    both = compare_kv_formulas(model_spec(name), 7777, 16, kv_dtype, tp=1)
+    for formula in (both.published, both.corrected):
+        total = 0.0
+        for product in formula.products:
+            value = 1.0
+            for factor in product:
+                value *= factor.value
+            total += value
+        assert total == pytest.approx(formula.bytes, abs=1)
+
+
+def test_sliding_window_bounds_a_sequence_only_where_the_engine_frees_blocks():
+    spec = model_spec("Mistral-7B-v0.1")
+    assert spec.sliding_window == 4096
+    assert kv_bytes_per_sequence(spec, 32768, 16) == 4096 * 131_072
+    assert kv_bytes_per_sequence(spec, 32768, 16, frees_windows=False) == 32768 * 131_072
+    assert kv_bytes_per_sequence(spec, 100, 16) == 112 * 131_072
+
+
+def test_layers_with_and_without_a_window_are_counted_apart():
+    config = model_config("Qwen2.5-7B") | {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 20}
+    spec = ModelSpec.from_hf_config(config)
+    assert spec.num_sliding_layers == 8
+    layer = 57_344 // 28
+    assert kv_bytes_per_sequence(spec, 4096, 16) == layer * (20 * 4096 + 8 * 1024)
+    both = compare_kv_formulas(spec, 4096, 16)
+    assert len(both.corrected.products) == 2
+    assert "8 of 28 layers see only the last 1,024 tokens" in " ".join(both.errors)
+
+
+def test_cache_size_is_whole_blocks_and_never_above_the_limit():
+    spec = model_spec("SmolLM2-135M")
+    block = kv_bytes_per_block(spec, 16, "float32")
+    size = size_kv_cache(
+        spec,
+        limit_bytes=1000 + 10 * block - 1,
+        weights_bytes=600,
+        activation_bytes=400,
+        block_size=16,
+        kv_dtype="float32",
+    )
+    assert (size.num_blocks, size.tokens, size.bytes) == (9, 144, 9 * block)
+
+
+def test_cache_size_respects_the_most_blocks_that_can_be_used():
+    spec = model_spec("SmolLM2-135M")
+    size = size_kv_cache(
+        spec, limit_bytes=2**40, weights_bytes=0, activation_bytes=0, block_size=16, kv_dtype="bf16", max_blocks=7
+    )
+    assert size.num_blocks == 7
+
+
+def test_no_room_for_a_block_is_told_with_the_arithmetic():
+    with pytest.raises(CapacityError) as problem:
+        size_kv_cache(
+            model_spec("Llama-3.1-8B"),
+            limit_bytes=16 * 2**30,
+            weights_bytes=15 * 2**30,
+            activation_bytes=2 * 2**30,
+            block_size=16,
+            kv_dtype="bf16",
+        )
+    text = str(problem.value)
+    assert "16.00 GiB do not hold 15.00 GiB of weights, 2.00 GiB of activations" in text
+    assert "1.00 GiB missing" in text
+    assert problem.value.field == "memory_limit_gib"
+
+
+def test_unknown_cache_format_is_refused_with_the_choices():
+    with pytest.raises(ConfigError) as problem:
+        kv_bytes_per_token(model_spec("SmolLM2-135M"), "int3")
+    assert problem.value.field == "kv_dtype"

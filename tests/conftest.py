@@ -1,0 +1,97 @@
+"""Fixtures shared by all rooms: the default model, a tiny checkpoint, references from transformers.
+
+Nothing here downloads weights at test time: `make setup` has fetched the default model, hubs are switched off.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    """Half of the suite runs beside worker processes: do not fight over the cores."""
+    torch.set_num_threads(max(1, min(4, os.cpu_count() or 1)))
+
+
+@pytest.fixture(scope="session")
+def default_gguf() -> Path:
+    """The default model's file, as fetched by `make setup`."""
+    from engine.models import fetch_default_model
+
+    return fetch_default_model()
+
+
+@pytest.fixture(scope="session")
+def hf_default_model(default_gguf: Path) -> Any:
+    """The default model in transformers, float32: the reference of the correctness contract."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(default_gguf.parent),
+        gguf_file=default_gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def default_model_float32(default_gguf: Path) -> Any:
+    """The default model in our engine's form, float32. Tests that swap its weights must swap them back."""
+    from engine.models import load_model
+
+    return load_model(DEFAULT_MODEL, dtype="float32", device="cpu")
+
+
+def byte_tokenizer() -> Any:
+    """A byte-level tokenizer without merges: every byte a token, plus one end-of-sequence token (id 256)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.add_special_tokens(["<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama (grouped queries, 257 tokens): runs thousands of tokens a second."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,  # wide logits: no near ties that rounding could turn
+        eos_token_id=256,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).eval().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

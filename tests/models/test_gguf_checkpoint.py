@@ -1,0 +1,208 @@
+"""A GGUF file stands for the same model as the folder it was made from; a damaged one is refused by name."""
+
+from __future__ import annotations
+
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from engine.errors import ModelLoadError
+from engine.models import load_model, resolve
+from engine.models.gguf_file import GGUFFile
+
+CONFIG = LlamaConfig(
+    vocab_size=258,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+    eos_token_id=256,
+    bos_token_id=None,
+    tie_word_embeddings=False,
+)
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GGUF_OF_HF = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name):
+    for hf, short in {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}.items():
+        if name.startswith(hf):
+            return f"{short}.weight"
+    _, _, index, rest = name.split(".", 3)
+    return f"blk.{index}.{GGUF_OF_HF[rest.removesuffix('.weight')]}.weight"
+
+
+def permuted(weight, num_heads):
+    """What llama.cpp's conversion does to query and key rows: halves (i, i + D/2) become pairs (2i, 2i + 1)."""
+    return (
+        weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
+
+
+def write_gguf(path, checkpoint, *, architecture="llama", quantize=None, rope_factors=None):
+    """The folder's weights as llama.cpp would convert them, with the tiny byte-level tokenizer."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(16)
+    tokens = [*sorted(_byte_alphabet()), "<|end|>", "!!"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3, 1])
+    writer.add_token_merges(["! !"])
+    writer.add_eos_token_id(256)
+    for name in sorted(checkpoint.names()):
+        weight = checkpoint.tensor(name).float().numpy()
+        if "q_proj" in name:
+            weight = permuted(weight, 4)
+        elif "k_proj" in name:
+            weight = permuted(weight, 2)
+        if quantize is not None and weight.ndim == 2:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, quantize), raw_dtype=quantize)
+        else:
+            writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight))
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _byte_alphabet():
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
+
+
+SEQUENCE = list(range(3, 90))
+
+
+def test_gguf_gives_the_logits_of_the_folder_it_was_made_from(save_model, logits_of, tmp_path):
+    folder = save_model(CONFIG)
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(folder)))
+    expected = logits_of(load_model(str(folder), dtype="float32", device="cpu").decoder, [SEQUENCE])
+    model = load_model(str(path), dtype="float32", device="cpu")
+    assert torch.equal(logits_of(model.decoder, [SEQUENCE]), expected)
+    assert (model.source, model.family, model.max_position, model.eos_token_ids) == ("gguf", "llama", 256, (256,))
+    assert model.tokenizer("ab\n").input_ids == load_model(str(folder), device="cpu").tokenizer("ab\n").input_ids
+
+
+def test_rope_factors_of_a_gguf_are_the_llama3_scaling_of_a_folder(save_model, logits_of, tmp_path):
+    folder = save_model(LlamaConfig(**{**CONFIG.to_diff_dict(), "rope_parameters": LLAMA3_ROPE}))
+    reference = load_model(str(folder), dtype="float32", device="cpu").decoder
+    plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    factors = (plain / reference.rotary.inv_freq.numpy()).astype(np.float32)
+    assert factors.max() > 7
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(folder)), rope_factors=factors)
+    found = logits_of(load_model(str(path), dtype="float32", device="cpu").decoder, [SEQUENCE])
+    torch.testing.assert_close(found, logits_of(reference, [SEQUENCE]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+def test_stored_types_are_read_as_the_gguf_package_reads_them(kind, save_model, tmp_path):
+    quantization = gguf.GGMLQuantizationType[kind]
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))), quantize=quantization)
+    ours = GGUFFile(path)
+    for tensor in gguf.GGUFReader(path).tensors:
+        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(ours.read(tensor.name).float().numpy(), expected)
+
+
+@pytest.mark.model
+def test_gguf_cut_in_half_is_refused_and_the_message_says_where(default_gguf, tmp_path):
+    content = default_gguf.read_bytes()
+    path = tmp_path / "half.gguf"
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelLoadError, match=r"cut off: tensor .* ends at byte .* but the file has 49,181,216 bytes"):
+        load_model(str(path), device="cpu")
+
+
+@pytest.mark.parametrize("length", [0, 3, 20, 100, 700])
+def test_gguf_cut_in_its_header_is_refused(length, save_model, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))))
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ModelLoadError, match=r"m\.gguf") as caught:
+        load_model(str(path), device="cpu")
+    assert "download it again" in caught.value.remedy
+
+
+def test_last_byte_missing_is_noticed(save_model, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))))
+    last = max(tensor.offset + tensor.num_bytes for tensor in GGUFFile(path).tensors.values())
+    path.write_bytes(path.read_bytes()[: last - 1])
+    with pytest.raises(ModelLoadError, match="cut off"):
+        resolve(str(path))
+
+
+def test_text_named_gguf_is_refused(tmp_path):
+    path = tmp_path / "notes.gguf"
+    path.write_text("not a model" * 100)
+    with pytest.raises(ModelLoadError, match="is not a GGUF file"):
+        resolve(str(path))
+
+
+def test_absurd_counts_in_the_header_do_not_hang(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60) + bytes(1000))
+    with pytest.raises(ModelLoadError, match="header is damaged"):
+        resolve(str(path))
+
+
+def test_unsupported_gguf_architecture_is_named_with_what_is_supported(save_model, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))), architecture="mamba")
+    with pytest.raises(ModelLoadError, match="'mamba' is not supported") as caught:
+        resolve(str(path))
+    assert "LlamaForCausalLM" in caught.value.remedy
+
+
+def test_part_of_a_split_model_is_refused_with_the_way_to_merge(save_model, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))))
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self: self.metadata.update({"split.count": 3}))
+    with pytest.raises(ModelLoadError, match="split over several files") as caught:
+        resolve(str(path))
+    assert "merge" in caught.value.remedy.lower()
+
+
+def test_converted_tokenizer_is_kept_and_made_again_if_damaged(save_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path / "home"))
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))))
+    expected = load_model(str(path), device="cpu").tokenizer("hello").input_ids
+    (kept,) = (tmp_path / "home" / "cache" / "tokenizers").glob("*/tokenizer.json")
+    assert load_model(str(path), device="cpu").tokenizer("hello").input_ids == expected
+    kept.write_text("{")
+    assert load_model(str(path), device="cpu").tokenizer("hello").input_ids == expected
+    assert kept.stat().st_size > 100

@@ -1,0 +1,168 @@
+"""The Live page over a fake engine: what an operator sees and what reaches the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from tests.pages.engine_fakes import PAGES
+
+
+@pytest.fixture
+def page(services):
+    return AppTest.from_file(str(PAGES / "live.py"), default_timeout=20)
+
+
+def knob(page, kind, name):
+    """The control of a knob; its key bears a version behind the name."""
+    return next(item for item in page.get(kind) if str(item.key).startswith(f"knob-{name}-"))
+
+
+def texts(elements):
+    return " ".join(str(element.value) for element in elements)
+
+
+def test_every_live_and_swap_knob_with_a_choice_has_a_control(page):
+    page.run()
+    assert not page.exception
+    keys = {item.key for kind in (page.toggle, page.number_input, page.selectbox) for item in kind}
+    keys |= {item.key for item in page.button_group}
+    names = {key.split("-")[1] for key in keys if str(key).startswith("knob-")}
+    assert {"batching", "max_running", "token_budget", "chunked_prefill", "preemption", "prefix_cache"} <= names
+    assert {"speculation", "attention", "weights"} <= names
+
+
+def test_a_dependent_knob_appears_only_with_the_value_it_depends_on(page, client):
+    page.run()
+    assert not [item for item in page.number_input if str(item.key).startswith("knob-draft_length")]
+    client.config_now = client.config_now.with_changes({"speculation": "ngram"})
+    time.sleep(0.5)  # the feed shares one reading for a moment
+    page.run()
+    assert knob(page, "number_input", "draft_length").value == 4
+
+
+def test_toggling_a_knob_changes_the_engine_and_tells_the_outcome(page, client):
+    page.run()
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    assert client.patches == [{"prefix_cache": False}]
+    assert client.config_now.prefix_cache is False
+    assert any("prefix_cache" in toast.value and "paused" in toast.value for toast in page.toast)
+
+
+def test_a_change_by_another_client_is_shown_and_not_sent_back(page, client):
+    page.run()
+    client.config_now = client.config_now.with_changes({"prefix_cache": False})
+    time.sleep(0.5)
+    page.run()
+    assert knob(page, "toggle", "prefix_cache").value is False
+    assert client.patches == []
+
+
+def test_a_stale_reading_does_not_undo_a_change(page, client, services):
+    """The reading that was under way while a knob was changed still bears the old value."""
+    page.run()
+    stale = services.feed.latest()
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    services.feed._snapshot = dataclasses.replace(stale, taken_unix_s=time.time() + 60)
+    for _ in range(3):
+        page.run()
+        assert knob(page, "toggle", "prefix_cache").value is False
+    assert client.patches == [{"prefix_cache": False}]
+
+
+def test_a_refused_change_is_shown_at_its_knob_and_the_control_goes_back(page, client):
+    page.run()
+    knob(page, "number_input", "max_running").set_value(500).run()
+    assert "max_running" in texts(page.error)
+    assert "max_num_seqs" in texts(page.error)
+    assert knob(page, "number_input", "max_running").value == 64
+    assert client.config_now.max_running == 64
+
+
+def test_a_prompt_streams_beside_the_script_and_survives_a_toggle(page, client, wait_until):
+    client.hold_after = 10
+    page.run()
+    page.number_input(key="chat-max-tokens").set_value(30).run()
+    page.chat_input(key="chat-input").set_value("hello").run()
+    stream = page.session_state["chat_streams"][0]
+    assert stream.active
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    assert stream.active
+    client.release.set()
+    wait_until(lambda: not stream.active)
+    assert stream.state == "done"
+    assert stream.text.split() == [f"word{index}" for index in range(30)]
+    page.run()
+    assert "TTFT" in texts(page.caption)
+    assert "30 tokens" in texts(page.caption)
+
+
+def test_two_prompts_stream_at_once(page, client, wait_until):
+    client.hold_after = 3
+    page.run()
+    page.chat_input(key="chat-input").set_value("one").run()
+    page.chat_input(key="chat-input").set_value("two").run()
+    first, second = page.session_state["chat_streams"]
+    wait_until(lambda: client.running == 2)
+    assert first.active
+    assert second.active
+    page.button(key="chat-stop").click().run()
+    client.release.set()
+    wait_until(lambda: not first.active and not second.active)
+    assert {first.state, second.state} == {"stopped"}
+    wait_until(lambda: client.running == 0)
+
+
+def test_a_workload_run_is_on_record_without_the_page(page, services, store, wait_until):
+    page.run()
+    page.button(key="live-run").click().run()
+    job = services.recorder.jobs()[0]
+    wait_until(lambda: not job.active)  # nobody looks at the page meanwhile
+    assert [row.status for row in store.list_runs()] == ["completed"]
+    page.run()
+    assert not page.exception
+    assert any(item.label == "Output tokens/s" and item.value == "100.0" for item in page.metric)
+
+
+def test_charts_and_facts_are_drawn_from_the_engine(page, client):
+    client.running = 3
+    for index in range(200):
+        client.add_step(time.time() - 20 + index * 0.1)
+    page.run()
+    assert not page.exception
+    assert any(item.label == "Running / waiting" and item.value == "3 / 0" for item in page.metric)
+    assert len(page.get("vega_lite_chart") + page.get("arrow_vega_lite_chart")) == 6
+
+
+def test_before_the_model_is_ready_nothing_can_be_sent(page, client):
+    client.phase = {"status": "loading", "progress": 0.4, "stage": "reading weights"}
+    page.run()
+    assert not page.exception
+    assert page.chat_input(key="chat-input").disabled
+    assert not [item for item in page.toggle if str(item.key).startswith("knob-")]
+
+
+def test_a_failed_load_opens_the_load_form_again(page, client):
+    client.phase = {"status": "failed", "error": {"message": "no such file", "remedy": "Give a path."}}
+    page.run()
+    assert not page.exception
+    assert page.text_input(key="reload-model")
+
+
+def test_load_model_sends_the_knobs_of_the_form(page, client):
+    page.run()
+    page.number_input(key="reload-max_num_seqs").set_value(8)
+    next(button for button in page.button if button.label == "Load model").click().run()
+    assert client.loads[-1]["max_num_seqs"] == 8
+    assert client.loads[-1]["max_running"] == 8
+
+
+def test_a_dead_worker_leaves_a_page_that_can_be_read(page, worker):
+    page.run()
+    worker.kill()
+    page.run()
+    assert not page.exception
+    assert page.chat_input(key="chat-input").disabled

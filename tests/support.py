@@ -1,0 +1,22 @@
+"""Helpers that tests of several rooms share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine import capacity
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.sizing import GIB
+
+
+def engine_with_blocks(model: Any, num_blocks: int, **knobs: Any) -> Engine:
+    """An engine whose memory limit leaves room for exactly ``num_blocks`` KV blocks."""
+    config = EngineConfig.from_mapping(knobs)
+    dtype = str(model.dtype).removeprefix("torch.")
+    activations = capacity.activation_bytes(model.spec, config.max_num_batched_tokens, config.max_num_seqs, dtype)
+    block = capacity.kv_bytes_per_block(model.spec, config.block_size, dtype)
+    limit = model.weight_bytes() + activations + num_blocks * block + block // 2
+    engine = Engine(model, config.with_changes({"memory_limit_gib": limit / GIB}))
+    assert engine.envelope.num_blocks == num_blocks
+    return engine
