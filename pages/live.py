@@ -13,6 +13,7 @@ from pages.background.feed import Snapshot
 from pages.services import Services, get_services
 from pages.widgets.block_map import block_map
 from pages.widgets.chat import chat, streams
+from pages.widgets.event_log import event_log
 from pages.widgets.knobs import config_in_force, knob_panel, load_form, settle_change, show_toasts
 from pages.widgets.live_charts import live_charts
 from pages.widgets.memory import memory_bar
@@ -33,7 +34,6 @@ def main() -> None:
     phase = services.view().phase
     ready = phase == "ready"
     snapshot = services.feed.read() if ready else services.feed.latest()
-    show_toasts()
     left, middle, right = st.columns([1.05, 2.1, 1.35], gap="medium")
     with left:
         _controls(services, snapshot, phase)
@@ -45,6 +45,13 @@ def main() -> None:
             chat(services, ready=ready)
         with tab_workload:
             workload_launcher(services, ready=ready)
+        st.fragment(_changes, run_every=_IDLE_S if ready else None)(services)
+    show_toasts()  # last: a rerun that a part above asks for throws away what this run has shown
+
+
+def _changes(services: Services) -> None:
+    snapshot = services.feed.latest()
+    event_log(snapshot.events, time.time())
 
 
 def _controls(services: Services, snapshot: Snapshot, phase: str) -> None:
@@ -62,13 +69,12 @@ def _knobs(services: Services, was_pending: bool) -> None:
     pending = settle_change(services)
     if pending != was_pending:
         st.rerun()
-    show_toasts()
     snapshot = services.feed.read()
-    if snapshot.engine is None:
-        return
-    config = config_in_force(snapshot)
-    st.session_state["config_shown"] = config
-    knob_panel(services, services.knobs(), config)
+    if snapshot.engine is not None:
+        config = config_in_force(snapshot)
+        st.session_state["config_shown"] = config
+        knob_panel(services, services.knobs(), config)
+    show_toasts()
 
 
 def _monitor(services: Services, snapshot: Snapshot, ready: bool) -> None:

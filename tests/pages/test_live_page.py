@@ -52,6 +52,28 @@ def test_toggling_a_knob_changes_the_engine_and_tells_the_outcome(page, client):
     assert any("prefix_cache" in toast.value and "paused" in toast.value for toast in page.toast)
 
 
+def test_a_change_stays_in_the_log_with_its_pause_after_the_toast_has_gone(page, client, services):
+    page.run()
+    assert "appear here" in texts(page.caption)
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    services.feed.read(max_age_s=0.0, patience_s=5.0)
+    page.run()
+    assert not page.toast
+    logged = [item.value for item in page.markdown if "prefix_cache: on → off" in item.value]
+    assert len(logged) == 1
+    assert "paused" in logged[0]
+    assert "ago" in logged[0]
+
+
+def test_a_rerun_in_the_same_run_does_not_swallow_the_toast(page, client):
+    """A change that another part of the page answers with a rerun is told all the same."""
+    page.run()
+    client.running = 1  # the monitor finds the engine busy, which it was not: it asks for a rerun at its new pace
+    time.sleep(0.5)
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    assert any("prefix_cache" in toast.value for toast in page.toast)
+
+
 def test_a_change_by_another_client_is_shown_and_not_sent_back(page, client):
     page.run()
     client.config_now = client.config_now.with_changes({"prefix_cache": False})
