@@ -57,7 +57,7 @@ def forward_bytes(spec: ModelSpec, num_tokens: int, dtype: str, *, tp: int = 1) 
     """
     size = DTYPE_BYTES[dtype_name(dtype)]
     query = -(-spec.num_heads // tp) * spec.head_dim
-    keys = kv_heads_per_gpu(spec.num_kv_heads, tp) * spec.head_dim
+    keys = kv_heads_per_gpu(spec.num_kv_heads, tp) * spec.head_dim if spec.num_kv_heads else 0
     width = -(-spec.intermediate_size // tp)
     hidden = spec.hidden_size
     attention = hidden + (query + 2 * keys) + (query + keys) + query + hidden

@@ -1,7 +1,7 @@
 """What the fields of a ``config.json`` mean in each model family that the planner knows: one row each.
 
-Only what changes parameter counts or memory is here. Where a ``config.json`` is silent, the defaults are those of the
-family's configuration class in transformers, because that is what every engine that reads the file assumes.
+Only what changes parameter counts, memory or time is here. Where a ``config.json`` is silent, the defaults are those of
+the family's configuration class in transformers, because that is what every engine that reads the file assumes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,32 @@ from engine.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Experts:
+    """Where a mixture-of-experts family states its experts: names of fields, "" where it has no such thing.
+
+    Attributes:
+        count, top_k, width: experts, experts a token, width of one.
+        shared_width: width of all shared experts together; shared_count: or their number, of ``width`` each.
+        shared_gate, bias, router_bias, correction: see :class:`engine.capacity.layers.MixtureMLP`.
+        gated: experts have a gate projection.
+        placement: which layers are mixtures: "all", "step" (every ``decoder_sparse_step``-th, except
+            ``mlp_only_layers``) or "first_dense" (from layer ``first_k_dense_replace`` on).
+    """
+
+    count: str = "num_experts"
+    top_k: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    shared_width: str = ""
+    shared_count: str = ""
+    shared_gate: bool = False
+    bias: bool = False
+    router_bias: bool = False
+    correction: bool = False
+    gated: bool = True
+    placement: str = "all"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Family:
     """One row.
 
@@ -25,12 +51,23 @@ class Family:
         head_dim: default of ``head_dim``; None: hidden size / heads.
         tied: default of ``tie_word_embeddings``.
         biases: "config" if ``attention_bias`` (query, key, value and output) and ``mlp_bias`` apply, "attention" if
-            only the former does, "qkv" if query, key and value always have one, "none".
-        qk_norm: queries and keys are normalized per head (a weight of head_dim each).
-        sliding: "none", "always" (``sliding_window`` unless null) or "switch" (only where ``use_sliding_window``, from
-            layer ``max_window_layers`` on).
+            only the former does, "config_qkv" if it means query, key and value alone, "qkv" if these always have one,
+            "use_bias" if that field switches all of them, "none".
+        qk_norm: queries and keys are normalized: "head" by a weight of head_dim each, "full" over all heads, "config"
+            if ``use_qk_norm`` says so.
+        sliding: "none", "always" (``sliding_window`` unless null), "switch" (only where ``use_sliding_window``, from
+            layer ``max_window_layers`` on), "even" (layers 0, 2, …) or "pattern" (all but every
+            ``sliding_window_pattern``-th).
+        window: default of ``sliding_window`` where it applies; None: all positions.
         max_position: default of ``max_position_embeddings``, tokens.
-        window: default of ``sliding_window`` where it applies.
+        norms: norms of the hidden width a layer; norm_bias: they have one (LayerNorm).
+        gated: the MLP has a gate projection.
+        sinks: attention has a learned sink a head.
+        head_bias: the language-model head has one.
+        experts: where the experts are stated, for a mixture.
+        layout: "plain", or the layer structure of its own that :mod:`engine.capacity.readers` knows by this name.
+        text: the architecture that wraps a language model stated under ``text_config``; False for a language model.
+        defaults: other fields' defaults.
     """
 
     model_type: str
@@ -39,30 +76,222 @@ class Family:
     head_dim: int | None = None
     tied: bool = False
     biases: str = "none"
-    qk_norm: bool = False
+    qk_norm: str = ""
     sliding: str = "none"
-    window: int = 4096
+    window: int | None = 4096
     max_position: int = 32768
+    norms: int = 2
+    norm_bias: bool = False
+    gated: bool = True
+    sinks: bool = False
+    head_bias: bool = False
+    experts: Experts | None = None
+    layout: str = "plain"
+    text: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()
 
+
+_QWEN_EXPERTS = Experts(placement="step")
+_QWEN2_EXPERTS = Experts(shared_width="shared_expert_intermediate_size", shared_gate=True, placement="step")
+_LOCAL_EXPERTS = Experts(count="num_local_experts", width="intermediate_size")
+_GPT_OSS_EXPERTS = Experts(count="num_local_experts", width="intermediate_size", bias=True, router_bias=True)
+_DEEPSEEK2_EXPERTS = Experts(count="n_routed_experts", shared_count="n_shared_experts", placement="first_dense")
+_DEEPSEEK3_EXPERTS = dataclasses.replace(_DEEPSEEK2_EXPERTS, correction=True)
+_GEMMA3_TEXT = (
+    ("vocab_size", 262208),
+    ("hidden_size", 2304),
+    ("intermediate_size", 9216),
+    ("num_hidden_layers", 26),
+    ("num_attention_heads", 8),
+    ("num_key_value_heads", 4),
+    ("sliding_window_pattern", 6),
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", "LlamaForCausalLM", biases="config", max_position=2048),
     Family("mistral", "MistralForCausalLM", num_kv_heads=8, sliding="always", max_position=131072),
+    Family("mistral3", "Mistral3ForConditionalGeneration", text=True),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        num_kv_heads=8,
+        sliding="always",
+        window=None,
+        max_position=131072,
+        experts=_LOCAL_EXPERTS,
+    ),
     Family("qwen2", "Qwen2ForCausalLM", num_kv_heads=32, biases="qkv", sliding="switch"),
+    Family("qwen2_moe", "Qwen2MoeForCausalLM", num_kv_heads=16, biases="qkv", sliding="switch", experts=_QWEN2_EXPERTS),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
         num_kv_heads=32,
         head_dim=128,
         biases="attention",
-        qk_norm=True,
+        qk_norm="head",
         sliding="switch",
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        num_kv_heads=4,
+        biases="attention",
+        qk_norm="head",
+        sliding="switch",
+        experts=_QWEN_EXPERTS,
+        defaults=(("num_experts", 128),),
+    ),
+    Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        num_kv_heads=2,
+        head_dim=256,
+        biases="attention",
+        qk_norm="head",
+        layout="delta",
+        experts=_QWEN2_EXPERTS,
+        defaults=(("full_attention_interval", 4), ("num_experts", 512)),
+    ),
+    Family(
+        "gemma", "GemmaForCausalLM", num_kv_heads=16, head_dim=256, tied=True, biases="attention", max_position=8192
+    ),
+    Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        num_kv_heads=4,
+        head_dim=256,
+        tied=True,
+        biases="attention",
+        sliding="even",
+        norms=4,
+        max_position=8192,
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        num_kv_heads=4,
+        head_dim=256,
+        tied=True,
+        biases="attention",
+        qk_norm="head",
+        sliding="pattern",
+        norms=4,
+        max_position=131072,
+        defaults=_GEMMA3_TEXT,
+    ),
+    Family("gemma3", "Gemma3ForConditionalGeneration", tied=True, text=True),
+    # Phi-2 normalizes once a layer, before attention and MLP in parallel.
+    Family(
+        "phi",
+        "PhiForCausalLM",
+        biases="all",
+        norms=1,
+        norm_bias=True,
+        gated=False,
+        head_bias=True,
+        max_position=2048,
+    ),
+    Family("phi3", "Phi3ForCausalLM", sliding="always", window=None, max_position=4096),
+    Family(
+        "phimoe",
+        "PhimoeForCausalLM",
+        num_kv_heads=8,
+        biases="attention",
+        sliding="always",
+        window=None,
+        norm_bias=True,
+        head_bias=True,
+        max_position=131072,
+        experts=_LOCAL_EXPERTS,
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        num_kv_heads=8,
+        head_dim=64,
+        biases="attention",
+        sliding="even",
+        window=128,
+        sinks=True,
+        max_position=131072,
+        experts=_GPT_OSS_EXPERTS,
+        defaults=(("attention_bias", True),),
+    ),
+    Family("deepseek_v2", "DeepseekV2ForCausalLM", layout="latent", experts=_DEEPSEEK2_EXPERTS, max_position=2048),
+    Family("deepseek_v3", "DeepseekV3ForCausalLM", layout="latent", experts=_DEEPSEEK3_EXPERTS, max_position=4096),
+    Family("granite", "GraniteForCausalLM", biases="config", max_position=2048),
+    Family("granitemoe", "GraniteMoeForCausalLM", biases="attention", max_position=2048, experts=_LOCAL_EXPERTS),
+    Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        biases="attention",
+        layout="granite_hybrid",
+        max_position=2048,
+        experts=dataclasses.replace(_LOCAL_EXPERTS, shared_width="shared_intermediate_size"),
+    ),
+    Family("falcon", "FalconForCausalLM", tied=True, norm_bias=True, gated=False, layout="falcon", max_position=2048),
+    Family(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        num_kv_heads=8,
+        head_dim=128,
+        biases="config",
+        gated=False,
+        norms=1,
+        layout="nemotron_h",
+        max_position=4096,
+        experts=Experts(
+            count="n_routed_experts",
+            shared_width="moe_shared_expert_intermediate_size",
+            correction=True,
+            gated=False,
+        ),
+    ),
+    Family("llama4_text", "Llama4ForCausalLM", num_kv_heads=8, head_dim=128, layout="llama4", max_position=131072),
+    Family("llama4", "Llama4ForConditionalGeneration", text=True),
+    Family("olmo2", "Olmo2ForCausalLM", biases="attention", qk_norm="full", max_position=2048),
+    Family("cohere", "CohereForCausalLM", tied=True, biases="attention", norms=1, max_position=8192),
+    Family(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        tied=True,
+        biases="attention",
+        norms=1,
+        sliding="pattern",
+        max_position=8192,
+        defaults=(("sliding_window_pattern", 4),),
+    ),
+    Family("smollm3", "SmolLM3ForCausalLM", num_kv_heads=4, tied=True, biases="config", max_position=32768),
+    Family(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        num_kv_heads=2,
+        tied=True,
+        biases="use_bias",
+        sliding="always",
+        window=None,
+        norm_bias=True,
+        gated=False,
+        max_position=4096,
+    ),
+    Family("glm4", "Glm4ForCausalLM", num_kv_heads=2, head_dim=128, biases="config_qkv", norms=4, max_position=131072),
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        num_kv_heads=8,
+        biases="config_qkv",
+        qk_norm="config",
+        max_position=131072,
+        experts=_DEEPSEEK3_EXPERTS,
     ),
 )
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a parsed ``config.json``, by ``architectures``, else by ``model_type``.
+
+    >>> family_of({"architectures": ["Qwen3ForCausalLM"]}).model_type
+    'qwen3'
 
     Raises:
         ConfigError: naming the architecture and what is supported.

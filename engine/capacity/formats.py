@@ -22,17 +22,48 @@ _DTYPE_ALIASES = {
 GROUP_SIZES = (32, 64, 128)
 
 
+#: GGUF block types: (weights a block, bytes a block), from ggml's block structures.
+GGUF_BLOCKS = {
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "iq4_nl": (32, 18),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+    "iq4_xs": (256, 136),
+}
+#: Where 256 does not divide a row, llama.cpp falls back to a type with blocks of 32.
+_GGUF_FALLBACK = {
+    "q2_k": "q4_0",
+    "q3_k": "q4_0",
+    "q4_k": "q5_0",
+    "q5_k": "q5_1",
+    "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl",
+}
+#: Mixtures of block types, e.g. Q4_K_M: (type of most matrices, type of the more sensitive ones).
+GGUF_MIXTURES = {"q4_k_m": ("q4_k", "q6_k"), "q5_k_m": ("q5_k", "q6_k")}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class WeightFormat:
     """How the matrices of attention and MLP are stored; embedding, head, norms and biases keep the model's dtype.
 
     Attributes:
         name: canonical name, e.g. ``"int4-g128"``.
-        bits: of one weight.
+        bits: of one weight (of a GGUF block type: rounded down).
         group_size: weights along the input dimension that share a scale; None: one scale per output channel.
         scale_bytes: of one scale; 0 if the format has none.
         zero_point_bits: of one zero point; 0 if the grid is symmetric.
         dtype: set for the formats a model computes in, else None.
+        tile: a scale covers ``tile`` · ``tile`` weights; None: see ``group_size``.
+        block: GGUF: (weights, bytes) of one block; scales are inside. Embedding and head are quantized too.
+        experts_only: where a model has routed experts, nothing else is quantized (gpt-oss).
     """
 
     name: str
@@ -41,6 +72,9 @@ class WeightFormat:
     scale_bytes: int = 0
     zero_point_bits: int = 0
     dtype: str | None = None
+    tile: int | None = None
+    block: tuple[int, int] | None = None
+    experts_only: bool = False
 
     def matrix_bytes(self, rows: int, columns: int, plain_bytes: int = 2) -> int:
         """Bytes of a matrix of ``rows`` outputs and ``columns`` inputs, scales and zero points included.
@@ -50,21 +84,41 @@ class WeightFormat:
 
         >>> weight_format("int4-g128").matrix_bytes(2, 128)  # 128 B of weights, 2 scales of 2 B, 2 zeros of half a byte
         133
+        >>> weight_format("q4_k").matrix_bytes(1, 4096) * 8 / 4096  # 4.5 bits a weight
+        4.5
         """
+        if self.block is not None:
+            return self._block_bytes(rows, columns, plain_bytes)
+        if self.tile is not None:
+            scales = -(-rows // self.tile) * -(-columns // self.tile)
+            return rows * columns * self.bits // 8 + scales * self.scale_bytes
         group = self.group_size
         if group is not None:
-            group = next((size for size in reversed(GROUP_SIZES) if size <= group and columns % size == 0), None)
+            sizes = (size for size in (*reversed(GROUP_SIZES), 16) if size <= group and columns % size == 0)
+            group = next(sizes, None) if self.zero_point_bits else (group if columns % group == 0 else None)
             if group is None or rows % 2:
                 return rows * columns * plain_bytes
         groups = rows * (columns // group if group else 1)
         return rows * columns * self.bits // 8 + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
 
+    def _block_bytes(self, rows: int, columns: int, plain_bytes: int) -> int:
+        weights, size = self.block or (1, 1)
+        if columns % weights:
+            weights, size = GGUF_BLOCKS[_GGUF_FALLBACK.get(self.name, self.name)]
+        if columns % weights:
+            return rows * columns * plain_bytes
+        return rows * columns // weights * size
+
     def bytes_per_weight(self) -> float:
-        """Bytes a weight on average, for display; a scale per output channel is left out.
+        """Bytes a weight on average, for display; a scale per output channel or tile is left out.
 
         >>> weight_format("int4-g64").bytes_per_weight()  # 0.5 + 2.5/64
         0.5390625
+        >>> weight_format("mxfp4").bytes_per_weight() * 8, weight_format("nvfp4").bytes_per_weight() * 8
+        (4.25, 4.5)
         """
+        if self.block is not None:
+            return self.block[1] / self.block[0]
         extra = 0.0 if self.group_size is None else (self.scale_bytes + self.zero_point_bits / 8) / self.group_size
         return self.bits / 8 + extra
 
@@ -87,8 +141,10 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     """The weight format of that name.
 
     Args:
-        name: a dtype (bf16, fp16, fp32 and their long forms), ``fp8``, ``int8``, ``int4`` (groups of 128) or
-            ``int4-g32|64|128``.
+        name: a dtype (bf16, fp16, fp32 and their long forms), ``fp8`` (a scale per channel), ``fp8-block`` (a scale per
+            128 · 128), ``int8``, ``int4`` (groups of 128) or ``int4-g32|64|128``, ``mxfp4`` (groups of 32, scales of
+            8 bits), ``nvfp4`` (groups of 16, scales of 8 bits), a GGUF type (``q4_k``, ``q8_0`` …) or mixture
+            (``q4_k_m``, ``q5_k_m``).
         zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
             kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
 
@@ -99,10 +155,12 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     if text in _DTYPE_ALIASES:
         dtype = _DTYPE_ALIASES[text]
         return WeightFormat(dtype, 8 * DTYPE_BYTES[dtype], dtype=dtype)
-    if text in ("fp8", "fp8_e4m3", "fp8-e4m3"):
-        return WeightFormat("fp8", 8, scale_bytes=4)
-    if text == "int8":
-        return WeightFormat("int8", 8, scale_bytes=2)
+    if text in _NAMED_FORMATS:
+        return _NAMED_FORMATS[text]
+    block_type = GGUF_MIXTURES.get(text, (text,))[0]
+    if block_type in GGUF_BLOCKS:
+        weights, size = GGUF_BLOCKS[block_type]
+        return WeightFormat(text, 8 * size // weights, block=(weights, size))
     grouped = re.fullmatch(r"int4(?:-g(\d{1,4}))?", text)
     if grouped and int(grouped[1] or 128) in GROUP_SIZES:
         size = int(grouped[1] or 128)
@@ -111,8 +169,21 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     raise ConfigError(
         f"{text[:40]!r} is not a weight format.",
         field="weights",
-        remedy=f"Choose bf16, fp16, fp32, fp8, int8, {choices}.",
+        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, {choices}, mxfp4, nvfp4, or a GGUF type such as q4_k_m "
+        "or q8_0.",
     )
+
+
+_FP8 = WeightFormat("fp8", 8, scale_bytes=4)
+_NAMED_FORMATS = {
+    "fp8": _FP8,
+    "fp8_e4m3": _FP8,
+    "fp8-e4m3": _FP8,
+    "fp8-block": WeightFormat("fp8-block", 8, scale_bytes=4, tile=128),
+    "int8": WeightFormat("int8", 8, scale_bytes=2),
+    "mxfp4": WeightFormat("mxfp4", 4, 32, scale_bytes=1, experts_only=True),
+    "nvfp4": WeightFormat("nvfp4", 4, 16, scale_bytes=1),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,15 +6,20 @@ import dataclasses
 from fractions import Fraction
 from math import ceil, prod
 
-from engine.capacity.formats import kv_format
+from engine.capacity.formats import DTYPE_BYTES, KVFormat, dtype_name, kv_format
+from engine.capacity.layers import AnyMixer, Attention, LatentAttention, Layer
 from engine.capacity.parallel import Stage, kv_heads_per_gpu, whole_model
 from engine.capacity.spec import ModelSpec
+
+#: Recurrent states are kept in float32 (``mamba_ssm_cache_dtype`` of the published configurations).
+_STATE_BYTES = 4
 
 
 def kv_bytes_per_token(spec: ModelSpec, kv_dtype: str = "auto", tp: int = 1, *, stage: Stage | None = None) -> int:
     """Bytes that one more token adds to one GPU's cache while no window is full.
 
-    2 (keys and values) · layers · ceil(KV heads / TP) · bytes of a head (scales included).
+    Over the layers with attention: 2 (keys and values) · ceil(KV heads / TP) · bytes of a head (scales included); with
+    latent attention one vector of kv_rank + rope_dim, which tensor parallelism does not divide.
 
     Args:
         spec: the model.
@@ -27,6 +32,8 @@ def kv_bytes_per_token(spec: ModelSpec, kv_dtype: str = "auto", tp: int = 1, *, 
     131072
     >>> kv_bytes_per_token(model_spec("Llama-2-7b"), "fp16")  # multi-head attention: 512 KiB
     524288
+    >>> kv_bytes_per_token(model_spec("DeepSeek-V3"), "bf16", tp=8)  # 61 · (512 + 64) · 2
+    70272
     """
     return ceil(_exact_bytes_per_token(spec, kv_dtype, tp, stage))
 
@@ -68,10 +75,29 @@ def kv_bytes_per_sequence(
     >>> kv_bytes_per_sequence(mistral, 32768, 16) == kv_bytes_per_sequence(mistral, 4096, 16)
     True
     """
-    per_layer = _exact_bytes_per_layer(spec, kv_dtype, tp)
-    groups = _layer_groups(spec, stage or whole_model(spec), frees_windows)
-    blocks = sum(layers * blocks_for(_kept(context, window), block_size) for window, layers in groups)
-    return ceil(blocks * block_size * per_layer)
+    total = Fraction(0)
+    for layer, count in _attending(spec, stage or whole_model(spec)):
+        kept = _kept(context, layer.window if frees_windows else None)
+        total += count * blocks_for(kept, block_size) * block_size * _layer_bytes(spec, layer, kv_dtype, tp)
+    return ceil(total)
+
+
+def state_bytes_per_sequence(spec: ModelSpec, dtype: str, tp: int = 1, *, stage: Stage | None = None) -> int:
+    """Bytes of constant state that one sequence holds on one GPU, whatever its length: recurrent state in float32, the
+    convolutions' windows in ``dtype``. 0 for a model of attention alone.
+
+    >>> from engine.capacity.catalog import model_spec
+    >>> spec = model_spec("Nemotron-H-8B")
+    >>> state_bytes_per_sequence(spec, "bfloat16")  # 24 layers · (1,048,576 · 4 B + 30,720 · 2 B)
+    102137856
+    """
+    held = stage or whole_model(spec)
+    small = DTYPE_BYTES[dtype_name(dtype)]
+    total = 0
+    for layer, count in spec.layer_counts(held.start, held.stop):
+        recurrent, window = layer.mixer.state_elements(tp)
+        total += count * (recurrent * _STATE_BYTES + window * small)
+    return total
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -83,20 +109,20 @@ def _kept(context: int, window: int | None) -> int:
     return context if window is None else min(context, window)
 
 
-def _exact_bytes_per_layer(spec: ModelSpec, kv_dtype: str, tp: int) -> Fraction:
-    head = kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(spec.head_dim)
-    return 2 * kv_heads_per_gpu(spec.num_kv_heads, tp) * head
+def _attending(spec: ModelSpec, stage: Stage) -> list[tuple[Layer, int]]:
+    """(layer, how many of it) of those that keep keys and values, full attention first."""
+    layers = [(layer, count) for layer, count in spec.layer_counts(stage.start, stage.stop) if layer.attends]
+    return sorted(layers, key=lambda item: (item[0].window is not None, item[0].window or 0))
+
+
+def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fraction:
+    vectors, width = layer.mixer.cached_heads(tp)
+    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width)
 
 
 def _exact_bytes_per_token(spec: ModelSpec, kv_dtype: str, tp: int, stage: Stage | None) -> Fraction:
-    return (stage or whole_model(spec)).num_layers * _exact_bytes_per_layer(spec, kv_dtype, tp)
-
-
-def _layer_groups(spec: ModelSpec, stage: Stage, frees_windows: bool) -> list[tuple[int | None, int]]:
-    """(window, number of layers) of the stage, full attention first."""
-    windows = spec.layer_windows[stage.start : stage.stop] if frees_windows else (None,) * stage.num_layers
-    kinds = sorted(set(windows), key=lambda window: (window is not None, window or 0))
-    return [(kind, windows.count(kind)) for kind in kinds]
+    layers = _attending(spec, stage or whole_model(spec))
+    return sum((count * _layer_bytes(spec, layer, kv_dtype, tp) for layer, count in layers), Fraction(0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,7 +176,7 @@ class KVComparison:
     @property
     def ratio(self) -> float:
         """Published over corrected."""
-        return self.published.bytes / self.corrected.bytes
+        return self.published.bytes / self.corrected.bytes if self.corrected.bytes else 1.0
 
 
 def compare_kv_formulas(
@@ -177,11 +203,13 @@ def compare_kv_formulas(
 
 def _published(spec: ModelSpec, context: int, kv_dtype: str) -> KVFormula:
     size = kv_format(kv_dtype, spec.torch_dtype).bits / 8
+    mixer = spec.attention
+    width = mixer.nope_dim + mixer.rope_dim if isinstance(mixer, LatentAttention) else spec.head_dim
     factors = (
         Factor("2", 2, "", "keys and values"),
         Factor("L", spec.num_layers, "", "layers"),
         Factor("n_{heads}", spec.num_heads, "", "attention heads"),
-        Factor("d_{head}", spec.head_dim, "", "values per head"),
+        Factor("d_{head}", width, "", "values per head"),
         Factor("s", context, "tokens", "tokens of context"),
         Factor("b", size, "B", "bytes per value"),
     )
@@ -191,27 +219,38 @@ def _published(spec: ModelSpec, context: int, kv_dtype: str) -> KVFormula:
 def _corrected(
     spec: ModelSpec, context: int, block_size: int, kv_dtype: str, tp: int, frees_windows: bool
 ) -> KVFormula:
-    form = kv_format(kv_dtype, spec.torch_dtype)
-    head = form.bytes_per_head(spec.head_dim)
-    local = kv_heads_per_gpu(spec.num_kv_heads, tp)
-    heads = "n_{kv}" if tp == 1 else r"\lceil n_{kv}/TP \rceil"
-    words = "key/value heads" if tp == 1 else f"key/value heads on each of {tp} GPUs"
-    products = []
-    for window, layers in _layer_groups(spec, whole_model(spec), frees_windows):
-        slides = window is not None
-        tokens = blocks_for(_kept(context, window), block_size) * block_size
-        held = f"tokens of context, at most the window of {window:,}" if slides else "tokens of context"
-        factors = [
-            Factor("2", 2, "", "keys and values"),
-            Factor("L_{window}" if slides else "L", layers, "", "sliding-window layers" if slides else "layers"),
-            Factor(heads, local, "", words),
-            Factor("d_{head}", spec.head_dim, "", "values per head"),
-            Factor(r"\hat{s}_{window}" if slides else r"\hat{s}", tokens, "tokens", f"{held}, in whole blocks"),
-            Factor("b", float(head / spec.head_dim), "B", _value_words(form.head_overhead_bytes)),
-        ]
-        products.append(tuple(factors))
     total = kv_bytes_per_sequence(spec, context, block_size, kv_dtype, tp, frees_windows=frees_windows)
-    return KVFormula("As it is", tuple(products), total)
+    merged: dict[tuple[int | None, AnyMixer], int] = {}
+    for layer, count in _attending(spec, whole_model(spec)):
+        # Layers that differ in their MLP only are the same here.
+        key = (layer.window if frees_windows else None, dataclasses.replace(layer.mixer, window=None))  # type: ignore
+        merged[key] = merged.get(key, 0) + count
+    products = tuple(
+        _product(mixer, window, count, context, block_size, kv_format(kv_dtype, spec.torch_dtype), tp)
+        for (window, mixer), count in merged.items()
+    )
+    return KVFormula("As it is", products, total)
+
+
+def _product(
+    mixer: AnyMixer, window: int | None, layers: int, context: int, block_size: int, form: KVFormat, tp: int
+) -> tuple[Factor, ...]:
+    slides = window is not None
+    vectors, width = mixer.cached_heads(tp)
+    tokens = blocks_for(_kept(context, window), block_size) * block_size
+    held = f"tokens of context, at most the window of {window:,}" if slides else "tokens of context"
+    factors = [Factor("L_{window}" if slides else "L", layers, "", "sliding-window layers" if slides else "layers")]
+    if isinstance(mixer, Attention):
+        heads = "n_{kv}" if tp == 1 else r"\lceil n_{kv}/TP \rceil"
+        words = "key/value heads" if tp == 1 else f"key/value heads on each of {tp} GPUs"
+        factors.insert(0, Factor("2", 2, "", "keys and values"))
+        factors += [Factor(heads, vectors // 2, "", words), Factor("d_{head}", width, "", "values per head")]
+    else:
+        factors.append(Factor("(r_{kv} + d_{rope})", width, "", "values of the latent that all heads share"))
+    factors.append(Factor(r"\hat{s}_{window}" if slides else r"\hat{s}", tokens, "tokens", f"{held}, in whole blocks"))
+    bytes_each = float(form.bytes_per_head(width) / width)
+    factors.append(Factor("b", bytes_each, "B", _value_words(form.head_overhead_bytes)))
+    return tuple(factors)
 
 
 def _value_words(overhead: int) -> str:
@@ -221,12 +260,22 @@ def _value_words(overhead: int) -> str:
 def _errors(spec: ModelSpec, context: int, block_size: int, kv_dtype: str, tp: int, frees_windows: bool) -> list[str]:
     form = kv_format(kv_dtype, spec.torch_dtype)
     errors = []
-    if spec.group_queries > 1:
+    recurrent = spec.num_layers - spec.num_attention_layers
+    if recurrent:
+        errors.append(
+            f"{recurrent:,} of {spec.num_layers:,} layers keep no keys and values: their state has a constant size."
+        )
+    if spec.is_latent:
+        errors.append(
+            f"Keys and values of all {spec.num_heads:,} heads are cached as one latent of {spec.head_dim:,} values, on "
+            "every GPU."
+        )
+    elif spec.group_queries > 1:
         errors.append(
             f"It counts {spec.num_heads:,} attention heads, but groups of {spec.group_queries} share one key/value "
             f"head: only {spec.num_kv_heads:,} are cached. {spec.group_queries}× too much."
         )
-    if tp > 1:
+    if tp > 1 and not spec.is_latent and spec.num_kv_heads:
         local = kv_heads_per_gpu(spec.num_kv_heads, tp)
         copies = " (replicated: there are more GPUs than key/value heads)" if tp > spec.num_kv_heads else ""
         errors.append(f"It ignores that {tp} GPUs share the heads: each keeps {local:,}{copies}.")

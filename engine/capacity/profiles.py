@@ -14,6 +14,7 @@ import re
 
 from engine.capacity.activation import activation_bytes, forward_bytes
 from engine.capacity.formats import DTYPE_BYTES, WeightFormat, weight_format
+from engine.capacity.layers import MixtureMLP
 from engine.capacity.parallel import Stage, whole_model
 from engine.capacity.spec import ModelSpec
 from engine.capacity.weights import stored_tensors
@@ -21,6 +22,8 @@ from engine.capacity.words import GIB
 from engine.errors import ConfigError
 
 MIB = 2**20
+#: Rotary tables of longer contexts are not made at once (Llama 4: 10 million positions).
+_LONGEST_TABLE = 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Profile:
         utilization, max_num_seqs, token_budget, block_size: the engine's defaults; ``token_budget`` None: a step takes
             a whole prompt of the planned context.
         frees_windows: gives back KV blocks that have slid out of a layer's window.
+        expands_latent: caches full keys and values where a model has latent attention.
         torch_cuda: weights are counted as torch's CUDA allocator does, with vLLM's rotary table and padded vocabulary.
         logits_fit: (GiB, bytes per sequence and vocabulary entry) of the measured activation peak, or None: counted.
         non_torch_gib: on one GPU, and on each of several.
@@ -51,6 +55,7 @@ class Profile:
     torch_cuda: bool
     logits_fit: tuple[float, float] | None
     non_torch_gib: tuple[float, float]
+    expands_latent: bool = False
     batch_is_concurrency: bool = False
     caps_cache: bool = False
     assumptions: tuple[str, ...] = ()
@@ -145,6 +150,7 @@ PROFILES: tuple[Profile, ...] = (
         torch_cuda=False,
         logits_fit=None,
         non_torch_gib=(0.25, 2.1),
+        expands_latent=True,
         batch_is_concurrency=True,
         assumptions=(
             "One static batch: every sequence is padded to the planned context and prefilled in one pass.",
@@ -188,7 +194,7 @@ def profile_weight_format(profile: Profile, name: str) -> WeightFormat:
 
 
 def resident_weight_bytes(
-    profile: Profile, spec: ModelSpec, weights: str, dtype: str, tp: int, stage: Stage | None = None
+    profile: Profile, spec: ModelSpec, weights: str, dtype: str, tp: int, stage: Stage | None = None, *, ep: int = 1
 ) -> int:
     """Bytes of weights on one GPU as the engine of the profile holds them.
 
@@ -200,18 +206,30 @@ def resident_weight_bytes(
     14.2487
     """
     held = stage or whole_model(spec)
-    tensors = stored_tensors(
-        spec,
-        profile_weight_format(profile, weights),
-        dtype=dtype,
-        tp=tp,
-        stage=held,
-        vocab_multiple=64 if profile.torch_cuda else 1,
-    )
+    format = profile_weight_format(profile, weights)
+    multiple = 64 if profile.torch_cuda else 1
+    tensors = stored_tensors(spec, format, dtype=dtype, tp=tp, ep=ep, stage=held, vocab_multiple=multiple)
     if not profile.torch_cuda:
         return sum(tensor.bytes * tensor.count for tensor in tensors)
-    rotary = spec.max_position * spec.head_dim * DTYPE_BYTES[dtype]
-    return sum(cuda_allocation(tensor.bytes) * tensor.count for tensor in tensors) + cuda_allocation(rotary)
+    size = DTYPE_BYTES[dtype]
+    total = cuda_allocation(min(spec.max_position, _LONGEST_TABLE) * spec.rotary_dim * size)
+    for stored in tensors:
+        kind, count = stored.tensor, stored.count
+        if kind.part == "experts" and count > 1:
+            # Experts of a layer are one allocation.
+            layers = max(1, count // _local_experts(spec, ep))
+            total += layers * cuda_allocation(stored.bytes * (count // layers))
+        else:
+            total += cuda_allocation(stored.bytes) * count
+        if kind.role == "kv_up" and format.dtype is None:
+            # Decoding multiplies by the two halves of this matrix, kept unquantized beside it.
+            total += count * cuda_allocation(kind.rows * kind.columns * size)
+    return total
+
+
+def _local_experts(spec: ModelSpec, ep: int) -> int:
+    mixtures = [kind.mlp for kind in spec.kinds if isinstance(kind.mlp, MixtureMLP)]
+    return -(-mixtures[0].num_experts // ep) if mixtures else 1
 
 
 def cuda_allocation(size: int) -> int:

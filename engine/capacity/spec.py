@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.families import Family, family_of
+from engine.capacity.checkpoint_formats import checkpoint_format
+from engine.capacity.families import FAMILIES, Family, family_of
+from engine.capacity.fields import REMEDY, flag, positive
+from engine.capacity.layers import Attention, LatentAttention, Layer, MixtureMLP
+from engine.capacity.readers import read_layers
 from engine.capacity.words import shown
 from engine.errors import ConfigError
-
-#: Largest value a dimension may have: far above any model, low enough that arithmetic and messages stay sane.
-MAX_DIMENSION = 2**31
-MAX_LAYERS = 4096
-
-_REMEDY = "Correct this field, or use the config.json of the model's own repository."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape of a decoder-only transformer. Sizes are numbers of elements, lengths are tokens.
+    """The shape of a decoder-only language model. Sizes are numbers of elements, lengths are tokens.
 
     >>> spec = ModelSpec.from_hf_config({
     ...     "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
@@ -30,38 +29,31 @@ class ModelSpec:
 
     Attributes:
         name: for display.
-        architecture: e.g. ``"LlamaForCausalLM"``.
-        model_type: e.g. ``"llama"``.
-        num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size: dimensions;
-            ``head_dim`` need not be hidden_size / num_heads.
+        architecture: e.g. ``"LlamaForCausalLM"``; model_type: e.g. ``"llama"``.
+        hidden_size, vocab_size: dimensions.
+        kinds: the different layers; pattern: of each layer, the index of its kind.
         tie_word_embeddings: the head is the embedding, one copy.
+        head_bias: the head has a bias; norm_bias: the norms have one.
         max_position: the model's own context length.
-        layer_windows: per layer, how many positions a query sees, itself included; None for all.
-        attention_bias: query, key and value projections have biases.
-        attention_output_bias: the attention's output projection has one.
-        mlp_bias: the MLP's projections have them.
-        qk_norm: queries and keys are normalized per head.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
+        checkpoint_format: weight format that the checkpoint is quantized in, None if it is not.
+        notes: what the counts leave out, or take for granted, for display.
     """
 
     name: str
     architecture: str
     model_type: str
-    num_layers: int
     hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
     vocab_size: int
+    kinds: tuple[Layer, ...]
+    pattern: tuple[int, ...]
     tie_word_embeddings: bool
+    head_bias: bool
+    norm_bias: bool
     max_position: int
-    layer_windows: tuple[int | None, ...]
-    attention_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
     torch_dtype: str
+    checkpoint_format: str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> ModelSpec:
@@ -76,33 +68,75 @@ class ModelSpec:
                 is not supported.
         """
         if not isinstance(config, Mapping):
-            raise ConfigError("is not a JSON object.", field="config.json", remedy=_REMEDY)
-        family = family_of(config)
-        layers = _positive(config, "num_hidden_layers", maximum=MAX_LAYERS)
-        hidden = _positive(config, "hidden_size")
-        heads = _positive(config, "num_attention_heads")
-        kv_heads = _kv_heads(config, family, heads)
-        attention_bias = family.biases == "qkv" or _declared_bias(config, "attention_bias", family)
+            raise ConfigError("is not a JSON object.", field="config.json", remedy=REMEDY)
+        outer = family_of(config)
+        family, inner, notes = _language_model(config, outer)
+        kinds, pattern = _distinct(read_layers(inner, family))
+        quantized, remarks = checkpoint_format(config)
+        stated = name or config.get("_name_or_path")
         return cls(
-            name=_name(config, name, family),
-            architecture=family.architecture,
-            model_type=family.model_type,
-            num_layers=layers,
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=_head_dim(config, family, hidden, heads),
-            intermediate_size=_positive(config, "intermediate_size"),
-            vocab_size=_positive(config, "vocab_size"),
-            tie_word_embeddings=_flag(config, "tie_word_embeddings", family.tied),
-            max_position=_positive(config, "max_position_embeddings", family.max_position),
-            layer_windows=_layer_windows(config, family, layers),
-            attention_bias=attention_bias,
-            attention_output_bias=attention_bias and family.biases != "qkv",
-            mlp_bias=family.biases == "config" and _flag(config, "mlp_bias", False),
-            qk_norm=family.qk_norm,
-            torch_dtype=_dtype(config),
+            name=stated if isinstance(stated, str) and stated else outer.architecture,
+            architecture=outer.architecture,
+            model_type=outer.model_type,
+            hidden_size=positive(inner, "hidden_size"),
+            vocab_size=positive(inner, "vocab_size"),
+            kinds=kinds,
+            pattern=pattern,
+            tie_word_embeddings=flag(config, "tie_word_embeddings", flag(inner, "tie_word_embeddings", family.tied)),
+            head_bias=family.head_bias,
+            norm_bias=family.norm_bias,
+            max_position=positive(inner, "max_position_embeddings", family.max_position),
+            torch_dtype=_dtype(inner if _states_dtype(inner) else config),
+            checkpoint_format=quantized,
+            notes=(*notes, *remarks, *_left_out(inner)),
         )
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.pattern)
+
+    @property
+    def attention(self) -> Attention | LatentAttention | None:
+        """The first layer's attention, None in a model without any."""
+        mixers = (self.kinds[index].mixer for index in self.pattern)
+        return next((mixer for mixer in mixers if isinstance(mixer, Attention | LatentAttention)), None)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, 0 in a model without attention."""
+        return 0 if self.attention is None else self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads that are cached: 1 with latent attention, 0 in a model without attention."""
+        if isinstance(self.attention, Attention):
+            return self.attention.num_kv_heads
+        return 0 if self.attention is None else 1
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head (of the cached latent with latent attention); need not be hidden_size / num_heads."""
+        if isinstance(self.attention, Attention):
+            return self.attention.head_dim
+        return 0 if self.attention is None else self.attention.cached_heads(1)[1]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that position turns, for the table of angles."""
+        if isinstance(self.attention, LatentAttention):
+            return self.attention.rope_dim
+        return self.head_dim
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the widest MLP that a token passes through: of a mixture, all its active experts together."""
+        return max(kind.mlp.active_width for kind in self.kinds)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many positions a query sees, itself included; None for all."""
+        return tuple(self.kinds[index].window for index in self.pattern)
 
     @property
     def sliding_window(self) -> int | None:
@@ -115,86 +149,85 @@ class ModelSpec:
         return sum(window is not None for window in self.layer_windows)
 
     @property
+    def num_attention_layers(self) -> int:
+        """How many layers keep keys and values."""
+        return sum(self.kinds[index].attends for index in self.pattern)
+
+    @property
     def group_queries(self) -> int:
         """How many query heads share one key/value head; 1 is multi-head attention."""
-        return self.num_heads // self.num_kv_heads
+        return self.num_heads // self.num_kv_heads if self.num_kv_heads else 1
 
     @property
-    def query_size(self) -> int:
-        """Width of all query heads together."""
-        return self.num_heads * self.head_dim
+    def is_mixture(self) -> bool:
+        """True if some layer has routed experts."""
+        return any(isinstance(kind.mlp, MixtureMLP) for kind in self.kinds)
 
     @property
-    def kv_size(self) -> int:
-        """Width of all key heads together, which is that of all value heads."""
-        return self.num_kv_heads * self.head_dim
+    def is_latent(self) -> bool:
+        """True if keys and values are cached as one latent."""
+        return isinstance(self.attention, LatentAttention)
+
+    @property
+    def attention_bias(self) -> bool:
+        """Query, key and value projections have biases."""
+        return isinstance(self.attention, Attention) and self.attention.qkv_bias
+
+    @property
+    def attention_output_bias(self) -> bool:
+        """The attention's output projection has one."""
+        return isinstance(self.attention, Attention) and self.attention.output_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are normalized."""
+        return isinstance(self.attention, Attention) and bool(self.attention.qk_norm)
+
+    def layer_counts(self, start: int, stop: int) -> list[tuple[Layer, int]]:
+        """(kind, how many of it) of the layers ``start … stop - 1``."""
+        counts = Counter(self.pattern[start:stop])
+        return [(self.kinds[index], counts[index]) for index in sorted(counts)]
 
 
-def _name(config: Mapping[str, Any], name: str | None, family: Family) -> str:
-    stated = name or config.get("_name_or_path")
-    return stated if isinstance(stated, str) and stated else family.architecture
-
-
-def _kv_heads(config: Mapping[str, Any], family: Family, heads: int) -> int:
-    # An explicit null means multi-head attention; an absent field means the family's default.
-    absent = "num_key_value_heads" not in config
-    kv_heads = _positive(config, "num_key_value_heads", (family.num_kv_heads or heads) if absent else heads)
-    if heads % kv_heads:
-        source = " (this family's default, as the field is absent)" if absent else ""
+def _language_model(config: Mapping[str, Any], outer: Family) -> tuple[Family, Mapping[str, Any], list[str]]:
+    """The family and the fields of the language model, which a multimodal model states under ``text_config``."""
+    if not outer.text:
+        return outer, dict(outer.defaults) | _stated(config), []
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)
+    by_wrapper = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"}
+    wanted = inner.get("model_type") or by_wrapper[outer.model_type]
+    known = [family for family in FAMILIES if family.model_type == wanted and not family.text]
+    if not known:
         raise ConfigError(
-            f"{kv_heads:,} key/value heads{source} cannot be shared evenly by num_attention_heads = {heads:,}.",
-            field="num_key_value_heads",
-            remedy=f"It must divide {heads:,}. {_REMEDY}",
+            f"the planner does not know the language model {shown(wanted)} inside {outer.architecture} yet.",
+            field="text_config",
+            remedy=REMEDY,
         )
-    return kv_heads
+    note = "Only the language model is counted: the image encoder and its projector are left out."
+    return known[0], dict(known[0].defaults) | _stated(inner), [note]
 
 
-def _head_dim(config: Mapping[str, Any], family: Family, hidden: int, heads: int) -> int:
-    if config.get("head_dim") is not None:
-        return _positive(config, "head_dim")
-    if family.head_dim is not None:
-        return family.head_dim
-    if hidden % heads:
-        raise ConfigError(
-            f"hidden_size {hidden:,} is not a multiple of num_attention_heads {heads:,}, and head_dim is not given.",
-            field="head_dim",
-            remedy=_REMEDY,
-        )
-    return hidden // heads
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if isinstance(key, str)}
 
 
-def _declared_bias(config: Mapping[str, Any], field: str, family: Family) -> bool:
-    return family.biases in ("config", "attention") and _flag(config, field, False)
+def _left_out(config: Mapping[str, Any]) -> list[str]:
+    extra = config.get("num_nextn_predict_layers")
+    if isinstance(extra, int) and not isinstance(extra, bool) and extra > 0:
+        return ["Layers for multi-token prediction are in the checkpoint but are not counted: engines skip them."]
+    return []
 
 
-def _layer_windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
-    """Per layer; ``layer_types`` says it where the file has it."""
-    window = _window(config, family)
-    if window is None:
-        return (None,) * layers
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        known = {"sliding_attention": window, "full_attention": None}
-        readable = isinstance(kinds, list | tuple) and all(isinstance(kind, str) and kind in known for kind in kinds)
-        if not readable or len(kinds) != layers:
-            raise ConfigError(
-                f"must name sliding_attention or full_attention for each of {layers:,} layers.",
-                field="layer_types",
-                remedy=_REMEDY,
-            )
-        return tuple(known[kind] for kind in kinds)
-    full = _whole(config, "max_window_layers", 28) if family.sliding == "switch" else 0
-    return tuple(None if index < full else window for index in range(layers))
+def _distinct(layers: tuple[Layer, ...]) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    kinds: dict[Layer, int] = {}
+    pattern = tuple(kinds.setdefault(layer, len(kinds)) for layer in layers)
+    return tuple(kinds), pattern
 
 
-def _window(config: Mapping[str, Any], family: Family) -> int | None:
-    if family.sliding == "none":
-        return None
-    if family.sliding == "switch" and not _flag(config, "use_sliding_window", False):
-        return None
-    if "sliding_window" in config and config["sliding_window"] is None:
-        return None
-    return _positive(config, "sliding_window", family.window)
+def _states_dtype(config: Mapping[str, Any]) -> bool:
+    return config.get("torch_dtype", config.get("dtype")) is not None
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -209,31 +242,3 @@ def _dtype(config: Mapping[str, Any]) -> str:
             remedy="Use bfloat16, float16 or float32.",
         )
     return text
-
-
-def _positive(config: Mapping[str, Any], field: str, default: int | None = None, maximum: int = MAX_DIMENSION) -> int:
-    value = _whole(config, field, default, maximum)
-    if value == 0:
-        raise ConfigError("0 is not a positive whole number.", field=field, remedy=_REMEDY)
-    return value
-
-
-def _whole(config: Mapping[str, Any], field: str, default: int | None = None, maximum: int = MAX_DIMENSION) -> int:
-    value = config.get(field)
-    value = default if value is None else value
-    if value is None:
-        raise ConfigError("is missing.", field=field, remedy=_REMEDY)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{shown(value)} is not a positive whole number.", field=field, remedy=_REMEDY)
-    if value > maximum:
-        raise ConfigError(f"{shown(value)} is above {maximum:,}, beyond any real model.", field=field, remedy=_REMEDY)
-    return value
-
-
-def _flag(config: Mapping[str, Any], field: str, default: bool) -> bool:
-    value = config.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise ConfigError(f"{shown(value)} is neither true nor false.", field=field, remedy=_REMEDY)
-    return value

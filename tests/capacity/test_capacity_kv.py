@@ -14,36 +14,8 @@ from engine.capacity import (
     model_spec,
     size_kv_cache,
 )
+from engine.capacity.kv import state_bytes_per_sequence
 from engine.errors import CapacityError, ConfigError
-
-# Bytes per token in 16 bits: 2 · layers · KV heads · head dimension · 2.
-PER_TOKEN = {
-    "Llama-2-7b": 524_288,
-    "Llama-2-13b": 819_200,
-    "Llama-2-70b": 327_680,
-    "Llama-3.1-8B": 131_072,
-    "Llama-3.1-70B": 327_680,
-    "Llama-3.1-405B": 516_096,
-    "Llama-3.2-1B": 32_768,
-    "Mistral-7B-v0.1": 131_072,
-    "Mistral-Nemo-12B-2407": 163_840,
-    "Qwen2.5-7B": 57_344,
-    "Qwen2.5-72B": 327_680,
-    "Qwen3-8B": 147_456,
-    "Qwen3-14B": 163_840,
-    "Qwen3-32B": 262_144,
-    "SmolLM2-135M": 23_040,
-    "TinyLlama-1.1B": 22_528,
-}
-
-
-@pytest.mark.parametrize(("name", "expected"), PER_TOKEN.items())
-def test_kv_bytes_per_token_are_exact(name: str, expected: int):
-    spec = model_spec(name)
-    assert kv_bytes_per_token(spec, "bf16") == expected
-    assert kv_bytes_per_token(spec, "fp8") == expected // 2
-    assert kv_bytes_per_token(spec, "float32") == 2 * expected
-    assert kv_bytes_per_block(spec, 16, "bfloat16") == 16 * expected
 
 
 def test_tensor_parallel_divides_heads_and_replicates_beyond_them():
@@ -150,3 +122,32 @@ def test_unknown_cache_format_is_refused_with_the_choices():
     with pytest.raises(ConfigError) as problem:
         kv_bytes_per_token(model_spec("SmolLM2-135M"), "int3")
     assert problem.value.field == "kv_dtype"
+
+
+def test_latent_attention_is_cached_once_and_not_divided_by_tensor_parallelism():
+    spec = model_spec("DeepSeek-V3")
+    assert [kv_bytes_per_token(spec, "bf16", tp) for tp in (1, 8, 16)] == [70_272] * 3
+    both = compare_kv_formulas(spec, 4096, 16, "bf16")
+    assert both.corrected.bytes == 4096 * 70_272
+    assert both.ratio > 20
+    assert "one latent of 576 values" in " ".join(both.errors)
+
+
+def test_hybrid_keeps_a_constant_state_and_caches_in_its_attention_layers_only():
+    spec = model_spec("Nemotron-H-8B")
+    assert spec.num_layers == 52
+    assert spec.num_attention_layers == 4
+    assert kv_bytes_per_token(spec, "bf16") == 4 * 2 * 8 * 128 * 2
+    assert state_bytes_per_sequence(spec, "bfloat16") == 24 * (128 * 64 * 128 * 4 + (128 * 64 + 2 * 8 * 128) * 3 * 2)
+    assert state_bytes_per_sequence(model_spec("Llama-3.1-8B"), "bfloat16") == 0
+    assert "48 of 52 layers keep no keys and values" in " ".join(compare_kv_formulas(spec, 4096, 16).errors)
+
+
+def test_alternating_windows_bound_half_of_the_layers():
+    spec = model_spec("gpt-oss-20b")
+    layer = 2 * 8 * 64 * 2
+    assert spec.layer_windows[:4] == (128, None, 128, None)
+    assert kv_bytes_per_sequence(spec, 8192, 16) == layer * 12 * (8192 + 128)
+    gemma = model_spec("Gemma-3-27b")
+    assert gemma.num_sliding_layers == 52
+    assert kv_bytes_per_sequence(gemma, 32768, 16) == 2 * 16 * 128 * 2 * (10 * 32768 + 52 * 1024)

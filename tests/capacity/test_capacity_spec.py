@@ -56,7 +56,7 @@ def test_heads_that_do_not_divide_are_named_with_what_would_work():
 def test_hidden_size_that_heads_do_not_divide_needs_a_head_dim():
     config = LLAMA | {"hidden_size": 4100}
     _refused(config, "head_dim")
-    assert ModelSpec.from_hf_config(config | {"head_dim": 128}).query_size == 4096
+    assert ModelSpec.from_hf_config(config | {"head_dim": 128}).head_dim == 128
 
 
 @pytest.mark.parametrize("config", [None, [], "text", 3])
@@ -135,3 +135,42 @@ def test_catalog_names_are_found_in_many_spellings_and_near_misses_are_offered()
     with pytest.raises(ConfigError) as problem:
         model_spec("Llama-3.1-9B")
     assert "Llama-3.1-8B" in str(problem.value.remedy)
+
+
+def test_experts_of_every_other_layer_and_first_dense_layers_are_placed_as_the_file_says():
+    dense_first = model_spec("DeepSeek-V3")
+    assert dense_first.pattern[:5] == (0, 0, 0, 1, 1)
+    step = ModelSpec.from_hf_config(model_config("Qwen3-30B-A3B") | {"decoder_sparse_step": 2, "mlp_only_layers": [1]})
+    assert [step.kinds[index].mlp.active_width for index in step.pattern[:4]] == [6144, 6144, 6144, 8 * 768]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("Mixtral-8x7B-v0.1", "num_experts_per_tok", 9),
+        ("Mixtral-8x7B-v0.1", "num_local_experts", 0),
+        ("DeepSeek-V3", "kv_lora_rank", -1),
+        ("DeepSeek-V3", "qk_rope_head_dim", "64"),
+        ("Qwen3-Next-80B-A3B", "linear_num_key_heads", 0),
+        ("Nemotron-H-8B", "hybrid_override_pattern", "MXM"),
+        ("Nemotron-H-8B", "hybrid_override_pattern", "M-*"),
+        ("Qwen3-30B-A3B", "mlp_only_layers", "none"),
+        ("Gemma-3-4b", "text_config", None),
+        ("Falcon-40b", "num_kv_heads", 7),
+    ],
+)
+def test_nonsense_in_a_family_of_its_own_is_named(name: str, field: str, value):
+    _refused(model_config(name) | {field: value}, field)
+
+
+def test_quantized_checkpoints_are_planned_in_their_own_format_and_unknown_ones_are_remarked():
+    assert model_spec("gpt-oss-20b").checkpoint_format == "mxfp4"
+    assert model_spec("DeepSeek-V3").checkpoint_format == "fp8-block"
+    odd = ModelSpec.from_hf_config(LLAMA | {"quantization_config": {"quant_method": "mystery"}})
+    assert odd.checkpoint_format is None
+    assert "not understood" in " ".join(odd.notes)
+
+
+def test_what_a_multimodal_count_leaves_out_is_said():
+    assert "image encoder" in " ".join(model_spec("Gemma-3-27b").notes)
+    assert "multi-token prediction" in " ".join(model_spec("DeepSeek-V3").notes)

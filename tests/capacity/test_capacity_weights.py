@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.resources
+
 import pytest
 
-from engine.capacity import model_names, model_spec, parameter_count, weight_bytes
+from engine.capacity import (
+    kv_bytes_per_block,
+    kv_bytes_per_token,
+    model_names,
+    model_spec,
+    parameter_count,
+    weight_bytes,
+)
 from engine.capacity.parallel import pipeline_stages
+from engine.capacity.weights import lora_bytes
 from engine.errors import ConfigError
 
-# Total parameters as the repositories' safetensors indexes and model cards state them.
-PUBLISHED = {
-    "Llama-2-7b": 6_738_415_616,
-    "Llama-2-13b": 13_015_864_320,
-    "Llama-2-70b": 68_976_648_192,
-    "Llama-3.1-8B": 8_030_261_248,
-    "Llama-3.1-70B": 70_553_706_496,
-    "Llama-3.1-405B": 405_853_388_800,
-    "Llama-3.2-1B": 1_235_814_400,
-    "Llama-3.2-3B": 3_212_749_824,
-    "TinyLlama-1.1B": 1_100_048_384,
-    "SmolLM2-135M": 134_515_008,
-    "SmolLM2-360M": 361_821_120,
-    "SmolLM2-1.7B": 1_711_376_384,
-    "Mistral-7B-v0.1": 7_241_732_096,
-    "Mistral-7B-v0.3": 7_248_023_552,
-    "Mistral-Nemo-12B-2407": 12_247_782_400,
-    "Mistral-Small-24B-2501": 23_572_403_200,
-    "Mistral-Large-123B-2407": 122_610_069_504,
-    "Qwen2.5-0.5B": 494_032_768,
-    "Qwen2.5-1.5B": 1_543_714_304,
-    "Qwen2.5-3B": 3_085_938_688,
-    "Qwen2.5-7B": 7_615_616_512,
-    "Qwen2.5-14B": 14_770_033_664,
-    "Qwen2.5-32B": 32_763_876_352,
-    "Qwen2.5-72B": 72_706_203_648,
-    "Qwen3-0.6B": 596_049_920,
-    "Qwen3-1.7B": 1_720_574_976,
-    "Qwen3-4B": 4_022_468_096,
-    "Qwen3-8B": 8_190_735_360,
-    "Qwen3-14B": 14_768_307_200,
-    "Qwen3-32B": 32_762_123_264,
+
+def published() -> list[dict[str, str]]:
+    """The bundled table of published counts."""
+    text = (importlib.resources.files("engine.capacity") / "data" / "published.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+PUBLISHED = {row["model"]: int(row["parameters"]) for row in published()}
+KV_BYTES = {
+    row["model"]: int(row["kv_bytes_per_token_16bit"]) for row in published() if row["kv_bytes_per_token_16bit"]
 }
+# Active parameters in billions, as model cards and papers state them, and how far rounding may be off.
+ACTIVE = {
+    "Mixtral-8x7B-v0.1": 12.9,
+    "Mixtral-8x22B-v0.1": 39,
+    "Qwen3-30B-A3B": 3.3,
+    "Qwen3-235B-A22B": 22,
+    "Qwen1.5-MoE-A2.7B": 2.7,
+    "Qwen2-57B-A14B": 14,
+    "DeepSeek-V2": 21,
+    "DeepSeek-V3": 37,
+    "Kimi-K2": 32,
+    "Phi-3.5-MoE": 6.6,
+    "Granite-4.0-h-small": 9,
+    "Llama-4-Scout-17B-16E": 17,
+    "Llama-4-Maverick-17B-128E": 17,
+}
+
+
+def test_enough_published_counts_are_checked():
+    assert len(model_names()) >= 40
+    assert len(PUBLISHED) >= 25
+    assert len(KV_BYTES) >= 12
+    assert all(row["source"] for row in published())
 
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
@@ -48,12 +60,28 @@ def test_parameter_count_is_the_published_one(name: str, parameters: int):
     assert parameter_count(model_spec(name)).total == parameters
 
 
+@pytest.mark.parametrize(("name", "size"), KV_BYTES.items())
+def test_kv_bytes_per_token_are_exact(name: str, size: int):
+    spec = model_spec(name)
+    assert kv_bytes_per_token(spec, "bf16") == size
+    assert kv_bytes_per_token(spec, "fp8") == size // 2
+    assert kv_bytes_per_block(spec, 16, "bf16") == 16 * size
+
+
+@pytest.mark.parametrize(("name", "billions"), ACTIVE.items())
+def test_active_parameters_are_those_of_the_model_card(name: str, billions: float):
+    assert parameter_count(model_spec(name)).active / 1e9 == pytest.approx(billions, rel=0.035)
+
+
 @pytest.mark.parametrize("name", model_names())
 def test_parts_add_up_and_bytes_follow_the_count(name: str):
-    count = parameter_count(model_spec(name))
-    assert sum(count.by_part().values()) == count.total == count.active
-    assert weight_bytes(model_spec(name), "bf16") == 2 * count.total
-    assert weight_bytes(model_spec(name), "float32") == 4 * count.total
+    spec = model_spec(name)
+    count = parameter_count(spec)
+    assert sum(count.by_part().values()) == count.total
+    assert count.active == count.total or spec.is_mixture
+    assert count.active <= count.total
+    assert weight_bytes(spec, "bf16") == 2 * count.total
+    assert weight_bytes(spec, "float32") == 4 * count.total
 
 
 def test_int4_with_groups_costs_scales_and_zero_points_and_leaves_the_rest_alone():
@@ -102,9 +130,63 @@ def test_pipeline_stages_hold_the_model_once_and_a_copy_of_a_tied_head(name: str
     assert [stage.start for stage in stages[1:]] == [stage.stop for stage in stages[:-1]]
 
 
-@pytest.mark.parametrize("name", ["int3", "int4-g7", "", "int4-g", "q4_k_m", "int4-g9999"])
+@pytest.mark.parametrize("name", ["int3", "int4-g7", "", "int4-g", "q4_k_xl", "int4-g9999"])
 def test_unknown_weight_format_is_refused_with_the_choices(name: str):
     with pytest.raises(ConfigError) as problem:
         weight_bytes(model_spec("SmolLM2-135M"), name)
     assert problem.value.field == "weights"
     assert "int4-g128" in str(problem.value.remedy)
+
+
+def test_mixture_quantized_in_mxfp4_leaves_everything_but_experts_alone():
+    # Model card of gpt-oss: checkpoints of 12.8 and 60.8 GiB.
+    for name, size in (("gpt-oss-20b", 12.8), ("gpt-oss-120b", 60.8)):
+        assert weight_bytes(model_spec(name), "mxfp4") / 2**30 == pytest.approx(size, abs=0.05)
+        assert model_spec(name).checkpoint_format == "mxfp4"
+
+
+def test_four_bit_floats_cost_their_published_bits_a_weight():
+    spec = model_spec("Llama-3.1-8B")
+    count = parameter_count(spec)
+    matrices, rest = count.attention + count.mlp, count.total - count.attention - count.mlp
+    assert weight_bytes(spec, "mxfp4") == matrices * 4.25 / 8 + 2 * rest
+    assert weight_bytes(spec, "nvfp4") == matrices * 4.5 / 8 + 2 * rest
+
+
+@pytest.mark.parametrize(("name", "bits"), [("q4_k", 4.5), ("q6_k", 6.5625), ("q8_0", 8.5), ("q4_0", 4.5)])
+def test_gguf_types_quantize_embedding_too_and_keep_vectors_in_float32(name: str, bits: float):
+    spec = model_spec("Qwen3-8B")
+    count = parameter_count(spec)
+    matrices = count.total - count.norms - count.head
+    head = count.head * max(bits, 6.5625) / 8  # llama.cpp keeps the head in Q6_K at least
+    assert weight_bytes(spec, name) == pytest.approx(matrices * bits / 8 + head + 4 * count.norms, rel=0.002)
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("Llama-3.1-8B", 4.92), ("Qwen3-8B", 5.03), ("Mistral-7B-v0.3", 4.37)])
+def test_q4_k_m_is_the_size_of_published_files(name: str, gigabytes: float):
+    assert weight_bytes(model_spec(name), "q4_k_m") / 1e9 == pytest.approx(gigabytes, rel=0.015)
+
+
+def test_q4_k_m_is_the_size_that_llama_cpp_reports_to_the_byte():
+    assert weight_bytes(model_spec("Phi-4"), "q4_k_m") == 8_886_743_040
+
+
+def test_experts_are_distributed_whole_or_split_and_cost_the_same():
+    spec = model_spec("Qwen3-30B-A3B")
+    split, whole = (weight_bytes(spec, "bf16", tp=4, ep=ep) for ep in (1, 4))
+    assert split == whole
+    count = parameter_count(spec)
+    assert whole < 2 * (count.total // 4 + count.router + count.norms + count.attention)
+
+
+def test_latent_attention_keeps_its_down_projections_on_every_gpu():
+    spec = model_spec("DeepSeek-V2-Lite")
+    count = parameter_count(spec)
+    assert weight_bytes(spec, "bf16", tp=8) > 2 * (count.total // 8)
+
+
+def test_adapters_cost_rank_times_inputs_and_outputs():
+    spec = model_spec("Llama-3.1-8B")
+    one = lora_bytes(spec, 16, 1, "bf16")
+    assert lora_bytes(spec, 32, 3, "bf16") == 6 * one
+    assert lora_bytes(spec, 16, 1, "bf16", tp=4) < one

@@ -1,0 +1,74 @@
+"""Counted from a config.json, the parameters are those of the model that transformers builds from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.capacity import ModelSpec, model_config, parameter_count
+
+# One of each family, cut down to a few layers that still show every kind.
+LAYERS = {
+    "Llama-3.1-8B": 2,
+    "Mistral-7B-v0.1": 2,
+    "Mixtral-8x7B-v0.1": 2,
+    "Qwen2.5-7B": 2,
+    "Qwen1.5-MoE-A2.7B": 2,
+    "Qwen3-8B": 2,
+    "Qwen3-30B-A3B": 2,
+    "Qwen3-Next-80B-A3B": 4,
+    "Gemma-1-2b": 2,
+    "Gemma-2-9b": 2,
+    "Gemma-3-1b": 6,
+    "Phi-2": 2,
+    "Phi-4-mini": 2,
+    "Phi-3.5-MoE": 2,
+    "gpt-oss-20b": 2,
+    "DeepSeek-V2-Lite": 2,
+    "DeepSeek-V3": 4,
+    "Granite-3.1-8b": 2,
+    "Granite-3.1-3b-a800m": 2,
+    "Granite-4.0-h-tiny": 6,
+    "Falcon-7b": 2,
+    "Falcon-40b": 2,
+    "OLMo-2-7B": 2,
+    "Command-R7B": 4,
+    "SmolLM3-3B": 2,
+    "StarCoder2-7b": 2,
+    "GLM-4-9B-0414": 2,
+    "GLM-4.5": 4,
+}
+
+
+def _cut(name: str, layers: int) -> dict[str, Any]:
+    config = model_config(name) | {"num_hidden_layers": layers}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
+    return config
+
+
+def _built(config: dict[str, Any]) -> int:
+    """Parameters, and the routers' correction biases, that transformers keeps as buffers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    left_out = ("architectures", "model_type", "torch_dtype", "quantization_config", "_name_or_path")
+    fields = {key: value for key, value in config.items() if key not in left_out}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**fields))
+    corrections = [buffer for name, buffer in model.named_buffers() if "correction" in name]
+    return sum(tensor.numel() for tensor in (*model.parameters(), *corrections))
+
+
+@pytest.mark.parametrize(("name", "layers"), LAYERS.items())
+def test_count_is_that_of_the_model_that_transformers_builds(name: str, layers: int):
+    config = _cut(name, layers)
+    assert parameter_count(ModelSpec.from_hf_config(config)).total == _built(config)
+
+
+def test_hybrid_pattern_counts_as_transformers_builds_it():
+    config = model_config("Nemotron-3-Nano-30B-A3B") | {"hybrid_override_pattern": "ME*-", "num_hidden_layers": 4}
+    expected = parameter_count(ModelSpec.from_hf_config(config)).total
+    assert expected == _built(config | {"layers_block_type": ["mamba", "moe", "attention", "mlp"]})
