@@ -71,12 +71,28 @@ def kv_cache_within(
     tp: int = 1,
     stage: Stage | None = None,
 ) -> KVCacheSize:
-    """The whole blocks that fit into ``available_bytes`` of one GPU; possibly none. Arguments as above."""
+    """The whole blocks that fit into ``available_bytes`` of one GPU; possibly none. Arguments as above.
+
+    >>> from engine.capacity.catalog import model_spec
+    >>> kv_cache_within(model_spec("Llama-3.1-8B"), 2**30, block_size=16, kv_dtype="bf16").num_blocks  # 2 MiB each
+    512
+    """
     block = kv_bytes_per_block(spec, block_size, kv_dtype, tp, stage=stage)
-    num_blocks = max(available_bytes, 0) // block
+    return whole_blocks(available_bytes, block, block_size, max_blocks)
+
+
+def whole_blocks(available_bytes: int, block_bytes: int, block_size: int, max_blocks: int | None = None) -> KVCacheSize:
+    """The blocks of ``block_bytes`` that fit; none where a block takes nothing (layers without keys and values).
+
+    >>> whole_blocks(100, 30, 16)
+    KVCacheSize(num_blocks=3, tokens=48, bytes=90)
+    """
+    if block_bytes == 0:
+        return KVCacheSize(0, 0, 0)
+    num_blocks = max(available_bytes, 0) // block_bytes
     if max_blocks is not None:
         num_blocks = min(num_blocks, max_blocks)
-    return KVCacheSize(num_blocks, num_blocks * block_size, num_blocks * block)
+    return KVCacheSize(num_blocks, num_blocks * block_size, num_blocks * block_bytes)
 
 
 def _nothing_left(limit: int, weights: int, activations: int, other: int, block: int, tokens: int) -> CapacityError:

@@ -39,15 +39,26 @@ def kv_bytes_per_token(spec: ModelSpec, kv_dtype: str = "auto", tp: int = 1, *, 
 
 
 def kv_bytes_per_block(
-    spec: ModelSpec, block_size: int, kv_dtype: str = "auto", tp: int = 1, *, stage: Stage | None = None
+    spec: ModelSpec,
+    block_size: int,
+    kv_dtype: str = "auto",
+    tp: int = 1,
+    *,
+    stage: Stage | None = None,
+    grouped: bool = False,
 ) -> int:
     """Bytes of one block of ``block_size`` tokens over all layers of one GPU.
+
+    Args:
+        grouped: layers with and without a window are allocated in equal groups, see :func:`grouped_layers`.
+
+    The other arguments are those of :func:`kv_bytes_per_token`.
 
     >>> from engine.capacity.catalog import model_spec
     >>> kv_bytes_per_block(model_spec("Llama-3.1-8B"), 16, "bf16")
     2097152
     """
-    return ceil(block_size * _exact_bytes_per_token(spec, kv_dtype, tp, stage))
+    return ceil(block_size * _exact_bytes_per_token(spec, kv_dtype, tp, stage, grouped))
 
 
 def kv_bytes_per_sequence(
@@ -59,6 +70,7 @@ def kv_bytes_per_sequence(
     *,
     stage: Stage | None = None,
     frees_windows: bool = True,
+    grouped: bool = False,
 ) -> int:
     """Bytes that one sequence of ``context`` tokens holds on one GPU, in whole blocks.
 
@@ -76,7 +88,7 @@ def kv_bytes_per_sequence(
     True
     """
     total = Fraction(0)
-    for layer, count in _attending(spec, stage or whole_model(spec)):
+    for layer, count in _attending(spec, stage or whole_model(spec), grouped):
         kept = _kept(context, layer.window if frees_windows else None)
         total += count * blocks_for(kept, block_size) * block_size * _layer_bytes(spec, layer, kv_dtype, tp)
     return ceil(total)
@@ -109,10 +121,35 @@ def _kept(context: int, window: int | None) -> int:
     return context if window is None else min(context, window)
 
 
-def _attending(spec: ModelSpec, stage: Stage) -> list[tuple[Layer, int]]:
-    """(layer, how many of it) of those that keep keys and values, full attention first."""
+def _attending(spec: ModelSpec, stage: Stage, grouped: bool = False) -> list[tuple[Layer, int]]:
+    """(layer, how many of it are allocated) of those that keep keys and values, full attention first."""
     layers = [(layer, count) for layer, count in spec.layer_counts(stage.start, stage.stop) if layer.attends]
-    return sorted(layers, key=lambda item: (item[0].window is not None, item[0].window or 0))
+    layers.sort(key=lambda item: (item[0].window is not None, item[0].window or 0))
+    if not grouped:
+        return layers
+    by_window: dict[int | None, int] = {}
+    for layer, count in layers:
+        by_window[layer.window] = by_window.get(layer.window, 0) + count
+    padded = grouped_layers(tuple(by_window.values()))
+    extra = {window: more - count for (window, count), more in zip(by_window.items(), padded, strict=True)}
+    return [(layer, count + extra.pop(layer.window, 0)) for layer, count in layers]
+
+
+def grouped_layers(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers of each kind (full attention, each window) as vLLM's hybrid cache manager allocates them.
+
+    Groups of one size share a pool of blocks: the size is the smallest count, or the largest where that is less than a
+    quarter above it; each kind is filled up to whole groups.
+
+    >>> grouped_layers((10, 52))  # Gemma-3-27b: 52 sliding layers take six groups of 10
+    (10, 60)
+    >>> grouped_layers((12, 12)), grouped_layers((32,))  # gpt-oss-20b; a model of one kind
+    ((12, 12), (32,))
+    """
+    if len(counts) < 2:
+        return counts
+    size = max(counts) if max(counts) < 1.25 * min(counts) else min(counts)
+    return tuple(-(-count // size) * size for count in counts)
 
 
 def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fraction:
@@ -120,8 +157,10 @@ def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fract
     return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width)
 
 
-def _exact_bytes_per_token(spec: ModelSpec, kv_dtype: str, tp: int, stage: Stage | None) -> Fraction:
-    layers = _attending(spec, stage or whole_model(spec))
+def _exact_bytes_per_token(
+    spec: ModelSpec, kv_dtype: str, tp: int, stage: Stage | None, grouped: bool = False
+) -> Fraction:
+    layers = _attending(spec, stage or whole_model(spec), grouped)
     return sum((count * _layer_bytes(spec, layer, kv_dtype, tp) for layer, count in layers), Fraction(0))
 
 

@@ -26,16 +26,30 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
             f"The usable memory of {gpu.name} is an estimate ({gpu.usable_source.removeprefix('estimate: ')}): "
             f"{gpu.usable_gib:,.2f} GiB. Give the measured value if you have the machine."
         )
-    if request.weights == "fp8" and gpu.bf16_tflops and not gpu.fp8_tflops:
+    warnings += spec.notes
+    if request.draft is not None:
+        warnings += [f"{request.draft.name}: {note}" for note in request.draft.notes]
+    if request.weights.startswith("fp8") and gpu.bf16_tflops and not gpu.fp8_tflops:
         warnings.append(f"{gpu.name} has no FP8 arithmetic: FP8 weights save memory there, not time.")
     if "float16" in (request.dtype, request.weights) and spec.torch_dtype == "bfloat16":
         warnings.append("The checkpoint is bfloat16: in float16 large activations can overflow.")
-    if request.tp > spec.num_kv_heads:
+    if spec.is_latent and request.tp > 1:
+        warnings.append(
+            f"Each of the {request.tp} tensor-parallel GPUs keeps the whole latent KV cache: it is not divided. "
+            "Data-parallel attention keeps it once."
+        )
+    elif request.tp > spec.num_kv_heads > 0:
         warnings.append(
             f"{request.tp} GPUs share {spec.num_kv_heads} key/value heads: each head is kept on several GPUs, so the "
             "KV cache does not shrink any further."
         )
-    if max_concurrency > request.max_num_seqs:
+    if spec.num_attention_layers < spec.num_layers and request.profile.torch_cuda:
+        warnings.append(
+            "Recurrent layers: vLLM enlarges its blocks until they hold a state, so it reports fewer, larger blocks."
+        )
+    if request.spec.is_latent and request.profile.expands_latent:
+        warnings.append("transformers caches full keys and values of latent attention, not the latent.")
+    if max_concurrency > request.max_num_seqs and not request.profile.caps_cache:
         warnings.append(
             f"Memory holds {max_concurrency:,} sequences, but the engine is set to {request.max_num_seqs:,} at most: "
             "raise max_num_seqs to use them all."

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from engine.capacity.budget import kv_cache_within
+from engine.capacity.budget import whole_blocks
 from engine.capacity.catalog import model_spec
 from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, with_memory
-from engine.capacity.kv import blocks_for, kv_bytes_per_block, kv_bytes_per_sequence, kv_bytes_per_token
+from engine.capacity.kv import (
+    blocks_for,
+    kv_bytes_per_block,
+    kv_bytes_per_sequence,
+    kv_bytes_per_token,
+    state_bytes_per_sequence,
+)
+from engine.capacity.layers import Attention, LatentAttention
 from engine.capacity.notes import assumptions_of, warnings_of
 from engine.capacity.parallel import Stage, pipeline_stages
 from engine.capacity.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
-from engine.capacity.request import CompleteRequest, PlanRequest, complete
+from engine.capacity.request import MAX_SEQUENCES, CompleteRequest, PlanRequest, complete
 from engine.capacity.spec import ModelSpec
-from engine.capacity.weights import ParameterCount, parameter_count
+from engine.capacity.weights import ParameterCount, lora_bytes, parameter_count
 from engine.capacity.words import GIB
 from engine.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """One GPU's memory, bytes. weights + activation + non_torch + kv + unused + reserved = capacity + excess.
+    """One GPU's memory, bytes.
+
+    weights + adapters + draft + activation + non_torch + kv + unused + reserved = capacity + excess.
 
     Attributes:
         capacity: all that a process can see.
         reserved: what the engine leaves alone: capacity · (1 - utilization).
-        weights, activation, non_torch, kv: what it takes.
+        weights, adapters, draft, activation, non_torch, kv: what it takes; draft: the draft model's weights.
         unused: less than one block, or what the engine has no use for.
         excess: by how much weights, activations and non-torch alone exceed the limit; then kv and unused are 0.
     """
@@ -35,6 +45,8 @@ class MemoryBudget:
     capacity: int
     reserved: int
     weights: int
+    adapters: int
+    draft: int
     activation: int
     non_torch: int
     kv: int
@@ -49,7 +61,7 @@ class MemoryBudget:
     @property
     def fixed(self) -> int:
         """What is taken before the KV cache."""
-        return self.weights + self.activation + self.non_torch
+        return self.weights + self.adapters + self.draft + self.activation + self.non_torch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +75,9 @@ class Plan:
         memory: see :class:`MemoryBudget`.
         kv_bytes_per_token, kv_bytes_per_block: of one GPU.
         kv_blocks: of the cache; kv_tokens: kv_blocks · block size.
-        kv_bytes_per_sequence: one sequence of the planned context.
+        kv_bytes_per_sequence: one sequence of the planned context, recurrent state included, shared prefix not.
+        kv_bytes_shared: the prefix that all sequences share.
+        state_bytes_per_sequence: of kv_bytes_per_sequence, the constant state of recurrent layers.
         kv_bytes_needed: all of the goal.
         max_concurrency: sequences of the planned context that memory holds at once; 0 if none.
         max_context: longest context at the planned concurrency, at most the model's own; 0 if none.
@@ -82,6 +96,8 @@ class Plan:
     kv_blocks: int
     kv_tokens: int
     kv_bytes_per_sequence: int
+    kv_bytes_shared: int
+    state_bytes_per_sequence: int
     kv_bytes_needed: int
     max_concurrency: int
     max_context: int
@@ -100,11 +116,15 @@ class Plan:
                 "capacity_gib": memory.capacity / GIB,
                 "limit_gib": memory.limit / GIB,
                 "weights_gib": memory.weights / GIB,
+                "adapters_gib": memory.adapters / GIB,
+                "draft_gib": memory.draft / GIB,
                 "activation_gib": memory.activation / GIB,
                 "non_torch_gib": memory.non_torch / GIB,
                 "kv_gib": memory.kv / GIB,
                 "kv_bytes_per_token": self.kv_bytes_per_token,
                 "kv_bytes_per_sequence": self.kv_bytes_per_sequence,
+                "kv_bytes_shared": self.kv_bytes_shared,
+                "state_bytes_per_sequence": self.state_bytes_per_sequence,
                 "kv_tokens": self.kv_tokens,
                 "kv_blocks": self.kv_blocks,
                 "shortfall_gib": self.shortfall / GIB,
@@ -120,7 +140,9 @@ class Plan:
 def _request_dict(request: CompleteRequest) -> dict[str, Any]:
     values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     model, gpu, profile = values.pop("spec"), values.pop("gpu"), values.pop("profile")
-    return {"model": model.name, "gpu": gpu.name, **values, "profile": profile.name}
+    draft = values.pop("draft")
+    names = {"draft": draft.name if draft else None, "profile": profile.name}
+    return {"model": model.name, "gpu": gpu.name, **values, **names}
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -136,8 +158,8 @@ def plan(request: PlanRequest) -> Plan:
     """
     full = complete(request)
     stage, memory, blocks = _limiting_stage(full)
-    per_sequence = _sequence_bytes(full, stage)
-    needed = per_sequence * full.concurrency
+    per_sequence, shared = _sequence_bytes(full, stage)
+    needed = per_sequence * full.concurrency + shared
     fits = needed <= memory.kv
     most = max_concurrency(full)
     return Plan(
@@ -145,11 +167,13 @@ def plan(request: PlanRequest) -> Plan:
         stage=stage,
         parameters=parameter_count(full.spec),
         memory=memory,
-        kv_bytes_per_token=kv_bytes_per_token(full.spec, full.kv_dtype, full.tp, stage=stage),
-        kv_bytes_per_block=kv_bytes_per_block(full.spec, full.block_size, full.kv_dtype, full.tp, stage=stage),
+        kv_bytes_per_token=kv_bytes_per_token(_cached(full), full.kv_dtype, full.tp, stage=stage),
+        kv_bytes_per_block=_block_bytes(full, stage),
         kv_blocks=blocks,
         kv_tokens=blocks * full.block_size,
         kv_bytes_per_sequence=per_sequence,
+        kv_bytes_shared=shared,
+        state_bytes_per_sequence=state_bytes_per_sequence(full.spec, full.dtype, full.tp, stage=stage),
         kv_bytes_needed=needed,
         max_concurrency=most,
         max_context=max_context(full),
@@ -229,62 +253,136 @@ def max_context(request: CompleteRequest) -> int:
 
 
 def _limiting_stage(request: CompleteRequest) -> tuple[Stage, MemoryBudget, int]:
-    """The pipeline stage whose GPU can hold the fewest blocks, its budget, and that number of blocks."""
+    """The pipeline stage whose GPU can hold the fewest sequences, its budget, and its number of KV blocks."""
     budgets = [(stage, *_budget(request, stage)) for stage in pipeline_stages(request.spec.num_layers, request.pp)]
-    return min(budgets, key=lambda item: (item[2], -item[1].excess))
+    return min(budgets, key=lambda item: (_room(request, item[0], item[1]), item[2], -item[1].excess))
 
 
 def _budget(request: CompleteRequest, stage: Stage) -> tuple[MemoryBudget, int]:
     """The budget of one GPU of a stage, and the number of KV blocks in it."""
-    spec, profile, tp = request.spec, request.profile, request.tp
+    profile = request.profile
     capacity = request.gpu.usable_bytes
     limit = int(capacity * request.utilization)
-    weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage)
+    weights, adapters, draft = _weights(request, stage)
     activation = peak_activation_bytes(
         profile,
-        spec,
+        request.spec,
         context=request.context,
         max_num_seqs=request.max_num_seqs,
         token_budget=request.token_budget,
         dtype=request.dtype,
-        tp=tp,
+        tp=request.tp,
         stage=stage,
     )
-    non_torch = non_torch_bytes(profile, tp * request.pp)
-    left = limit - weights - activation - non_torch
+    non_torch = non_torch_bytes(profile, request.tp * request.pp)
+    left = limit - weights - adapters - draft - activation - non_torch
     most = request.max_num_seqs * blocks_for(request.context, request.block_size) if profile.caps_cache else None
-    cache = kv_cache_within(
-        spec, left, block_size=request.block_size, kv_dtype=request.kv_dtype, max_blocks=most, tp=tp, stage=stage
-    )
+    cache = whole_blocks(left, _block_bytes(request, stage), request.block_size, most)
+    # A stage of recurrent layers alone keeps states and no blocks.
+    kv = cache.bytes if cache.num_blocks or _block_bytes(request, stage) else max(left, 0)
     budget = MemoryBudget(
         capacity=capacity,
         reserved=capacity - limit,
         weights=weights,
+        adapters=adapters,
+        draft=draft,
         activation=activation,
         non_torch=non_torch,
-        kv=cache.bytes,
-        unused=max(left, 0) - cache.bytes,
+        kv=kv,
+        unused=max(left, 0) - kv,
         excess=max(-left, 0),
     )
     return budget, cache.num_blocks
 
 
-def _sequence_bytes(request: CompleteRequest, stage: Stage) -> int:
-    return kv_bytes_per_sequence(
-        request.spec,
-        request.context,
+def _weights(request: CompleteRequest, stage: Stage) -> tuple[int, int, int]:
+    """Bytes on one GPU of a stage: (weights, LoRA adapters, draft model)."""
+    spec, profile, tp = request.spec, request.profile, request.tp
+    weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage, ep=request.ep)
+    adapters = lora_bytes(spec, request.lora_rank, request.lora_adapters, request.dtype, tp=tp, stage=stage)
+    draft = 0
+    if request.draft is not None and stage.last:
+        draft = resident_weight_bytes(profile, request.draft, request.dtype, request.dtype, request.draft_tp)
+    return weights, adapters, draft
+
+
+def _cached(request: CompleteRequest) -> ModelSpec:
+    """The model as its engine caches it: transformers keeps full keys and values of latent attention."""
+    spec = request.spec
+    return expanded(spec) if request.profile.expands_latent and spec.is_latent else spec
+
+
+@functools.lru_cache(maxsize=256)
+def expanded(spec: ModelSpec) -> ModelSpec:
+    """The same model with full keys and values in place of latents.
+
+    >>> kv_bytes_per_token(expanded(model_spec("DeepSeek-V3")), "bf16")  # 61 · 128 heads · (192 + 128) · 2 B
+    4997120
+    """
+    kinds = []
+    for kind in spec.kinds:
+        mixer = kind.mixer
+        if isinstance(mixer, LatentAttention):
+            width = mixer.nope_dim + mixer.rope_dim + mixer.value_dim
+            mixer = Attention(mixer.num_heads, mixer.num_heads, -(-width // 2))
+        kinds.append(dataclasses.replace(kind, mixer=mixer))
+    return dataclasses.replace(spec, kinds=tuple(kinds))
+
+
+def _block_bytes(request: CompleteRequest, stage: Stage) -> int:
+    """One block of all layers of the stage, the draft model's included."""
+    size, form = request.block_size, request.kv_dtype
+    block = kv_bytes_per_block(
+        _cached(request), size, form, request.tp, stage=stage, grouped=request.profile.groups_layers
+    )
+    if request.draft is not None and stage.last:
+        block += kv_bytes_per_block(request.draft, size, form, request.draft_tp)
+    return block
+
+
+def _sequence_bytes(request: CompleteRequest, stage: Stage) -> tuple[int, int]:
+    """(one sequence of the planned context without what it shares, the shared prefix)."""
+    state = state_bytes_per_sequence(request.spec, request.dtype, request.tp, stage=stage)
+    whole = _kv_bytes(request, stage, request.context)
+    # Only whole blocks can be shared, and what slides out of a window is nobody's.
+    prefix = request.shared_prefix // request.block_size * request.block_size
+    if not prefix:
+        return whole + state, 0
+    private = max(_kv_bytes(request, stage, request.context - prefix), whole - _kv_bytes(request, stage, prefix))
+    return private + state, whole - private
+
+
+def _kv_bytes(request: CompleteRequest, stage: Stage, context: int) -> int:
+    profile = request.profile
+    size = kv_bytes_per_sequence(
+        _cached(request),
+        context,
         request.block_size,
         request.kv_dtype,
         request.tp,
         stage=stage,
-        frees_windows=request.profile.frees_windows,
+        frees_windows=profile.frees_windows,
+        grouped=profile.groups_layers,
     )
+    if request.draft is not None and stage.last:
+        size += kv_bytes_per_sequence(request.draft, context, request.block_size, request.kv_dtype, request.draft_tp)
+    return size
 
 
 def _sequences_that_fit(request: CompleteRequest) -> int:
     """Sequences of the planned context for which every stage has room."""
     stages = pipeline_stages(request.spec.num_layers, request.pp)
-    return min(_budget(request, stage)[0].kv // _sequence_bytes(request, stage) for stage in stages)
+    return min(_room(request, stage, _budget(request, stage)[0]) for stage in stages)
+
+
+def _room(request: CompleteRequest, stage: Stage, budget: MemoryBudget) -> int:
+    """Sequences for which the stage has room."""
+    private, shared = _sequence_bytes(request, stage)
+    if budget.excess:
+        return 0
+    if private == 0:  # neither keys and values nor state: the stage never limits
+        return MAX_SEQUENCES
+    return max(0, (budget.kv - shared) // private)
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:

@@ -36,6 +36,7 @@ class Profile:
         utilization, max_num_seqs, token_budget, block_size: the engine's defaults; ``token_budget`` None: a step takes
             a whole prompt of the planned context.
         frees_windows: gives back KV blocks that have slid out of a layer's window.
+        groups_layers: layers with and without a window share one pool of equal groups.
         expands_latent: caches full keys and values where a model has latent attention.
         torch_cuda: weights are counted as torch's CUDA allocator does, with vLLM's rotary table and padded vocabulary.
         logits_fit: (GiB, bytes per sequence and vocabulary entry) of the measured activation peak, or None: counted.
@@ -55,6 +56,7 @@ class Profile:
     torch_cuda: bool
     logits_fit: tuple[float, float] | None
     non_torch_gib: tuple[float, float]
+    groups_layers: bool = False
     expands_latent: bool = False
     batch_is_concurrency: bool = False
     caps_cache: bool = False
@@ -77,6 +79,7 @@ PROFILES: tuple[Profile, ...] = (
         frees_windows=True,
         torch_cuda=True,
         logits_fit=(0.175, 14.1),
+        groups_layers=True,
         non_torch_gib=(0.25, 2.1),
         assumptions=(
             *_VLLM_WEIGHTS,
@@ -96,6 +99,7 @@ PROFILES: tuple[Profile, ...] = (
         frees_windows=True,
         torch_cuda=True,
         logits_fit=(0.24, 37.0),
+        groups_layers=True,
         non_torch_gib=(0.25, 2.1),
         assumptions=(
             *_VLLM_WEIGHTS,

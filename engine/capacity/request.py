@@ -6,7 +6,7 @@ import dataclasses
 
 from engine.capacity.formats import dtype_name, kv_format, weight_format
 from engine.capacity.hardware import Gpu
-from engine.capacity.parallel import check_parallel
+from engine.capacity.parallel import check_parallel, possible_tp
 from engine.capacity.profiles import Profile, find_profile
 from engine.capacity.spec import ModelSpec
 from engine.capacity.words import shown
@@ -23,9 +23,11 @@ class PlanRequest:
     Attributes:
         spec: the model.
         gpu: each of the GPUs.
-        tp, pp: tensor- and pipeline-parallel GPUs; tp · pp in all.
+        tp, pp: tensor- and pipeline-parallel GPUs; tp · pp hold the model once.
+        ep: GPUs that a mixture's experts are distributed over, whole: 1 or tp.
+        dp: copies of the model, each with a share of the requests; tp · pp · dp GPUs in all.
         dtype: compute dtype; None: the checkpoint's.
-        weights: weight format; None: ``dtype``.
+        weights: weight format; None: the checkpoint's own, ``dtype`` if it is not quantized.
         kv_dtype: KV cache format; "auto": ``dtype``.
         context: tokens of one sequence, prompt and output; None: the model's own context length.
         concurrency: sequences of that length at once, the goal.
@@ -35,12 +37,17 @@ class PlanRequest:
         utilization: share of the GPU's memory that the engine may use, 0 … 1; None: the profile's default.
         block_size: tokens of a KV block; None: the profile's default.
         profile: the engine, see :mod:`engine.capacity.profiles`.
+        shared_prefix: tokens at the start that all sequences have in common and that the prefix cache holds once.
+        lora_rank, lora_adapters: low-rank adapters that are loaded at once, and their rank; 0: none.
+        draft: a smaller model that proposes tokens for speculation, on the same GPUs; None: none.
     """
 
     spec: ModelSpec
     gpu: Gpu
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    dp: int = 1
     dtype: str | None = None
     weights: str | None = None
     kv_dtype: str = "auto"
@@ -51,6 +58,10 @@ class PlanRequest:
     utilization: float | None = None
     block_size: int | None = None
     profile: str = "vllm-0.19"
+    shared_prefix: int = 0
+    lora_rank: int = 16
+    lora_adapters: int = 0
+    draft: ModelSpec | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +72,8 @@ class CompleteRequest:
     gpu: Gpu
     tp: int
     pp: int
+    ep: int
+    dp: int
     dtype: str
     weights: str
     kv_dtype: str
@@ -71,6 +84,25 @@ class CompleteRequest:
     utilization: float
     block_size: int
     profile: Profile
+    shared_prefix: int
+    lora_rank: int
+    lora_adapters: int
+    draft: ModelSpec | None
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs of the deployment."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def draft_tp(self) -> int:
+        """GPUs that share the draft model: those of the target where its heads allow it, else each holds all of it."""
+        return self.tp if self.draft is not None and self.tp in possible_tp(self.draft, self.tp) else 1
+
+    def as_request(self) -> PlanRequest:
+        """The same as a request: what was a default is now stated."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return PlanRequest(**{**values, "profile": self.profile.name})
 
 
 def complete(request: PlanRequest) -> CompleteRequest:
@@ -80,9 +112,10 @@ def complete(request: PlanRequest) -> CompleteRequest:
         ConfigError: naming the input at fault and what would work.
     """
     spec, profile = request.spec, find_profile(request.profile)
-    check_parallel(spec, request.tp, request.pp)
+    check_parallel(spec, request.tp, request.pp, request.ep, request.dp)
     dtype = dtype_name(request.dtype or spec.torch_dtype)
-    weights = weight_format(dtype if request.weights in (None, "auto", "model") else str(request.weights))
+    own = spec.checkpoint_format or dtype
+    weights = weight_format(own if request.weights in (None, "auto", "model") else str(request.weights))
     context = _whole("context", spec.max_position if request.context is None else request.context, 1)
     if context > spec.max_position:
         raise ConfigError(
@@ -109,6 +142,8 @@ def complete(request: PlanRequest) -> CompleteRequest:
         gpu=request.gpu,
         tp=request.tp,
         pp=request.pp,
+        ep=request.ep,
+        dp=request.dp,
         dtype=dtype,
         weights=weights.name,
         kv_dtype=kv_format(request.kv_dtype, dtype).name,
@@ -119,7 +154,36 @@ def complete(request: PlanRequest) -> CompleteRequest:
         utilization=utilization,
         block_size=_whole("block_size", block_size, 1, MAX_BLOCK_SIZE),
         profile=profile,
+        shared_prefix=_shared_prefix(request, context),
+        lora_rank=_whole("lora_rank", request.lora_rank, 1, 4096),
+        lora_adapters=_whole("lora_adapters", request.lora_adapters, 0, 10_000),
+        draft=_draft(request),
     )
+
+
+def _shared_prefix(request: PlanRequest, context: int) -> int:
+    tokens = _whole("shared_prefix", request.shared_prefix, 0)
+    if tokens >= context:
+        raise ConfigError(
+            f"{tokens:,} shared tokens leave nothing of a context of {context:,}.",
+            field="shared_prefix",
+            remedy=f"Give at most {context - 1:,}.",
+        )
+    return tokens
+
+
+def _draft(request: PlanRequest) -> ModelSpec | None:
+    draft = request.draft
+    if draft is None:
+        return None
+    if draft.vocab_size != request.spec.vocab_size and abs(draft.vocab_size - request.spec.vocab_size) > 1024:
+        raise ConfigError(
+            f"{draft.name} has {draft.vocab_size:,} tokens, {request.spec.name} has {request.spec.vocab_size:,}: a "
+            "draft model must speak the same vocabulary.",
+            field="draft",
+            remedy="Choose a smaller model of the same family.",
+        )
+    return draft
 
 
 def _whole(field: str, value: object, minimum: int, maximum: int = 2**31) -> int:
