@@ -29,11 +29,11 @@ import typer
 from typer.exceptions import TyperException
 
 from engine import console
+from engine.cli_plan import plan
 from engine.config import EngineConfig, knob, parse_assignments
 from engine.errors import ConfigError, HeadroomError, RequestError
 
 if TYPE_CHECKING:
-    from engine.capacity.plan import Plan
     from engine.core import Engine
     from engine.measure.results import RunResult
     from engine.outputs import RequestOutput, RequestTimes
@@ -279,122 +279,7 @@ def _describe_generation(output: RequestOutput) -> str:
 # -- plan ----------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def plan(
-    model: Annotated[str, typer.Option("--model", "-m", help="Name in the catalog, or path of a config.json.")],
-    gpu: Annotated[str | None, typer.Option(help='Name in the catalog, e.g. "H100 SXM 80GB".')] = None,
-    gpu_memory_gib: Annotated[
-        float | None, typer.Option(help="Usable memory of each GPU, in place of the catalog's. GiB.")
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel GPUs.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline-parallel GPUs.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype. Default: the checkpoint's.")] = None,
-    weights: Annotated[str | None, typer.Option(help="bf16, fp8, int8, int4-g128 … Default: --dtype.")] = None,
-    kv_dtype: Annotated[str, typer.Option(help="bf16, fp8 … auto: --dtype.")] = "auto",
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a sequence. Default: --input-tokens + --output-tokens, else the model's own."),
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Largest batch. Default: the profile's.")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="Tokens of a step. Default: the profile's.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV block. Default: the profile's.")] = None,
-    gpu_memory_utilization: Annotated[float | None, typer.Option(help="0 … 1. Default: the profile's.")] = None,
-    profile: Annotated[str, typer.Option(help="Serving engine: vllm-0.19, headroom, transformers …")] = "vllm-0.19",
-    concurrency: Annotated[int, typer.Option(help="Sequences at once, the goal.")] = 1,
-    rate: Annotated[float | None, typer.Option(help="Requests a second.")] = None,
-    input_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of a request.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(min=1, help="Output tokens of a request.")] = None,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective: time to the first token.")] = None,
-    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective: time per output token.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Plan the memory of a deployment: where it goes, what fits, what would make it fit. Figures are of one GPU."""
-    from engine.capacity.plan import plan_from_names
-
-    if context is None and input_tokens is not None:
-        context = input_tokens + (output_tokens or 0)
-    answer = plan_from_names(
-        model,
-        gpu,
-        gpu_memory_gib=gpu_memory_gib,
-        spec=_model_spec_from_file(model),
-        tp=tp,
-        pp=pp,
-        dtype=dtype,
-        weights=weights,
-        kv_dtype=kv_dtype,
-        context=context,
-        concurrency=concurrency,
-        max_num_seqs=max_num_seqs,
-        token_budget=token_budget,
-        utilization=gpu_memory_utilization,
-        block_size=block_size,
-        profile=profile,
-    )
-    unused = {"--rate": rate, "--slo-ttft-ms": slo_ttft_ms, "--slo-tpot-ms": slo_tpot_ms}
-    document = _plan_document(answer, [name for name, value in unused.items() if value is not None])
-    with console.standard_output() as out:
-        if as_json:
-            console.write_json(out, document)
-        else:
-            _show_plan(out, document)
-
-
-def _model_spec_from_file(model: str) -> Any:
-    """The spec where ``model`` is a configuration file or a folder with one; None where it is a name."""
-    from engine.capacity import ModelSpec
-
-    path = Path(model).expanduser()
-    if path.is_dir():
-        path /= "config.json"
-    elif path.suffix.lower() != ".json":
-        return None
-    remedy = "Give the path of a model's config.json, or the name of a model in the catalog."
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as problem:
-        message = f"{path} cannot be read ({problem.strerror or problem})."
-        raise ConfigError(message, field="model", remedy=remedy) from None
-    except (ValueError, RecursionError) as problem:
-        raise ConfigError(f"{path} is not JSON ({problem}).", field="model", remedy=remedy) from None
-    return ModelSpec.from_hf_config(config)
-
-
-def _plan_document(answer: Plan, unused: list[str]) -> dict[str, Any]:
-    """The plan, what would make it fit, and which of the caller's wishes were left out of account."""
-    from engine.capacity.remedies import what_would_fit
-    from engine.capacity.request import PlanRequest
-
-    full = answer.request
-    values = {field.name: getattr(full, field.name) for field in dataclasses.fields(full)}
-    remedies = what_would_fit(PlanRequest(**{**values, "profile": full.profile.name}))
-    document = {**answer.to_dict(), "what_would_fit": [remedy.to_dict() for remedy in remedies]}
-    if unused:
-        names = ", ".join(unused)
-        document["warnings"] = [*document["warnings"], f"Only memory is planned: {names} had no influence."]
-    return document
-
-
-def _show_plan(out: TextIO, document: dict[str, Any]) -> None:
-    request, memory, limits = document["request"], document["memory"], document["limits"]
-    gpus = request["tp"] * request["pp"]
-    fits = "fits" if document["fits"] else f"does not fit: {memory['shortfall_gib']:,.2f} GiB missing on each GPU"
-    title = f"{request['model']} on {gpus} × {request['gpu']}, {request['profile']}: {fits}"
-    sizes = ("capacity", "limit", "weights", "activation", "non_torch", "kv")
-    rows = [(name.replace("_", " "), f"{memory[f'{name}_gib']:,.3f}", "GiB") for name in sizes]
-    rows += [
-        ("KV per token", f"{memory['kv_bytes_per_token']:,}", "bytes"),
-        ("KV cache", f"{memory['kv_tokens']:,}", f"tokens in {memory['kv_blocks']:,} blocks"),
-        ("parameters", f"{document['parameters']['total']:,}", ""),
-        ("goal", f"{request['concurrency']:,} × {request['context']:,}", "sequences × tokens"),
-        ("most sequences of that context", f"{limits['max_concurrency']:,}", ""),
-        ("longest context at that number", f"{limits['max_context']:,}", "tokens"),
-    ]
-    console.write_table(out, title, rows)
-    lines = [f"would fit: {remedy['title']} ({remedy['cost']})" for remedy in document["what_would_fit"]]
-    lines += [f"warning: {warning}" for warning in document["warnings"]]
-    lines += [f"assumed: {assumption}" for assumption in document["assumptions"]]
-    print("\n".join(["", *lines]), file=out)
+app.command(name="plan")(plan)
 
 
 # -- bench ---------------------------------------------------------------------------------------------------

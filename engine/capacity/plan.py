@@ -184,15 +184,24 @@ def plan(request: PlanRequest) -> Plan:
     )
 
 
-def plan_from_names(
+def plan_from_names(model: str, gpu: str | None = None, **options: Any) -> Plan:
+    """The memory plan of :func:`request_from_names`, with the same arguments.
+
+    >>> plan_from_names("Llama-3.1-70B", "H100 SXM 80GB", tp=4, context=8192).fits
+    True
+    """
+    return plan(request_from_names(model, gpu, **options))
+
+
+def request_from_names(
     model: str,
     gpu: str | None = None,
     *,
     gpu_memory_gib: float | None = None,
     spec: ModelSpec | None = None,
     **options: Any,
-) -> Plan:
-    """A plan from names, as the command line has them.
+) -> PlanRequest:
+    """A request from names, as the command line has them.
 
     Args:
         model: name in the catalog (ignored where ``spec`` is given).
@@ -200,9 +209,6 @@ def plan_from_names(
         gpu_memory_gib: usable memory of each GPU, in place of the catalog's.
         spec: a model that is not in the catalog, read from a ``config.json``.
         options: the other fields of :class:`PlanRequest`.
-
-    >>> plan_from_names("Llama-3.1-70B", "H100 SXM 80GB", tp=4, context=8192).fits
-    True
 
     Raises:
         ConfigError: naming the input at fault and what would work.
@@ -217,7 +223,7 @@ def plan_from_names(
         device = find_gpu(gpu)
     else:
         device = _known_or_custom(gpu, gpu_memory_gib)
-    return plan(PlanRequest(model_spec(model) if spec is None else spec, device, **options))
+    return PlanRequest(model_spec(model) if spec is None else spec, device, **options)
 
 
 def _known_or_custom(name: str, memory_gib: float) -> Gpu:

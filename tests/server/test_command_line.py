@@ -395,12 +395,44 @@ def test_plan_takes_a_configuration_file_and_every_option(run: Run, tiny_llama: 
         assert request.items() >= {**expected, "profile": "headroom", "dtype": "float32"}.items()
 
 
-def test_plan_says_which_wishes_had_no_influence(run: Run):
+def test_plan_prints_every_part_of_its_contract(run: Run):
     lengths = ("--input-tokens", 3000, "--output-tokens", 1000)
-    _, out, _ = run(*LLAMA_70B[:-2], *lengths, "--rate", 2, "--slo-ttft-ms", 500, "--json")
+    code, out, _ = run(*LLAMA_70B[:-2], "--tp", 4, *lengths, "--rate", 2, "--slo-ttft-ms", 500, "--json")
+    assert code == 0
     document = json.loads(out)
     assert document["request"]["context"] == 4000
-    assert any("--rate, --slo-ttft-ms" in warning for warning in document["warnings"])
+    assert {"ttft_ms", "tpot_ms", "decode_step_ms", "output_tokens_s"} <= document["latency"].keys()
+    assert document["latency"]["output_tokens_s"] == pytest.approx(2000, rel=0.01)
+    assert document["latency"]["ttft_p95_ms"] > document["latency"]["ttft_ms"] > 0
+    assert document["cost"]["per_hour"] == 4 * document["cost"]["price_per_gpu_hour"]
+    assert {"max_concurrency", "max_context"} <= document["limits"].keys()
+    assert document["slo"]["ttft_ms"] == pytest.approx(500)
+    assert document["launch"]["vLLM"].startswith("vllm serve")
+
+
+def test_plan_without_a_known_speed_gives_memory_and_says_what_is_missing(run: Run):
+    code, out, _ = run("plan", "--model", "Llama-3.1-8B", "--gpu-memory-gib", 40, "--context", 4096, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["fits"] is True
+    assert document["latency"]["ttft_ms"] is None
+    assert any("not known" in warning for warning in document["warnings"])
+
+
+def test_plan_above_what_can_be_served_does_not_fit_and_still_prints_json(run: Run):
+    lengths = ("--input-tokens", 1000, "--output-tokens", 200, "--rate", 100_000)
+    code, out, _ = run("plan", "--model", "Llama-3.1-8B", "--gpu", "L4 24GB", *lengths, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["fits"] is False
+    assert document["latency"]["ttft_ms"] is None
+
+
+@pytest.mark.parametrize("form", ["markdown", "yaml", "table"])
+def test_plan_is_printed_as_a_document(run: Run, form: str):
+    code, out, _ = run(*LLAMA_70B, "--tp", 8, "--format", form)
+    assert code == 0
+    assert "Llama-3.1-70B" in out
 
 
 def test_plan_refuses_nonsense(error_of: Callable[..., dict[str, Any]], tmp_path: Path):
@@ -409,6 +441,11 @@ def test_plan_refuses_nonsense(error_of: Callable[..., dict[str, Any]], tmp_path
     assert error_of("plan", "--model", "Llama-3.1-8B")["field"] == "gpu"
     assert error_of("plan", "--model", "Llama-3.1-8B", "--gpu", "abacus")["field"] == "gpu"
     assert error_of("plan", "--model", "Lama-9", "--gpu", "H100 SXM 80GB")["field"] == "model"
+    assert error_of(*LLAMA_70B, "--tp", 4, "--concurrency", 1, "--rate", 1)["field"] == "rate"
+    assert error_of(*LLAMA_70B, "--tp", 4, "--slo-ttft-ms", -1)["field"] == "slo_ttft_ms"
+    assert error_of(*LLAMA_70B, "--tp", 4, "--ep", 4)["field"] == "ep"
+    assert error_of(*LLAMA_70B, "--tp", 4, "--draft", "Qwen3-0.6B")["field"] == "draft"
+    assert error_of(*LLAMA_70B, "--tp", 4, "--input-tokens", 9000)["field"] == "context"
     broken = tmp_path / "config.json"
     for content in ('{"model_type": ', "[1]", '{"model_type": "llama"}', "[" * 100_000):
         broken.write_text(content)
