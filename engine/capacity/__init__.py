@@ -4,46 +4,75 @@ from engine.capacity.activation import activation_bytes
 from engine.capacity.budget import KVCacheSize, size_kv_cache
 from engine.capacity.catalog import model_config, model_names, model_spec
 from engine.capacity.curve import CurvePoint, concurrency_curve
+from engine.capacity.deployment import Deployment, deploy
+from engine.capacity.document import as_json, as_markdown, as_yaml, compare_documents, plan_document
 from engine.capacity.formats import weight_format
 from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, gpus
 from engine.capacity.kv import compare_kv_formulas, kv_bytes_per_block, kv_bytes_per_sequence, kv_bytes_per_token
+from engine.capacity.launch import launch_commands
 from engine.capacity.parallel import possible_tp
+from engine.capacity.pareto import ParetoPoint, pareto
 from engine.capacity.plan import Plan, plan, plan_from_names
 from engine.capacity.profiles import PROFILES, find_profile, profile_weight_format
 from engine.capacity.remedies import Remedy, what_would_fit
 from engine.capacity.request import PlanRequest
+from engine.capacity.sensitivity import Swing, sensitivity
+from engine.capacity.serving import OperatingPoint, Serving, serving
+from engine.capacity.solver import Goal, Solution, solve, solve_cached
 from engine.capacity.spec import ModelSpec
 from engine.capacity.weights import ParameterCount, parameter_count, weight_bytes
+from engine.capacity.workload import Objectives, Workload
 
 __all__ = [
     "PROFILES",
     "CurvePoint",
+    "Deployment",
+    "Goal",
     "Gpu",
     "KVCacheSize",
     "ModelSpec",
+    "Objectives",
+    "OperatingPoint",
     "ParameterCount",
+    "ParetoPoint",
     "Plan",
     "PlanRequest",
     "Remedy",
+    "Serving",
+    "Solution",
+    "Swing",
+    "Workload",
     "activation_bytes",
+    "as_json",
+    "as_markdown",
+    "as_yaml",
+    "compare_documents",
     "compare_kv_formulas",
     "concurrency_curve",
     "custom_gpu",
+    "deploy",
     "find_gpu",
     "find_profile",
     "gpus",
     "kv_bytes_per_block",
     "kv_bytes_per_sequence",
     "kv_bytes_per_token",
+    "launch_commands",
     "model_config",
     "model_names",
     "model_spec",
     "parameter_count",
+    "pareto",
     "plan",
+    "plan_document",
     "plan_from_names",
     "possible_tp",
     "profile_weight_format",
+    "sensitivity",
+    "serving",
     "size_kv_cache",
+    "solve",
+    "solve_cached",
     "weight_bytes",
     "weight_format",
     "what_would_fit",

@@ -50,5 +50,5 @@ def _point(request: PlanRequest, context: int) -> CurvePoint:
     full = answer.request
     both = compare_kv_formulas(full.spec, context, full.block_size, full.kv_dtype, full.tp)
     # The published form knows no sharding: its bytes are of one request on all GPUs together.
-    pool = answer.memory.kv * full.tp * full.pp
+    pool = answer.memory.kv * full.gpus
     return CurvePoint(context, answer.max_concurrency, pool // both.published.bytes)

@@ -112,6 +112,11 @@ def _deploy(
     if model is not None:
         point = model.at_rate(rate) if rate is not None else model.at_concurrency(float(full.concurrency))
         best = model.largest_load(objectives)
+    if rate is not None and point is not None and point.stable:
+        # What the load holds in memory at once, as far as it is certain to fit.
+        held = max(1, min(math.ceil(point.running) * full.dp, memory.max_concurrency))
+        memory = plan(dataclasses.replace(_shared(request, work), concurrency=held, max_num_seqs=full.max_num_seqs))
+        full = memory.request
     stable = point is None or point.stable
     asked = rate is None or stable
     hourly = full.gpu.price_usd_hour if price is None else price
@@ -167,7 +172,7 @@ def _headroom(rate: float | None, full: CompleteRequest, best: OperatingPoint | 
         return None
     if rate is not None:
         return 1.0 - rate / best.rate
-    return 1.0 - full.concurrency / (best.in_system * full.dp)
+    return 1.0 - full.concurrency / max(best.in_system * full.dp, 1e-9)
 
 
 def _first_limit(memory: Plan, model: Serving | None, best: OperatingPoint | None, objectives: Objectives) -> str:

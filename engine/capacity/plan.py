@@ -79,7 +79,7 @@ class Plan:
         kv_bytes_shared: the prefix that all sequences share.
         state_bytes_per_sequence: of kv_bytes_per_sequence, the constant state of recurrent layers.
         kv_bytes_needed: all of the goal.
-        max_concurrency: sequences of the planned context that memory holds at once; 0 if none.
+        max_concurrency: sequences of the planned context that memory holds at once, on all copies; 0 if none.
         max_context: longest context at the planned concurrency, at most the model's own; 0 if none.
         fits: the goal fits.
         shortfall: bytes missing on one GPU; 0 if it fits.
@@ -159,9 +159,9 @@ def plan(request: PlanRequest) -> Plan:
     full = complete(request)
     stage, memory, blocks = _limiting_stage(full)
     per_sequence, shared = _sequence_bytes(full, stage)
-    needed = per_sequence * full.concurrency + shared
+    needed = per_sequence * full.share + shared
     fits = needed <= memory.kv
-    most = max_concurrency(full)
+    most = full.dp * max_concurrency(full)
     return Plan(
         request=full,
         stage=stage,
@@ -237,12 +237,12 @@ def _known_or_custom(name: str, memory_gib: float) -> Gpu:
 
 
 def max_concurrency(request: CompleteRequest) -> int:
-    """Sequences of the planned context that fit at once, 0 if not even one does."""
+    """Sequences of the planned context that fit at once on one copy of the model, 0 if not even one does."""
     if not request.profile.batch_is_concurrency:
         return _sequences_that_fit(request)
 
     def holds(batch: int) -> bool:
-        trial = dataclasses.replace(request, concurrency=batch, max_num_seqs=batch)
+        trial = dataclasses.replace(request, concurrency=batch, dp=1, max_num_seqs=batch)
         return _sequences_that_fit(trial) >= batch
 
     one = dataclasses.replace(request, concurrency=1, max_num_seqs=1)
@@ -253,7 +253,7 @@ def max_context(request: CompleteRequest) -> int:
     """Longest context, tokens, of which the planned concurrency fits; at most the model's own, 0 if there is none."""
 
     def holds(context: int) -> bool:
-        return _sequences_that_fit(dataclasses.replace(request, context=context)) >= request.concurrency
+        return _sequences_that_fit(dataclasses.replace(request, context=context)) >= request.share
 
     return _largest(holds, request.spec.max_position)
 

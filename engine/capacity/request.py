@@ -30,7 +30,7 @@ class PlanRequest:
         weights: weight format; None: the checkpoint's own, ``dtype`` if it is not quantized.
         kv_dtype: KV cache format; "auto": ``dtype``.
         context: tokens of one sequence, prompt and output; None: the model's own context length.
-        concurrency: sequences of that length at once, the goal.
+        concurrency: sequences of that length at once, the goal; shared evenly by the ``dp`` copies.
         max_num_seqs: largest batch that the engine reserves activations for; None: the profile's default, at least
             ``concurrency``.
         token_budget: tokens of the largest step; None: the profile's default.
@@ -95,6 +95,11 @@ class CompleteRequest:
         return self.tp * self.pp * self.dp
 
     @property
+    def share(self) -> int:
+        """Sequences of the goal that each copy of the model holds."""
+        return -(-self.concurrency // self.dp)
+
+    @property
     def draft_tp(self) -> int:
         """GPUs that share the draft model: those of the target where its heads allow it, else each holds all of it."""
         return self.tp if self.draft is not None and self.tp in possible_tp(self.draft, self.tp) else 1
@@ -124,15 +129,14 @@ def complete(request: PlanRequest) -> CompleteRequest:
             remedy=f"Give at most {spec.max_position:,}.",
         )
     concurrency = _whole("concurrency", request.concurrency, 1, MAX_SEQUENCES)
-    most = request.max_num_seqs
-    if profile.batch_is_concurrency:
-        most = concurrency
-    most = _whole("max_num_seqs", max(profile.max_num_seqs, concurrency) if most is None else most, 1, MAX_SEQUENCES)
-    if most < concurrency:
+    each = -(-concurrency // request.dp)
+    most = each if profile.batch_is_concurrency else request.max_num_seqs
+    most = _whole("max_num_seqs", max(profile.max_num_seqs, each) if most is None else most, 1, MAX_SEQUENCES)
+    if most < each:
         raise ConfigError(
-            f"{most:,} sequences at once are fewer than the concurrency of {concurrency:,} that is planned for.",
+            f"{most:,} sequences at once are fewer than the concurrency of {each:,} that is planned for.",
             field="max_num_seqs",
-            remedy=f"Give at least {concurrency:,}, or lower the concurrency.",
+            remedy=f"Give at least {each:,}, or lower the concurrency.",
         )
     budget = request.token_budget
     utilization = _utilization(profile.utilization if request.utilization is None else request.utilization)

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine.capacity.deployment import Deployment, deploy
-from engine.capacity.request import PlanRequest
+from engine.capacity.deployment import Deployment, slots_of
+from engine.capacity.request import PlanRequest, complete
+from engine.capacity.serving import serving
 from engine.capacity.workload import Workload
 from engine.errors import HeadroomError
 
@@ -34,6 +35,7 @@ def sensitivity(answer: Deployment) -> tuple[Swing, ...]:
     """Swings of the largest load within the objectives, widest first. () where there is none to vary.
 
     >>> from engine.capacity import PlanRequest, find_gpu, model_spec
+    >>> from engine.capacity.deployment import deploy
     >>> wanted = PlanRequest(model_spec("Llama-3.1-8B"), find_gpu("H100 SXM 80GB"), context=2048)
     >>> swings = sensitivity(deploy(wanted, Workload(1024, 256)))
     >>> swings[0].name in ("prompt length", "arithmetic efficiency", "output length")
@@ -52,10 +54,13 @@ def sensitivity(answer: Deployment) -> tuple[Swing, ...]:
 
 def _largest_rate(answer: Deployment, request: PlanRequest, work: Workload) -> float:
     try:
-        then = deploy(request, work, answer.objectives, answer.rate)
+        full = complete(request)
+        slots = slots_of(full, work)
     except HeadroomError:
         return 0.0
-    return then.best.rate if then.best else 0.0
+    model = serving(full, work, slots) if slots else None
+    best = model.largest_load(answer.objectives) if model else None
+    return best.rate if best else 0.0
 
 
 _Changed = tuple[PlanRequest, Workload]
