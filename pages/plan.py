@@ -1,75 +1,105 @@
-"""Plan: what fits on which GPUs, before anything is bought, rented or loaded."""
+"""Plan: what fits on which GPUs, how fast it is and what it costs, before anything is bought, rented or loaded."""
 
 from __future__ import annotations
 
 import pandas as pd
 import streamlit as st
 
-from engine.capacity import Plan, PlanRequest, concurrency_curve, plan, what_would_fit
+from engine.capacity import Deployment, Plan, concurrency_curve, deploy, what_would_fit
+from engine.capacity.deployment import assumptions_of
 from engine.capacity.words import gib
 from engine.errors import HeadroomError
 from pages.widgets.messages import show_error
 from pages.widgets.plan_answer import answer, remedies
 from pages.widgets.plan_curve import concurrency_chart
 from pages.widgets.plan_formula import formulas
-from pages.widgets.plan_inputs import plan_inputs
+from pages.widgets.plan_inputs import PlanInputs, plan_inputs
+from pages.widgets.plan_load import load_chart
 from pages.widgets.plan_memory import memory_bar
+from pages.widgets.plan_roofline import roofline_chart
+from pages.widgets.plan_saved import launch, save_and_compare
+from pages.widgets.plan_search import hardware_search
+from pages.widgets.plan_tradeoffs import pareto_chart, tornado_chart
 
 
 def main() -> None:
     """Draw the page: the question at the left, the answer at the right."""
     left, right = st.columns([1, 2.6], gap="medium")
     with left:
-        request = plan_inputs()
+        inputs = plan_inputs()
     with right:
-        if request is None:
+        if inputs is None:
             _no_model()
             return
         try:
-            _result(request)
+            _result(inputs)
         except HeadroomError as problem:
             show_error(problem)
 
 
-def _result(request: PlanRequest) -> None:
-    result = plan(request)
-    answer(result)
+def _result(inputs: PlanInputs) -> None:
+    found = deploy(inputs.request, inputs.workload, inputs.objectives, inputs.rate, inputs.price)
+    answer(found)
     with st.container(border=True):
-        memory_bar(result)
-    if not result.fits:
-        remedies(result, what_would_fit(request))
-    formulas(result)
-    left, right = st.columns([1.6, 1], gap="small")
-    curve = concurrency_curve(request)
-    drawn = curve[0].max_concurrency > 0  # the shortest context: where it does not fit, nothing does
+        memory_bar(found.plan)
+    if not found.plan.fits:
+        remedies(found.plan, what_would_fit(inputs.request))
+    elif found.point is not None:
+        _load(found)
+    if found.point is not None:
+        hardware_search(inputs, inputs.rate or max(found.point.rate, 1e-3))
+    with st.expander("KV cache of a request: the formula with its numbers", icon=":material/function:"):
+        formulas(found.plan)
+    _memory_details(inputs, found)
+    if found.plan.fits:
+        launch(found)
+    save_and_compare(found)
+    with st.expander("What these numbers rest on", icon=":material/info:"):
+        st.markdown("\n".join(f"- {line}" for line in (*found.plan.assumptions, *assumptions_of(found))))
+
+
+def _load(found: Deployment) -> None:
+    """Charts of latency, roofline, sensitivity and alternatives."""
+    left, right = st.columns(2, gap="small")
     with left, st.container(border=True, height="stretch"):
-        if drawn:
-            concurrency_chart(result, curve)
-        else:
-            st.markdown("**What these numbers rest on**")
-            _assumptions(result)
+        load_chart(found)
     with right, st.container(border=True, height="stretch"):
-        _parameters(result)
-    if drawn:
-        with st.expander("What these numbers rest on", icon=":material/info:"):
-            _assumptions(result)
+        roofline_chart(found)
+    left, right = st.columns(2, gap="small")
+    with left, st.container(border=True, height="stretch"):
+        tornado_chart(found)
+    with right, st.container(border=True, height="stretch"):
+        pareto_chart(found)
 
 
-def _assumptions(result: Plan) -> None:
-    st.markdown("\n".join(f"- {line}" for line in result.assumptions))
+def _memory_details(inputs: PlanInputs, found: Deployment) -> None:
+    left, right = st.columns([1.6, 1], gap="small")
+    curve = concurrency_curve(found.plan.request.as_request())
+    with left, st.container(border=True, height="stretch"):
+        if curve[0].max_concurrency > 0:  # the shortest context: where it does not fit, nothing does
+            concurrency_chart(found.plan, curve)
+        else:
+            st.markdown("**Not even the shortest request fits**")
+            st.caption("The weights and what the engine needs beside them leave no room for a KV cache.")
+    with right, st.container(border=True, height="stretch"):
+        _parameters(found.plan)
+
+
+_PART_NAMES = {"mlp": "MLP", "recurrent": "recurrent layers"}
 
 
 def _parameters(result: Plan) -> None:
-    st.markdown(f"**Parameters: {result.parameters.total:,}**")
-    total = result.parameters.total
+    count = result.parameters
+    st.markdown(f"**Parameters: {count.total:,}**")
     rows = [
-        {"part": part if part != "mlp" else "MLP", "parameters": f"{count:,}", "share": f"{100 * count / total:.1f} %"}
-        for part, count in result.parameters.by_part().items()
-        if count
+        {"part": _PART_NAMES.get(part, part), "parameters": f"{size:,}", "share": f"{100 * size / count.total:.1f} %"}
+        for part, size in count.by_part().items()
+        if size
     ]
     st.table(pd.DataFrame(rows).set_index("part"))
     tied = "The head is the embedding, stored once. " if result.request.spec.tie_word_embeddings else ""
-    st.caption(f"{tied}{gib(result.kv_bytes_per_sequence)} of KV cache a request on each GPU.")
+    active = f"A token passes through {count.active:,} of them. " if count.active < count.total else ""
+    st.caption(f"{active}{tied}{gib(result.kv_bytes_per_sequence)} of KV cache a request on each GPU.")
 
 
 def _no_model() -> None:

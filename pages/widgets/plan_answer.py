@@ -7,14 +7,15 @@ from typing import Any
 
 import streamlit as st
 
-from engine.capacity import Plan, Remedy
+from engine.capacity import Deployment, OperatingPoint, Plan, Remedy
+from engine.capacity.deployment import warnings_of
 from engine.capacity.words import gib
 from pages.widgets.plan_inputs import apply_changes, key, size_text
 
 
 def fleet(plan: Plan) -> str:
     """The hardware in words: ``"4 × H100 SXM 80GB"``."""
-    count = plan.request.tp * plan.request.pp
+    count = plan.request.gpus
     name = plan.request.gpu.name
     return f"{count} × {name}" if count > 1 or not name.startswith("this") else name
 
@@ -24,28 +25,132 @@ def requests_text(count: int) -> str:
     return "1 request" if count == 1 else f"{count:,} concurrent requests"
 
 
-def sentence(plan: Plan) -> str:
+def sentence(answer: Deployment) -> str:
     """The answer in one sentence.
 
-    For example "4 × H100 SXM 80GB hold Llama-3.1-70B with 32 concurrent requests of 8,192 tokens; there is room for
-    57."
+    For example "4 × H100 SXM 80GB hold Llama-3.1-70B with 32 concurrent requests of 8,192 tokens: TTFT p95 390 ms, 28
+    ms a token, $1.23 per million output tokens, 41 % headroom."
     """
-    asked = plan.request
+    plan, asked = answer.plan, answer.plan.request
+    several = asked.gpus > 1
     goal = f"{asked.spec.name} with {requests_text(asked.concurrency)} of {asked.context:,} tokens"
-    several = asked.tp * asked.pp > 1
-    each = " on each" if several else ""
     if not plan.fits:
-        verb = "cannot hold"
-        return f"{fleet(plan)} {verb} {goal}: {gib(plan.shortfall)} are missing{each}."
-    room = f"; there is room for {plan.max_concurrency:,}" if plan.max_concurrency > asked.concurrency else ""
-    return f"{fleet(plan)} {'hold' if several else 'holds'} {goal}{room}."
+        each = " on each" if several else ""
+        return f"{fleet(plan)} cannot hold {goal}: {gib(plan.shortfall)} are missing{each}."
+    if answer.rate is not None:
+        goal = f"{asked.spec.name}"
+        if answer.point is not None and not answer.point.stable:
+            most = answer.serving.capacity() if answer.serving else 0.0
+            return f"{fleet(plan)} cannot serve {answer.rate:,.2f} requests a second of {goal}: at most {most:,.2f}."
+        goal += f" at {answer.rate:,.2f} requests a second"
+    return f"{fleet(plan)} {'hold' if several else 'holds'} {goal}{_quality(answer)}."
 
 
-def answer(plan: Plan) -> None:
+def _quality(answer: Deployment) -> str:
+    """Latency, cost and headroom; the room in memory where the speeds are not known."""
+    plan, point = answer.plan, answer.point
+    if point is None:
+        more = plan.max_concurrency > plan.request.concurrency
+        return f"; there is room for {plan.max_concurrency:,}" if more else ""
+    parts = [f"TTFT p95 {_ms(point.ttft_p95_s)} ms", f"{_ms(point.tpot_s)} ms a token"]
+    if answer.cost.per_million_output_tokens is not None:
+        parts.append(rf"\${answer.cost.per_million_output_tokens:,.2f} per million output tokens")
+    if answer.headroom is not None and answer.headroom >= 0:
+        parts.append(f"{100 * answer.headroom:.0f}\u00a0% headroom")
+    elif not answer.meets:
+        parts.append("an objective is missed")
+    return f": {', '.join(parts)}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.02 else f"{1e3 * seconds:,.1f}"
+
+
+def answer(found: Deployment) -> None:
     """Draw the sentence and the figures."""
-    icon = ":green[:material/check_circle:]" if plan.fits else ":red[:material/cancel:]"
-    st.subheader(f"{icon} {sentence(plan)}", anchor=False)
-    each = " per GPU" if plan.request.tp * plan.request.pp > 1 else ""
+    if not found.fits:
+        icon = ":red[:material/cancel:]"
+    elif found.meets or found.point is None:
+        icon = ":green[:material/check_circle:]"
+    else:
+        icon = ":orange[:material/error:]"
+    st.subheader(f"{icon} {sentence(found)}", anchor=False)
+    if found.point is not None and found.point.stable:
+        _load_figures(found, found.point)
+    _memory_figures(found.plan)
+    lines = [*found.plan.warnings, *warnings_of(found)]
+    if len(lines) > 3:
+        with st.expander(f"{len(lines)} warnings", icon=":material/warning:"):
+            _warnings(lines)
+    else:
+        _warnings(lines)
+
+
+def _warnings(lines: Sequence[str]) -> None:
+    for line in lines:
+        st.caption(f":orange[:material/warning:] {line}")
+
+
+def _load_figures(found: Deployment, point: OperatingPoint) -> None:
+    wanted, cost = found.objectives, found.cost
+    columns = st.columns(4)
+    columns[0].metric(
+        "First token, p95",
+        f"{_ms(point.ttft_p95_s)} ms",
+        **_against(point.ttft_p95_s, wanted.ttft_s),
+        help=f"Time to first token: mean {_ms(point.ttft_s)} ms, 95 % of requests within {_ms(point.ttft_p95_s)} ms, "
+        f"99 % within {_ms(point.ttft_p99_s)} ms.",
+        border=True,
+    )
+    columns[1].metric(
+        "Each token, p95",
+        f"{_ms(point.tpot_p95_s)} ms",
+        **_against(point.tpot_p95_s, wanted.tpot_s),
+        help=f"Time per output token: mean {_ms(point.tpot_s)} ms, with prompts of other requests in between; a step "
+        f"that only decodes takes {_ms(point.decode_step_s)} ms.",
+        border=True,
+    )
+    columns[2].metric(
+        "Output tokens a second",
+        f"{point.output_tokens_s:,.0f}",
+        **_below(f"{point.total_tokens_s:,.0f} with prompts"),
+        help=f"{point.rate:,.2f} requests a second; {point.running:,.0f} decode at once on each copy. Breaks first as "
+        f"the load grows: {found.first_limit}.",
+        border=True,
+    )
+    each = cost.per_million_output_tokens
+    columns[3].metric(
+        "Per million output tokens",
+        "–" if each is None else f"${each:,.2f}",
+        **_below("no price" if cost.per_hour is None else f"${cost.per_hour:,.2f} an hour"),
+        help=_cost_help(found),
+        border=True,
+    )
+
+
+def _cost_help(found: Deployment) -> str:
+    cost = found.cost
+    if cost.per_month is None or cost.per_million_tokens is None:
+        return "Give a price at the left."
+    energy = cost.kwh_per_million_output_tokens
+    power = f" {cost.power_w or 0:,.0f} W; {energy:,.2f} kWh a million output tokens." if energy is not None else ""
+    return (
+        rf"\${cost.per_month:,.0f} a month of 730 hours; \${cost.per_million_tokens:,.3f} a million tokens, prompts "
+        f"counted.{power}"
+    )
+
+
+def _against(value: float, objective: float | None) -> dict[str, Any]:
+    """The line below a latency: how it stands against its objective."""
+    if objective is None:
+        return _below("no objective")
+    kept = value <= objective
+    text = f"objective {_ms(objective)} ms {'kept' if kept else 'missed'}"
+    return {"delta": text, "delta_color": "green" if kept else "red", "delta_arrow": "off"}
+
+
+def _memory_figures(plan: Plan) -> None:
+    each = " per GPU" if plan.request.gpus > 1 else ""
     columns = st.columns(4)
     columns[0].metric(
         "Largest concurrency",
@@ -76,8 +181,6 @@ def answer(plan: Plan) -> None:
         help=f"{plan.parameters.total:,} parameters in {plan.request.weights}, as the engine holds them.",
         border=True,
     )
-    for warning in plan.warnings:
-        st.caption(f":orange[:material/warning:] {warning}")
 
 
 def _below(text: str) -> dict[str, Any]:

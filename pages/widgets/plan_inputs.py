@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -11,7 +12,9 @@ from engine.capacity import (
     PROFILES,
     Gpu,
     ModelSpec,
+    Objectives,
     PlanRequest,
+    Workload,
     find_profile,
     gpus,
     model_names,
@@ -19,25 +22,53 @@ from engine.capacity import (
     parameter_count,
     possible_tp,
 )
+from engine.capacity.families import FAMILIES
 from engine.errors import ConfigError, HeadroomError
 from pages.widgets.messages import show_error
 from pages.widgets.plan_machine import PREFIX, machine_gpus
 
 UPLOAD = "Another model: upload its config.json"
-WEIGHTS = {"fp8": "FP8", "int8": "INT8", "int4-g128": "INT4 g128", "int4-g64": "INT4 g64", "int4-g32": "INT4 g32"}
+WEIGHTS = {
+    "bf16": "BF16",
+    "fp8": "FP8",
+    "int8": "INT8",
+    "int4-g128": "INT4 g128",
+    "int4-g64": "INT4 g64",
+    "int4-g32": "INT4 g32",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "q8_0": "GGUF Q8_0",
+    "q4_k_m": "GGUF Q4_K_M",
+}
 KV_DTYPES = {"fp8": "FP8", "int8": "INT8", "int4": "INT4"}
 _DTYPES = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+LOADS = {"users": "users at once", "rate": "requests a second"}
 DEFAULTS: dict[str, Any] = {
     "model": "Llama-3.1-70B",
     "gpu": "H100 SXM 80GB",
     "tp": 4,
+    "dp": 1,
+    "pp": 1,
     "weights": "auto",
     "kv": "auto",
     "context": 8192,
     "concurrency": 32,
+    "load": "users",
+    "rate": 1.0,
+    "ttft": 1000.0,
+    "tpot": 50.0,
     "engine": "vllm-0.19",
     "utilization": 0.9,
+    "lengths": "varied",
+    "burst": 1.0,
+    "hit": 0,
+    "draft": 0,
+    "acceptance": 70,
+    "lora": 0,
 }
+_USUAL_PROMPT, _USUAL_ANSWER = 2000, 300
+#: Coefficients of variation of (prompts, answers).
+VARIATIONS = {"equal": (0.0, 0.0), "varied": (0.5, 0.5), "wild": (1.0, 1.0)}
 _MOST_GPUS = 16
 _MOST_REQUESTS = 100_000
 _LARGEST_UPLOAD_MB = 1
@@ -48,42 +79,57 @@ def key(name: str) -> str:
     return f"plan-{name}"
 
 
-def plan_inputs() -> PlanRequest | None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """What the inputs ask for; ``rate`` is None where the goal is a number of users."""
+
+    request: PlanRequest
+    workload: Workload
+    objectives: Objectives
+    rate: float | None
+    price: float | None
+
+
+def plan_inputs() -> PlanInputs | None:
     """Draw the inputs.
 
     Returns:
         What they ask for; None (with the error shown) where the model cannot be read.
     """
     with st.container(border=True):
-        st.markdown("**Model**")
+        st.markdown("**I want to serve**")
         spec = _model()
         if spec is None:
             return None
+    with st.container(border=True):
+        st.markdown("**to**")
+        goal = _goal(spec)
+    with st.container(border=True):
+        st.markdown("**on**")
+        gpu, parallel = _hardware(spec)
         _weights_and_kv(spec)
     with st.container(border=True):
-        st.markdown("**Hardware**")
-        gpu, tp = _hardware(spec)
-    with st.container(border=True):
-        st.markdown("**Goal**")
-        context, concurrency = _goal(spec)
-    with st.container(border=True):
-        st.markdown("**Engine**")
-        options = _engine(concurrency)
-    return PlanRequest(
+        st.markdown("**with**")
+        options = _engine(goal["concurrency"])
+    with st.expander("Traffic, speculation, adapters, price", icon=":material/tune:"):
+        work, extra, price = _details(goal["prompt"], goal["answer"], gpu)
+    request = PlanRequest(
         spec,
         gpu,
-        tp=tp,
         weights=_state("weights"),
         kv_dtype=_state("kv"),
-        context=context,
-        concurrency=concurrency,
+        context=goal["context"],
+        concurrency=goal["concurrency"],
+        **parallel,
         **options,
+        **extra,
     )
+    return PlanInputs(request, work, goal["objectives"], goal["rate"], price)
 
 
 def apply_changes(changes: dict[str, Any]) -> None:
     """Put the fields of a remedy into the inputs (a button's callback, before the page is drawn again)."""
-    names = {"kv_dtype": "kv", "max_num_seqs": "max-seqs"}
+    names = {"kv_dtype": "kv", "max_num_seqs": "max-seqs", "profile": "engine"}
     for field, value in changes.items():
         st.session_state[key(names.get(field, field))] = value.name if isinstance(value, Gpu) else value
 
@@ -156,16 +202,20 @@ def _uploaded() -> ModelSpec | None:
         key=key("config"),
     )
     if file is None:
-        st.caption("Families known so far: Llama, Mistral, Qwen2, Qwen2.5 and Qwen3 (dense).")
+        st.caption(f"Families known: {', '.join(sorted({family.model_type for family in FAMILIES}))}.")
         return None
     return read_config(file.getvalue(), file.name)
 
 
 def _describe(spec: ModelSpec) -> str:
     shared = "" if spec.group_queries == 1 else f" sharing {spec.num_kv_heads:,} key/value heads"
+    if spec.is_latent:
+        shared = f" sharing one latent of {spec.head_dim:,}"
+    count = parameter_count(spec)
+    active = f", {size_text(count.active)} active" if spec.is_mixture else ""
     window = "" if spec.sliding_window is None else f", sliding window of {spec.sliding_window:,} tokens"
     return (
-        f"{size_text(parameter_count(spec).total)} parameters, {spec.num_layers:,} layers, {spec.num_heads:,} heads"
+        f"{size_text(count.total)} parameters{active}, {spec.num_layers:,} layers, {spec.num_heads:,} heads"
         f"{shared}, context up to {spec.max_position:,} tokens{window}"
     )
 
@@ -176,13 +226,15 @@ def size_text(parameters: int) -> str:
 
 
 def _weights_and_kv(spec: ModelSpec) -> None:
-    own = {"auto": f"{_DTYPES[spec.torch_dtype]} (as is)"}
+    dtype = _DTYPES[spec.torch_dtype]
+    own = {"auto": f"{dtype} (as is)"}
+    weights = {"auto": f"{(spec.checkpoint_format or dtype).upper()} (as is)"}
     left, right = st.columns(2)
     with left:
         _choice(
             "Weight precision",
             "weights",
-            own | WEIGHTS,
+            weights | WEIGHTS,
             "Matrices of attention and MLP; embedding, head and norms keep the checkpoint's own format. FP8 and INT8 "
             "take one byte a weight; INT4 half a byte, and a scale and zero point for each group of 128, 64 or 32.",
         )
@@ -196,7 +248,7 @@ def _weights_and_kv(spec: ModelSpec) -> None:
         )
 
 
-def _hardware(spec: ModelSpec) -> tuple[Gpu, int]:
+def _hardware(spec: ModelSpec) -> tuple[Gpu, dict[str, Any]]:
     devices = {gpu.name: gpu for gpu in gpus()} | machine_gpus()
     labels = list(devices)
     left, right = st.columns([2, 1])
@@ -216,13 +268,44 @@ def _hardware(spec: ModelSpec) -> tuple[Gpu, int]:
             "GPUs",
             sizes,
             index=_nearest(sizes, DEFAULTS["tp"]),
-            help="How many of them, tensor parallel: each GPU holds a part of every layer. Listed are the numbers that "
-            "split this model's heads evenly.",
+            help="How many of them hold one copy of the model, tensor parallel: each GPU holds a part of every layer. "
+            "Listed are the numbers that split this model's heads evenly.",
             **_widget("tp"),
         )
+    left, right = st.columns(2)
+    with left:
+        dp = _number("Copies of the model", "dp", 1, 1024, "Data parallel: each copy takes a share of the requests.")
+    with right:
+        longest = min(spec.num_layers, _MOST_GPUS)
+        if isinstance(st.session_state.get(key("pp")), int):
+            st.session_state[key("pp")] = min(st.session_state[key("pp")], longest)
+        pp = _number("Pipeline stages", "pp", 1, longest, "Pipeline parallel: each stage of GPUs holds some layers.")
     gpu = devices[str(chosen)]
     st.caption(f"{gpu.usable_gib:,.2f} GiB usable each ({gpu.usable_source})")
-    return gpu, int(tp or 1)
+    return gpu, {"tp": int(tp or 1), "pp": pp, "dp": dp}
+
+
+def _number(label: str, name: str, least: int, most: int, help_text: str, step: int = 1) -> int:
+    """A whole number with its default."""
+    value = st.number_input(
+        label, min_value=least, max_value=most, value=DEFAULTS[name], step=step, help=help_text, **_widget(name)
+    )
+    return int(least if value is None else value)
+
+
+def _optional(label: str, name: str, most: int, automatic: int, help_text: str) -> int:
+    """A whole number that has an automatic value until one is given."""
+    value = st.number_input(
+        label,
+        min_value=1,
+        max_value=most,
+        value=None,
+        step=50,
+        placeholder=f"auto: {automatic:,}",
+        help=help_text,
+        **_widget(name),
+    )
+    return automatic if value is None else int(value)
 
 
 def _nearest(sizes: tuple[int, ...], wanted: int) -> int:
@@ -243,33 +326,138 @@ def _engine_follows_gpu() -> None:
         st.session_state[key("engine")] = "headroom"
 
 
-def _goal(spec: ModelSpec) -> tuple[int, int]:
+def _goal(spec: ModelSpec) -> dict[str, Any]:
+    load = st.segmented_control(
+        "The load is a number of",
+        list(LOADS),
+        default=DEFAULTS["load"],
+        format_func=lambda option: LOADS[option],
+        help="Users at once: each has one request in flight and sends the next when it is answered. Requests a second: "
+        "they arrive at random, however many are still in flight.",
+        required=True,
+        **_widget("load"),
+    )
+    left, right = st.columns(2)
+    concurrency, rate = 1, None
+    with left:
+        if load == "rate":
+            value = st.number_input(
+                "Requests a second",
+                min_value=0.01,
+                max_value=100_000.0,
+                value=DEFAULTS["rate"],
+                step=0.5,
+                help="Arrivals a second, on average, at the busiest time.",
+                **_widget("rate"),
+            )
+            rate = float(value or 0.01)
+        else:
+            concurrency = _number(
+                "Concurrent requests",
+                "concurrency",
+                1,
+                _MOST_REQUESTS,
+                "How many requests of the planned context are to be held at the same time.",
+            )
+    with right:
+        context = _context(spec)
+    left, right = st.columns(2)
+    answer_auto = min(_USUAL_ANSWER, max(1, context // 4))
+    with right:
+        answer = _optional("Answer (tokens)", "answer", 2**31, answer_auto, "Output tokens of a request, on average.")
+    with left:
+        prompt_auto = max(1, min(_USUAL_PROMPT, context - answer))
+        prompt = _optional("Prompt (tokens)", "prompt", 2**31, prompt_auto, "Input tokens of a request, on average.")
+    return {
+        "concurrency": concurrency,
+        "rate": rate,
+        "context": context,
+        "prompt": prompt,
+        "answer": answer,
+        "objectives": _objectives(),
+    }
+
+
+def _context(spec: ModelSpec) -> int:
     longest = spec.max_position
     value = st.session_state.get(key("context"))
     if isinstance(value, int) and value > longest:
         st.session_state[key("context")] = longest
+    context = st.number_input(
+        "Context (tokens)",
+        min_value=1,
+        max_value=longest,
+        value=min(DEFAULTS["context"], longest),
+        step=1024 if longest > 4096 else 128,
+        help="Longest that one request may be, prompt and answer together: memory is planned for it. This model goes "
+        f"up to {longest:,} tokens.",
+        **_widget("context"),
+    )
+    return int(context or 1)
+
+
+def _objectives() -> Objectives:
     left, right = st.columns(2)
     with left:
-        context = st.number_input(
-            "Context (tokens)",
-            min_value=1,
-            max_value=longest,
-            value=min(DEFAULTS["context"], longest),
-            step=1024 if longest > 4096 else 128,
-            help=f"Of one request: prompt and answer together. This model goes up to {longest:,} tokens.",
-            **_widget("context"),
-        )
+        ttft = _milliseconds("First token (ms, p95)", "ttft", "Time to first token, 95th percentile. Empty: any.")
     with right:
-        concurrency = st.number_input(
-            "Concurrent requests",
-            min_value=1,
-            max_value=_MOST_REQUESTS,
-            value=DEFAULTS["concurrency"],
-            step=1,
-            help="How many requests of that length are to be held at the same time.",
-            **_widget("concurrency"),
+        tpot = _milliseconds("Each token (ms, p95)", "tpot", "Time per output token, 95th percentile. Empty: any.")
+    return Objectives(ttft, tpot)
+
+
+def _milliseconds(label: str, name: str, help_text: str) -> float | None:
+    value = st.number_input(
+        label,
+        min_value=0.1,
+        max_value=1e7,
+        value=DEFAULTS[name],
+        step=10.0,
+        help=help_text,
+        format="%g",
+        **_widget(name),
+    )
+    return None if value is None else float(value) / 1e3
+
+
+def _details(prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, Any], float | None]:
+    variation = _choice(
+        "Lengths of requests",
+        "lengths",
+        {"equal": "all equal", "varied": "varied (cv 0.5)", "wild": "very different (cv 1)"},
+        "How far prompts and answers differ: cv is the standard deviation over the mean. Equal lengths queue least.",
+    )
+    burst = st.number_input(
+        "Burstiness of arrivals (1 = Poisson)",
+        min_value=0.1,
+        max_value=100.0,
+        value=DEFAULTS["burst"],
+        step=0.5,
+        help="Squared coefficient of variation of the gaps between arrivals. 4 is a bursty day.",
+        **_widget("burst"),
+    )
+    hit = _number("Prefix cache hits (% of prompt tokens)", "hit", 0, 99, "Prompt tokens that need no computing.", 5)
+    left, right = st.columns(2)
+    with left:
+        draft = _number("Draft length (tokens)", "draft", 0, 16, "Speculation by n-gram look-up; 0: off.")
+    with right:
+        accepted = _number("Accepted drafts (%)", "acceptance", 0, 100, "Probability that a drafted token is right.", 5)
+    left, right = st.columns(2)
+    with left:
+        lora = _number("LoRA adapters (rank 16)", "lora", 0, 1000, "Adapters that are loaded at the same time.")
+    with right:
+        price = st.number_input(
+            "Price ($/h a GPU)",
+            min_value=0.0,
+            max_value=10_000.0,
+            value=None,
+            step=0.1,
+            placeholder="unknown" if gpu.price_usd_hour is None else f"catalog: {gpu.price_usd_hour:,.2f}",
+            help="What you pay for one GPU, US dollars an hour. The catalog's figures are round ones to begin with.",
+            **_widget("price"),
         )
-    return int(context or 1), int(concurrency or 1)
+    cvs = VARIATIONS[variation]
+    work = Workload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, 0.0)
+    return work, {"lora_adapters": lora}, None if price is None else float(price)
 
 
 def _engine(concurrency: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ _LABEL_SHARE = 0.08
 # Fills that are legible on a light and on a dark page; text on them is white or, on the pale ones, dark.
 _COLORS = {
     "Weights": "#6366f1",
+    "Adapters": "#a855f7",
+    "Draft model": "#c084fc",
     "Activations": "#d97706",
     "Runtime": "#64748b",
     "KV cache, goal": "#0f766e",
@@ -42,6 +44,8 @@ def segments(plan: Plan) -> pd.DataFrame:
     goal = plan.kv_bytes_needed
     wanted = [
         ("Weights", memory.weights),
+        ("Adapters", memory.adapters),
+        ("Draft model", memory.draft),
         ("Activations", memory.activation),
         ("Runtime", memory.non_torch),
         ("KV cache, goal", goal),
@@ -71,7 +75,7 @@ def _row(part: str, start: int, size: int, place: tuple[float, float]) -> dict[s
 
 def memory_bar(plan: Plan) -> None:
     """Draw the bar, its legend with every size, and lines at the limit and the capacity."""
-    count = plan.request.tp * plan.request.pp
+    count = plan.request.gpus
     st.markdown("**Memory of the GPU**" if count == 1 else f"**Memory of each of the {count} GPUs**")
     st.altair_chart(_chart(plan, segments(plan)), width="stretch", key="plan-memory")
 
