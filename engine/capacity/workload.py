@@ -85,7 +85,9 @@ def check_workload(workload: Workload) -> Workload:
     """
     for field, (low, high, remedy) in _BOUNDS.items():
         value = getattr(workload, field)
-        if value is not None:
+        if field == "draft_length" and not (isinstance(value, int) and not isinstance(value, bool)):
+            raise ConfigError(f"{shown(value)} is not a whole number.", field=field, remedy=remedy)
+        if value is not None or field != "draft_cost":
             check_number(field, value, low, high, remedy)
     return workload
 

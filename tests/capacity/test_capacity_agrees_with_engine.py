@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.capacity import ModelSpec, parameter_count, weight_bytes
+from engine.capacity import ModelSpec, PlanRequest, custom_gpu, parameter_count, plan, weight_bytes
 from engine.capacity.profiles import find_profile, profile_weight_format, resident_weight_bytes
 
 
@@ -30,3 +33,67 @@ def test_planned_quantized_weights_are_what_the_engine_keeps(tiny_llama: Any, we
     headroom = find_profile("headroom")
     assert weight_bytes(spec, profile_weight_format(headroom, planned), dtype="bfloat16") == model.weight_bytes()
     assert resident_weight_bytes(headroom, spec, planned, "bfloat16", tp=1) == model.weight_bytes()
+
+
+def _plan_of_engine(spec: ModelSpec, limit_gib: float, sequences: int, context: int):
+    return plan(
+        PlanRequest(
+            spec,
+            custom_gpu("this machine", limit_gib),
+            dtype="float32",
+            context=context,
+            max_num_seqs=sequences,
+            token_budget=512,
+            utilization=1.0,
+            profile="headroom",
+        )
+    )
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("limit_gib", "sequences"), [(1.0, 64), (0.75, 16), (2.0, 8)])
+def test_engine_allocates_exactly_the_planned_blocks(default_model_float32: Any, limit_gib: float, sequences: int):
+    from engine.config import EngineConfig
+    from engine.core import Engine
+
+    knobs = {"memory_limit_gib": limit_gib, "max_num_seqs": sequences, "max_num_batched_tokens": 512}
+    engine = Engine(default_model_float32, EngineConfig.from_mapping(knobs | {"max_model_len": 2048}))
+    answer = _plan_of_engine(default_model_float32.spec, limit_gib, sequences, 2048)
+    assert engine.envelope.num_blocks == answer.kv_blocks
+    assert engine.cache.nbytes == answer.memory.kv
+    assert engine.envelope.weights_bytes == answer.memory.weights
+    assert engine.envelope.activation_bytes == answer.memory.activation
+
+
+_RESIDENT = """
+import gc, json, psutil, torch
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.models import load_model
+from engine.sampling import SamplingParams
+resident = lambda: psutil.Process().memory_info().rss
+torch.ones(512, 512) @ torch.ones(512, 512)
+before = resident()
+model = load_model("smollm2-135m", dtype="float32", device="cpu")
+knobs = {"memory_limit_gib": 2.0, "max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 2048}
+engine = Engine(model, EngineConfig.from_mapping(knobs))
+for storage in (*engine.cache.keys, *engine.cache.values):
+    storage.fill_(0.5)
+engine.add_request("one", list(range(100, 700)), SamplingParams(temperature=0.0, max_tokens=2))
+most = 0
+while engine.has_unfinished():
+    engine.step()
+    most = max(most, resident())
+print(json.dumps({"used": most - before, "blocks": engine.envelope.num_blocks}))
+"""
+
+
+@pytest.mark.model
+def test_resident_memory_is_within_five_percent_of_the_plan(default_model_float32: Any):
+    command = [sys.executable, "-c", _RESIDENT]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True, timeout=300)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    answer = _plan_of_engine(default_model_float32.spec, 2.0, 16, 2048)
+    assert seen["blocks"] == answer.kv_blocks
+    assert seen["used"] == pytest.approx(answer.memory.fixed + answer.memory.kv, rel=0.05)
