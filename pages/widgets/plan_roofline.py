@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import altair as alt
 import pandas as pd
 import streamlit as st
@@ -13,6 +16,8 @@ _HEIGHT = 370
 _ROOF, _STEP = "#94a3b8", "#6366f1"
 _BOUNDS = {"memory": "#0d9488", "compute": "#d97706"}
 _LEAST, _MOST = 0.25, 4096.0
+#: Operators closer than this in the logarithm of both axes share a label.
+_ONE_SPOT = 0.7
 
 
 def operator_table(serving: Serving, running: float, prefill: float = 0.0) -> pd.DataFrame:
@@ -82,19 +87,25 @@ def _chart(serving: Serving, table: pd.DataFrame) -> alt.LayerChart:
     size = alt.Size("ms:Q", scale=alt.Scale(range=[50, 420]), legend=None)
     line = alt.Chart(roof).mark_line(color=_ROOF, strokeWidth=2.5).encode(x=x, y=y)
     dots = alt.Chart(worked).mark_circle(opacity=0.85).encode(x=x, y=y, color=color, size=size, tooltip=tips)
-    labels = alt.Chart(_spread(worked, bandwidth, peak)).mark_text(align="left", dx=15, color="#8b95a1", fontSize=11)
-    name = labels.encode(x=x, y=alt.Y("label_at:Q", scale=heights), text="name:N")
+    labels = alt.Chart(_labels(worked)).mark_text(align="left", dx=15, dy=7, color="#8b95a1", fontSize=11)
+    name = labels.encode(x=x, y=y, text="name:N")
     return alt.layer(line, dots, name, _whole(table, x, y)).properties(height=_HEIGHT)
 
 
-def _spread(table: pd.DataFrame, bandwidth: float, peak: float) -> pd.DataFrame:
-    """Heights of the names: apart from each other even where operators lie on one spot of the roof."""
-    ordered = table.sort_values("tflops").assign(label_at=lambda rows: rows["tflops"])
-    heights, last = [], 0.0
-    for value in ordered["label_at"]:
-        last = max(value, last * 2.3)
-        heights.append(min(last, peak * 2.2))
-    return ordered.assign(label_at=heights)
+def _labels(table: pd.DataFrame) -> pd.DataFrame:
+    """One label a spot of the roof: operators that lie on one another are named together, the longest first."""
+    spots: list[dict[str, Any]] = []
+    for row in table.sort_values("ms", ascending=False).to_dict("records"):
+        near = next((spot for spot in spots if _near(spot, row)), None)
+        if near is None:
+            spots.append({"name": row["name"], "intensity": row["intensity"], "tflops": row["tflops"]})
+        else:
+            near["name"] += f", {row['name']}"
+    return pd.DataFrame(spots, columns=["name", "intensity", "tflops"])
+
+
+def _near(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(abs(math.log(first[axis] / second[axis])) < _ONE_SPOT for axis in ("intensity", "tflops"))
 
 
 def _whole(table: pd.DataFrame, x: alt.X, y: alt.Y) -> alt.Chart:

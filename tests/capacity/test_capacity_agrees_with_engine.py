@@ -71,7 +71,9 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import load_model
 from engine.sampling import SamplingParams
-resident = lambda: psutil.Process().memory_info().rss
+def resident():
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared  # pages of files (libraries, the checkpoint) are the kernel's to take back
 torch.ones(512, 512) @ torch.ones(512, 512)
 before = resident()
 model = load_model("smollm2-135m", dtype="float32", device="cpu")
