@@ -139,7 +139,6 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm="head",
         sliding="switch",
         experts=_QWEN_EXPERTS,
-        defaults=(("num_experts", 128),),
     ),
     Family(
         "qwen3_next",
@@ -150,7 +149,7 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm="head",
         layout="delta",
         experts=_QWEN2_EXPERTS,
-        defaults=(("full_attention_interval", 4), ("num_experts", 512)),
+        defaults=(("full_attention_interval", 4),),
     ),
     Family(
         "gemma", "GemmaForCausalLM", num_kv_heads=16, head_dim=256, tied=True, biases="attention", max_position=8192

@@ -105,7 +105,9 @@ def _dense(config: Mapping[str, Any], family: Family) -> DenseMLP:
 def _mixture(config: Mapping[str, Any], family: Family) -> MixtureMLP:
     stated = family.experts
     assert stated is not None, family
-    count = positive(config, stated.count, maximum=MAX_EXPERTS)
+    # transformers 5 writes num_local_experts where published files of the same family say num_experts.
+    renamed = config.get(stated.count) is None and config.get("num_local_experts") is not None
+    count = positive(config, "num_local_experts" if renamed else stated.count, maximum=MAX_EXPERTS)
     top_k = positive(config, stated.top_k, maximum=MAX_EXPERTS)
     if top_k > count:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import altair as alt
@@ -104,7 +105,7 @@ def _labels(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(spots, columns=["name", "intensity", "tflops"])
 
 
-def _near(first: dict[str, Any], second: dict[str, Any]) -> bool:
+def _near(first: Mapping[Any, Any], second: Mapping[Any, Any]) -> bool:
     return all(abs(math.log(first[axis] / second[axis])) < _ONE_SPOT for axis in ("intensity", "tflops"))
 
 

@@ -174,3 +174,12 @@ def test_quantized_checkpoints_are_planned_in_their_own_format_and_unknown_ones_
 def test_what_a_multimodal_count_leaves_out_is_said():
     assert "image encoder" in " ".join(model_spec("Gemma-3-27b").notes)
     assert "multi-token prediction" in " ".join(model_spec("DeepSeek-V3").notes)
+
+
+def test_number_of_experts_is_found_under_either_name_and_never_assumed():
+    config = model_config("Qwen3-30B-A3B")
+    count = config.pop("num_experts")
+    renamed = ModelSpec.from_hf_config(config | {"num_local_experts": 16})
+    published = ModelSpec.from_hf_config(config | {"num_experts": count})
+    assert parameter_count(renamed).experts * 8 == parameter_count(published).experts
+    _refused(config, "num_experts")
