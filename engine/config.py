@@ -210,12 +210,13 @@ class EngineConfig:
         help="Below this match length nothing is proposed.",
     )
     # -- execution -------------------------------------------------------------------------------------
-    attention: Literal["sdpa", "reference", "triton"] = _knob(
-        "sdpa",
+    attention: Literal["auto", "native", "sdpa", "triton", "reference"] = _knob(
+        "auto",
         label="Attention backend",
         group="Execution",
         tier=Tier.LIVE,
-        help="sdpa: torch's fused attention over gathered blocks. reference: plain softmax in float32, slow, to "
+        help="auto: the quickest that runs here. native: our C++ kernel for the CPU reads the paged cache in place "
+        "(needs a C++ compiler, once). sdpa: torch's fused attention over gathered blocks. reference: plain softmax in float32, slow, to "
         "check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's interpreter).",
     )
     execution: Literal["eager"] = _knob(

@@ -17,10 +17,14 @@ class WeightFormat(abc.ABC):
     Attributes:
         name: as shown to users and in records, e.g. ``"int4-g64"``.
         shape: (out_features, in_features) of the weight it stands for.
+        bits: of one quantized weight; None if it is kept in a float format.
+        group_size: input channels that share a scale; None if a whole row does, or nothing is quantized.
     """
 
     name: str
     shape: tuple[int, int]
+    bits: int | None = None
+    group_size: int | None = None
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

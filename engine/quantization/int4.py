@@ -37,6 +37,8 @@ class Int4Format(WeightFormat):
         dtype: the model's compute dtype.
     """
 
+    bits = 4
+
     def __init__(self, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
         num_rows, num_columns = weight.shape
         self.shape = (num_rows, num_columns)
@@ -65,6 +67,12 @@ class Int4Format(WeightFormat):
 
     def dequantize(self) -> torch.Tensor:
         return self._unpack(torch.float32).t().contiguous()
+
+    def unpacked(self) -> torch.Tensor:
+        """q, uint8 [N, K] in 0 … 15."""
+        num_rows, num_columns = self.shape
+        blocks = self.packed.view(num_rows // self.block_rows, num_columns, self.block_rows // 2).transpose(1, 2)
+        return torch.cat((blocks & 15, blocks >> 4), dim=1).reshape(num_rows, num_columns)
 
     def largest_step(self) -> float:
         return float(self.scales_and_zeros[..., 0].max())

@@ -27,6 +27,7 @@ class Int8Format(WeightFormat):
     """
 
     name = "int8"
+    bits = 8
 
     def __init__(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
