@@ -10,9 +10,11 @@ import psutil
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
-from engine.errors import CapacityError
+from engine.errors import CapacityError, ConfigError
 from engine.models.checkpoint import Checkpoint, read_tensor
-from engine.models.decoder import Decoder, read_stacked
+from engine.models.decoder import Decoder
+from engine.models.fallback import TransformersDecoder
+from engine.models.weight_reader import read_stacked
 from engine.quantization.error import QuantizationError, quantization_error
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat, dtype_name
 from engine.quantization.registry import QUANTIZED_FORMATS, format_label
@@ -38,7 +40,7 @@ class PreparedWeights:
 
 
 def prepare(
-    decoder: Decoder,
+    decoder: Decoder | TransformersDecoder,
     checkpoint: Checkpoint,
     spec: ModelSpec,
     weights: str,
@@ -50,11 +52,17 @@ def prepare(
     """Read every layer's weight again and make its new format; the decoder is only looked at, never changed.
 
     Raises:
-        ConfigError: if the format or group size is unknown.
+        ConfigError: if the format or group size is unknown, or the decoder keeps the weights it has.
         CapacityError: if the new weights do not fit into free memory beside the present ones.
         ModelLoadError: if the checkpoint is gone or has changed.
     """
     label = format_label(weights, group_size)
+    if not decoder.exchanges_weights:
+        raise ConfigError(
+            f"{weights!r} is not available for {spec.architecture}, which runs through transformers.",
+            field="weights",
+            remedy="Choose model.",
+        )
     checkpoint.check_unchanged()
     _check_memory(decoder, spec, label, device, dtype)
     linears = list(decoder.linears())
@@ -66,7 +74,7 @@ def prepare(
     return PreparedWeights(label, formats)
 
 
-def commit(decoder: Decoder, prepared: PreparedWeights) -> None:
+def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) -> None:
     """Put the prepared formats in place: pointers only. The former weights are freed as nothing refers to them.
 
     Raises:
@@ -81,8 +89,10 @@ def commit(decoder: Decoder, prepared: PreparedWeights) -> None:
         linear.exchange(prepared.formats[name])
 
 
-def describe_path(decoder: Decoder) -> str:
+def describe_path(decoder: Decoder | TransformersDecoder, dtype: torch.dtype) -> str:
     """What really runs in the linear layers; where they differ, each path with its number of layers."""
+    if not decoder.exchanges_weights:
+        return f"model: {dtype_name(dtype)} matmul by transformers"
     paths = collections.Counter(linear.format.path for _, linear, _ in decoder.linears())
     if len(paths) == 1:
         return next(iter(paths))
@@ -90,7 +100,7 @@ def describe_path(decoder: Decoder) -> str:
     return "; ".join(f"{path} [{count} of {total} layers]" for path, count in paths.most_common())
 
 
-def measure_errors(decoder: Decoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
+def measure_errors(decoder: Decoder | TransformersDecoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
     """Weight error of every layer against the checkpoint, by layer name. Reads the whole checkpoint."""
     return {
         name: quantization_error(read_stacked(sources, lambda source: checkpoint.tensor(source).float()), linear.format)
@@ -119,7 +129,9 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def _check_memory(decoder: Decoder, spec: ModelSpec, label: str, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(
+    decoder: Decoder | TransformersDecoder, spec: ModelSpec, label: str, device: torch.device, dtype: torch.dtype
+) -> None:
     """The present weights stay until the commit, so the new ones must fit beside them."""
     unquantized = decoder.resident_bytes() - sum(linear.format.nbytes() for _, linear, _ in decoder.linears())
     name = dtype_name(dtype)
