@@ -216,8 +216,9 @@ class EngineConfig:
         group="Execution",
         tier=Tier.LIVE,
         help="auto: the quickest that runs here. native: our C++ kernel for the CPU reads the paged cache in place "
-        "(needs a C++ compiler, once). sdpa: torch's fused attention over gathered blocks. reference: plain softmax in float32, slow, to "
-        "check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's interpreter).",
+        "(needs a C++ compiler, once). sdpa: torch's fused attention over gathered blocks. reference: plain softmax in "
+        "float32, slow, to check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's "
+        "interpreter).",
     )
     execution: Literal["eager"] = _knob(
         "eager",
@@ -225,6 +226,14 @@ class EngineConfig:
         group="Execution",
         tier=Tier.LIVE,
         help="eager: every operation is launched from Python.",
+    )
+    linear: Literal["auto", "native", "torch"] = _knob(
+        "auto",
+        label="Linear layers",
+        group="Execution",
+        tier=Tier.SWAP,
+        help="Kernels of the linear layers. native: our C++ kernels for the CPU (weights in panels, float32 sums; need "
+        "a C++ compiler, once). torch: torch's own operators. auto: native on a CPU where it can be built.",
     )
     # -- weights ---------------------------------------------------------------------------------------
     weights: Literal["model", "int8", "int4"] = _knob(
@@ -245,6 +254,15 @@ class EngineConfig:
         unit="weights",
         depends_on=("weights", "int4"),
         help="Weights that share one scale and zero point. Smaller: more exact, more bytes.",
+    )
+    head_weights: Literal["model", "int8"] = _knob(
+        "model",
+        label="Head precision",
+        group="Weights",
+        tier=Tier.SWAP,
+        lossless=False,
+        help="Number format of the output projection, and of the token embedding where the model ties the two. "
+        "int8: one scale per token; a small model reads its head as long as all its layers.",
     )
     # -- capacity envelope -----------------------------------------------------------------------------
     model: str = _knob(

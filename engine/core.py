@@ -33,11 +33,13 @@ from engine.outputs import (
     StepStats,
     TokenLogprob,
 )
+from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
 from engine.sampling import SamplingParams, SamplingRow, sample
 from engine.speculation.proposers import make_proposer
 from engine.speculation.verification import accept_drafts
+from kernels.dispatch import choose
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel, PreparedWeights
@@ -78,8 +80,7 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.config = config
         self._attention, self._attention_path = self._make_attention(config)
-        if model.weights_format() != _weights_name(config):
-            model.commit_weights(model.prepare_weights(config.weights, int(config.group_size)))
+        self._bring_weights(self._weight_choice(config))
         self.envelope = sizing.size_engine(model, config)
         decoder = model.decoder
         self.cache = KVCache(
@@ -423,9 +424,12 @@ class Engine:
             )
         self._make_attention(target)
         weights = None
-        if _weights_name(target) != _weights_name(self.config):
+        choice = self._weight_choice(target)
+        if not choice.same_as(self.model.weights_choice):
             sizing.check_weights_fit(self.model, self.envelope, target)
-            weights = self.model.prepare_weights(target.weights, int(target.group_size))
+            weights = self.model.prepare_weights(
+                choice.weights, choice.group_size, head=choice.head, linear=choice.linear
+            )
         return PreparedChange(dict(changes), weights, (time.perf_counter() - began) * 1e3)
 
     def apply(self, prepared: PreparedChange) -> ReconfigureResult:
@@ -477,6 +481,32 @@ class Engine:
             count = len(self.scheduler.running)
             notes.append(f"{count} running requests keep the keys and values they have; their blocks are not reused")
         return notes
+
+    def _weight_choice(self, config: EngineConfig) -> WeightChoice:
+        """The weight formats that a configuration asks for, its `linear` decided for this machine.
+
+        Raises:
+            ConfigError: if the kernels it names cannot run here.
+        """
+        linear = config.linear
+        if not self.model.decoder.exchanges_weights and linear == "auto":
+            linear = "torch"
+        choice = choose("linear", linear, device=self.model.device, dtype=self.model.dtype)
+        if choice.path is None:
+            raise ConfigError(f"{linear!r} cannot run here: {choice.reason}", field="linear", remedy=choice.remedy)
+        implementation = choice.path.partition(" ")[0]
+        return WeightChoice(config.weights, int(config.group_size), config.head_weights, implementation)
+
+    def _bring_weights(self, choice: WeightChoice) -> None:
+        """Put freshly loaded weights into the chosen formats; a mere change of layout reads nothing again."""
+        present = self.model.weights_choice
+        if choice.same_as(present):
+            return
+        if choice.linear == "native" and choice.same_as(dataclasses.replace(present, linear="native")):
+            self.model.repack_weights()
+            return
+        prepared = self.model.prepare_weights(choice.weights, choice.group_size, head=choice.head, linear=choice.linear)
+        self.model.commit_weights(prepared)
 
     def _make_attention(self, config: EngineConfig) -> tuple[Any, str]:
         decoder = self.model.decoder
@@ -545,11 +575,6 @@ def _count(schedule: Schedule) -> dict[str, int]:
         counts["accepted_before"] += row.request.num_accepted_tokens
         counts["output_before"] += row.request.num_output_tokens
     return counts
-
-
-def _weights_name(config: EngineConfig) -> str:
-    """The weight format that a configuration asks for, as `LoadedModel.weights_format` names it."""
-    return f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
 
 
 def _describe_change(result: ReconfigureResult) -> str:

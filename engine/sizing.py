@@ -119,11 +119,15 @@ def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes of the weights in the format that ``config`` asks for, by the planner's formula."""
     dtype = _dtype_name(model.dtype)
     if config.weights == "model":
-        return capacity.weight_bytes(model.spec, dtype)
-    name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
-    # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
-    chosen = weight_format(name, zero_point_bits=16)
-    return capacity.weight_bytes(model.spec, chosen, dtype=dtype)
+        total = capacity.weight_bytes(model.spec, dtype)
+    else:
+        name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
+        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
+        total = capacity.weight_bytes(model.spec, weight_format(name, zero_point_bits=16), dtype=dtype)
+    if config.head_weights == "int8":
+        rows, width = model.spec.vocab_size, model.spec.hidden_size
+        total += rows * (width + 2) - rows * width * model.dtype.itemsize  # one bfloat16 scale a row
+    return total
 
 
 def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> MemoryReport:

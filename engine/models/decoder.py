@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.layers.linear import Linear
 from engine.layers.mixture import MixtureMLP
@@ -21,6 +20,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.rotary import RotaryEmbedding, apply_rotary
 from engine.models.decoder_config import DecoderConfig, MixtureConfig
 from engine.models.weight_reader import ReadTensor, WeightReader
+from engine.quantization.formats import ModelDtypeFormat
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_index, query [T, H, D], key [T, KV, D], value [T, KV, D]) → [T, H, D]; query and key are rotated."""
@@ -97,17 +97,18 @@ class Decoder(nn.Module):
         weights = WeightReader(read)
         table = (config.vocab_size, config.hidden_size)
         embedding = weights.tensor("model.embed_tokens", *table)
-        self.embed_tokens = nn.Parameter(embedding, requires_grad=False)
+        self.embed_tokens = Linear(ModelDtypeFormat(embedding), None, ("model.embed_tokens.weight",))
         # In the weights' dtype, as the model was trained with it: sqrt(640) is 25.25 in bfloat16.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=embedding.dtype))
         self.layers = nn.ModuleList(DecoderLayer(config, index, read) for index in range(config.num_layers))
         self.norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)
-        # A tied head is the very tensor of the embedding: one copy in memory.
+        # A tied head is the very module of the embedding: one copy in memory, whatever its format.
         self.lm_head = (
             self.embed_tokens
             if config.tie_word_embeddings
-            else nn.Parameter(weights.tensor("lm_head", *table), requires_grad=False)
+            else Linear(ModelDtypeFormat(weights.tensor("lm_head", *table)), None, ("lm_head.weight",))
         )
+        self.dtype = embedding.dtype
         ropes = list(dict.fromkeys(config.layer_ropes))
         self.rotaries = [
             RotaryEmbedding(rope.inverse_frequencies().to(embedding.device), rope.attention_factor) for rope in ropes
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
         Returns:
             [T, hidden_size] in the compute dtype.
         """
-        hidden = F.embedding(token_ids, self.embed_tokens)
+        hidden = self.embed_tokens.format.rows(token_ids).to(self.dtype)
         if self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
         rotations = [rotary(positions) for rotary in self.rotaries]
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] of the rows to be sampled → [R, vocab_size] in the compute dtype."""
-        logits = F.linear(hidden, self.lm_head)
+        logits = self.lm_head(hidden)
         cap = self.config.final_logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -149,15 +150,22 @@ class Decoder(nn.Module):
             rotary.inv_freq = rotary.inv_freq / factors.to(rotary.inv_freq.device)
 
     def linears(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
-        """Every exchangeable linear layer: (name, module, checkpoint tensors stacked in its weight), in layer order."""
-        for name, module in self.named_modules():
+        """Linear layers of the blocks, in order: (name, module, checkpoint tensors stacked in its weight)."""
+        for name, module in self.layers.named_modules(prefix="layers"):
             if isinstance(module, Linear):
                 yield name, module, module.sources
 
+    def tables(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
+        """The embedding and the head, as :meth:`linears`; one if they are tied. The head comes last."""
+        yield "embed_tokens", self.embed_tokens, self.embed_tokens.sources
+        if self.lm_head is not self.embed_tokens:
+            yield "lm_head", self.lm_head, self.lm_head.sources
+
     def resident_bytes(self) -> int:
         """Bytes of all weights in their present formats; a tied head is counted once."""
-        own = {parameter.data_ptr(): parameter.nbytes for parameter in self.parameters()}  # norms, embedding, biases
-        return sum(own.values()) + sum(linear.format.nbytes() for _, linear, _ in self.linears())
+        own = {parameter.data_ptr(): parameter.nbytes for parameter in self.parameters()}  # norms, biases, routers
+        weights = sum(linear.format.nbytes() for _, linear, _ in (*self.linears(), *self.tables()))
+        return sum(own.values()) + weights
 
     def describe_path(self) -> str:
         """What computes the model, for the page and the record."""

@@ -132,6 +132,10 @@ class TransformersDecoder:
         """None is exchangeable."""
         return iter(())
 
+    def tables(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
+        """As :meth:`engine.models.decoder.Decoder.tables`: none is exchangeable either."""
+        return iter(())
+
     def num_parameters(self) -> int:
         """Numbers in all weights, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())

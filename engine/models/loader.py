@@ -24,6 +24,7 @@ from engine.models.tokenizer import eos_token_ids, load_tokenizer
 from engine.models.weight_exchange import PreparedWeights
 from engine.quantization.error import QuantizationError
 from engine.quantization.formats import dtype_name
+from engine.quantization.registry import WeightChoice
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction done from 0 to 1)."""
@@ -56,7 +57,7 @@ class LoadedModel:
     source: str
     family: str
     checkpoint: Checkpoint
-    _weights_label: str = "model"
+    weights_choice: WeightChoice = dataclasses.field(default_factory=WeightChoice)
 
     def weight_bytes(self) -> int:
         """Resident bytes of all parameters in their present formats."""
@@ -64,7 +65,7 @@ class LoadedModel:
 
     def weights_format(self) -> str:
         """The format in force: ``"model"``, ``"int8"`` or ``"int4-g64"`` …"""
-        return self._weights_label
+        return self.weights_choice.label
 
     def weights_path(self) -> str:
         """What really runs in the linear layers, for the page and the record."""
@@ -81,7 +82,13 @@ class LoadedModel:
         return parameter_count(self.spec).total
 
     def prepare_weights(
-        self, weights: str, group_size: int, progress: Callable[[float], None] | None = None
+        self,
+        weights: str,
+        group_size: int,
+        progress: Callable[[float], None] | None = None,
+        *,
+        head: str = "model",
+        linear: str = "torch",
     ) -> PreparedWeights:
         """Make another weight format from the checkpoint, in any thread, while the engine keeps running.
 
@@ -89,20 +96,29 @@ class LoadedModel:
             weights: ``"model"``, ``"int8"`` or ``"int4"``.
             group_size: of INT4, in weights; ignored by the others.
             progress: called with the fraction done.
+            head: format of the head, ``"model"`` or ``"int8"``.
+            linear: the kernels that multiply, ``"torch"`` or ``"native"``.
 
         Raises:
             ConfigError: if the format or group size is unknown, or the model keeps the weights it has.
             CapacityError: if the new weights do not fit into free memory beside the present ones.
             ModelLoadError: if the checkpoint is gone or has changed since it was loaded.
         """
+        choice = WeightChoice(weights, group_size, head, linear)
         return weight_exchange.prepare(
-            self.decoder, self.checkpoint, self.spec, weights, group_size, self.device, self.dtype, progress
+            self.decoder, self.checkpoint, self.spec, choice, self.device, self.dtype, progress
         )
+
+    def repack_weights(self) -> None:
+        """Bring weights as loaded into the layout of the native kernels, without reading them again."""
+        assert isinstance(self.decoder, Decoder)
+        weight_exchange.repack(self.decoder)
+        self.weights_choice = dataclasses.replace(self.weights_choice, linear="native")
 
     def commit_weights(self, prepared: PreparedWeights) -> None:
         """Put prepared weights in place, between two steps: pointers only."""
         weight_exchange.commit(self.decoder, prepared)
-        self._weights_label = prepared.label
+        self.weights_choice = prepared.choice
 
     def quantization_errors(self) -> dict[str, QuantizationError]:
         """Measured weight error of every linear layer beside the published bound; reads the checkpoint again."""

@@ -17,7 +17,8 @@ from engine.models.fallback import TransformersDecoder
 from engine.models.weight_reader import read_stacked
 from engine.quantization.error import QuantizationError, quantization_error
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat, dtype_name
-from engine.quantization.registry import QUANTIZED_FORMATS, format_label
+from engine.quantization.native import to_native
+from engine.quantization.registry import QUANTIZED_FORMATS, WeightChoice
 
 Progress = Callable[[float], None]
 
@@ -27,11 +28,11 @@ class PreparedWeights:
     """New formats of all exchangeable layers, ready to be put in place.
 
     Attributes:
-        label: ``"model"``, ``"int8"``, ``"int4-g64"`` …
-        formats: by layer name, as :meth:`Decoder.linears` names them.
+        choice: what was asked for.
+        formats: by name, as :meth:`Decoder.linears` and :meth:`Decoder.tables` have them.
     """
 
-    label: str
+    choice: WeightChoice
     formats: dict[str, WeightFormat]
 
     def nbytes(self) -> int:
@@ -43,35 +44,46 @@ def prepare(
     decoder: Decoder | TransformersDecoder,
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    weights: str,
-    group_size: int,
+    choice: WeightChoice,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
 ) -> PreparedWeights:
     """Read every layer's weight again and make its new format; the decoder is only looked at, never changed.
 
+    The layers of the blocks take ``choice.weights``, the head takes ``choice.head``; an embedding follows the head only
+    if the two are one.
+
     Raises:
-        ConfigError: if the format or group size is unknown, or the decoder keeps the weights it has.
+        ConfigError: if the decoder keeps the weights it has.
         CapacityError: if the new weights do not fit into free memory beside the present ones.
         ModelLoadError: if the checkpoint is gone or has changed.
     """
-    label = format_label(weights, group_size)
     if not decoder.exchanges_weights:
         raise ConfigError(
-            f"{weights!r} is not available for {spec.architecture}, which runs through transformers.",
+            f"{choice.label!r} is not available for {spec.architecture}, which runs through transformers.",
             field="weights",
             remedy="Choose model.",
         )
     checkpoint.check_unchanged()
-    _check_memory(decoder, spec, label, device, dtype)
-    linears = list(decoder.linears())
+    _check_memory(decoder, spec, choice, device, dtype)
+    wanted = [(name, choice.weights, sources) for name, _, sources in decoder.linears()]
+    *embeddings, head = decoder.tables()
+    wanted += [(name, "model", sources) for name, _, sources in embeddings]
+    wanted.append((head[0], choice.head, head[2]))
     formats: dict[str, WeightFormat] = {}
-    for done, (name, _, sources) in enumerate(linears, start=1):
-        formats[name] = _make(checkpoint, sources, weights, group_size, device, dtype)
+    for done, (name, weights, sources) in enumerate(wanted, start=1):
+        format = _make(checkpoint, sources, weights, choice.group_size, device, dtype)
+        formats[name] = to_native(format) if choice.linear == "native" else format
         if progress is not None:
-            progress(done / len(linears))
-    return PreparedWeights(label, formats)
+            progress(done / len(wanted))
+    return PreparedWeights(choice, formats)
+
+
+def repack(decoder: Decoder) -> None:
+    """Bring freshly loaded weights into the layout of the native kernels, one layer at a time."""
+    for _, linear, _ in (*decoder.linears(), *decoder.tables()):
+        linear.exchange(to_native(linear.format))
 
 
 def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) -> None:
@@ -80,7 +92,7 @@ def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) ->
     Raises:
         ValueError: if they were prepared for another decoder; nothing is exchanged then.
     """
-    linears = {name: linear for name, linear, _ in decoder.linears()}
+    linears = {name: linear for name, linear, _ in (*decoder.linears(), *decoder.tables())}
     if linears.keys() != prepared.formats.keys() or any(
         linear.format.shape != prepared.formats[name].shape for name, linear in linears.items()
     ):
@@ -94,10 +106,11 @@ def describe_path(decoder: Decoder | TransformersDecoder, dtype: torch.dtype) ->
     if not decoder.exchanges_weights:
         return f"model: {dtype_name(dtype)} matmul by transformers"
     paths = collections.Counter(linear.format.path for _, linear, _ in decoder.linears())
-    if len(paths) == 1:
-        return next(iter(paths))
     total = sum(paths.values())
-    return "; ".join(f"{path} [{count} of {total} layers]" for path, count in paths.most_common())
+    parts = [f"{path} [{count} of {total} layers]" for path, count in paths.most_common()]
+    *_, (_, head, _) = decoder.tables()
+    text = next(iter(paths)) if len(paths) == 1 else "; ".join(parts)
+    return text if head.format.bits is None else f"{text}; head {head.format.path}"
 
 
 def measure_errors(decoder: Decoder | TransformersDecoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
@@ -130,12 +143,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _check_memory(
-    decoder: Decoder | TransformersDecoder, spec: ModelSpec, label: str, device: torch.device, dtype: torch.dtype
+    decoder: Decoder | TransformersDecoder,
+    spec: ModelSpec,
+    choice: WeightChoice,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """The present weights stay until the commit, so the new ones must fit beside them."""
-    unquantized = decoder.resident_bytes() - sum(linear.format.nbytes() for _, linear, _ in decoder.linears())
     name = dtype_name(dtype)
-    needed = weight_bytes(spec, name if label == "model" else label, dtype=name) - unquantized
+    needed = weight_bytes(spec, name if choice.weights == "model" else choice.format_name, dtype=name)
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(

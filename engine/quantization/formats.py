@@ -39,6 +39,10 @@ class WeightFormat(abc.ABC):
         """
 
     @abc.abstractmethod
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows ``index`` (int64 [T]) of the weight, [T, in_features], float: the lookup of an embedding."""
+
+    @abc.abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is resident for this weight, by role (``weight``, ``scales`` …)."""
 
@@ -71,6 +75,9 @@ class ModelDtypeFormat(WeightFormat):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.weight, bias)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return F.embedding(index, self.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}

@@ -62,6 +62,10 @@ class Int4Format(WeightFormat):
             y = x @ self._unpack(x.dtype)
         return y if bias is None else y + bias
 
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        scales, zeros = self.scales_and_zeros[:, index].float().repeat_interleave(self.group_size, dim=0).unbind(dim=-1)
+        return (self.unpacked()[index].float() - 8) * scales.t() + zeros.t()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.packed, "scales_and_zeros": self.scales_and_zeros}
 

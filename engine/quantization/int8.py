@@ -44,6 +44,9 @@ class Int8Format(WeightFormat):
             y = F.linear(x, self.q.to(x.dtype)) * self.scales.to(x.dtype)  # one scale a column: applied to the result
         return y if bias is None else y + bias
 
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.q[index].float() * self.scales[index].float().unsqueeze(1)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.q, "scales": self.scales}
 

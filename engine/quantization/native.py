@@ -31,6 +31,9 @@ class NativeFormat(WeightFormat):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, self.packed, bias)
 
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.packed.rows(index)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         parts = {"weight": self.packed.panels, "scales": self.packed.scales, "grids": self.packed.grids}
         return {role: tensor for role, tensor in parts.items() if tensor is not None}

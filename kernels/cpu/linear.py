@@ -20,7 +20,7 @@ class PackedWeight:
     Attributes:
         panels: [N / P, K, P] in float32, bfloat16 or int8; uint8 [N / P, K, P / 2] for INT4: byte j of a row holds
             output j in its low half and output j + P / 2 in its high half, both as q = 0 … 15.
-        scales: INT8: float32 [N] padded. None otherwise.
+        scales: INT8: bfloat16 [N] padded. None otherwise.
         grids: INT4: bfloat16 [N / P, K / group, 2, P]: scales, then zero points; w = (q - 8) · scale + zero.
         outputs, inputs: N (before padding) and K.
         group: K per grid of INT4, 0 otherwise.
@@ -39,7 +39,7 @@ class PackedWeight:
         panel, lane = index // width, index % width
         if self.grids is None:
             values = self.panels[panel, :, lane]
-            return values if self.scales is None else values.float() * self.scales[index].unsqueeze(1)
+            return values if self.scales is None else values.float() * self.scales[index].float().unsqueeze(1)
         half = width // 2
         bytes_ = self.panels[panel, :, lane % half]
         q = torch.where((lane < half).unsqueeze(1), bytes_ & 15, bytes_ >> 4).float()
@@ -66,9 +66,9 @@ def pack_float(weight: torch.Tensor) -> PackedWeight:
 
 
 def pack_int8(q: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
-    """w = q · scale: q int8 [N, K], scales [N]."""
+    """w = q · scale: q int8 [N, K], scales bfloat16 [N]."""
     short = -q.shape[0] % native().panel
-    return PackedWeight(to_panels(q), F.pad(scales.float(), (0, short)), None, *q.shape)
+    return PackedWeight(to_panels(q), F.pad(scales, (0, short)), None, *q.shape)
 
 
 def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:
@@ -77,7 +77,8 @@ def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Pac
     half = values.shape[-1] // 2
     grids = torch.stack((to_panels(scales), to_panels(zeros)), dim=2)
     panels = (values[..., :half] | (values[..., half:] << 4)).contiguous()
-    return PackedWeight(panels, None, grids.contiguous(), *q.shape, group=q.shape[1] // scales.shape[1])
+    outputs, inputs = q.shape
+    return PackedWeight(panels, None, grids.contiguous(), outputs, inputs, inputs // scales.shape[1])
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -215,7 +215,7 @@ struct Weight {
     Type type;
     const uint8_t* panels;         // [panels, K, row_bytes]
     const uint16_t* parameters;    // INT4: bfloat16 [panels, K / group, 2, PANEL]: scales, then zero points
-    const float* scales;           // INT8: float32 [panels · PANEL], applied to the sums
+    const uint16_t* scales;        // INT8: bfloat16 [panels · PANEL], applied to the sums
     int64_t outputs, inputs, group;
 };
 
@@ -267,7 +267,7 @@ void finish_panel(const Weight& w, int64_t panel, const Pair* sums, int64_t m, c
         store(row, sums[r].low);
         store(row + LANES, sums[r].high);
         if (w.type == INT8)
-            for (int64_t n = 0; n < valid; ++n) row[n] *= w.scales[first + n];
+            for (int64_t n = 0; n < valid; ++n) row[n] *= widen(w.scales[first + n]);
         if (bias)
             for (int64_t n = 0; n < valid; ++n) row[n] += bias[first + n];
         for (int64_t n = 0; n < valid; ++n) put(y + r * w.outputs + first + n, row[n]);
@@ -614,10 +614,14 @@ int headroom_lanes() { return LANES; }
 
 // y [M, outputs] = x [M, inputs] · Wᵀ + bias. x and y: both float32 (activation = 0) or bfloat16 (1), contiguous.
 void headroom_linear(const void* x, int activation, int64_t m, int type, const void* panels, const void* parameters,
-                     const float* scales, const float* bias, int64_t outputs, int64_t inputs, int64_t group, void* y,
+                     const void* scales, const float* bias, int64_t outputs, int64_t inputs, int64_t group, void* y,
                      int threads) {
-    const Weight w{Type(type), static_cast<const uint8_t*>(panels), static_cast<const uint16_t*>(parameters),
-                   scales,     outputs,                             inputs,
+    const Weight w{Type(type),
+                   static_cast<const uint8_t*>(panels),
+                   static_cast<const uint16_t*>(parameters),
+                   static_cast<const uint16_t*>(scales),
+                   outputs,
+                   inputs,
                    group};
     if (activation == F32)
         return linear(static_cast<const float*>(x), m, w, bias, static_cast<float*>(y), threads);
