@@ -527,6 +527,7 @@ class Engine:
         """What really runs, for the record of every run."""
         return {
             "device": str(self.model.device),
+            "decoder": self.model.decoder_path(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": self._attention_path,
             "weights": self.model.weights_path(),

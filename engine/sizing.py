@@ -155,7 +155,7 @@ def describe_model(model: LoadedModel) -> dict[str, Any]:
         "family": model.family,
         "source": model.source,
         "fingerprint": model.fingerprint,
-        "parameters": capacity.parameter_count(spec).total,
+        "parameters": model.num_parameters(),
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,

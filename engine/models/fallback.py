@@ -295,6 +295,11 @@ def _head_of(model: Any) -> Any:
 class _Body(nn.Module):
     """Gives its input back as the last hidden state."""
 
+    @property
+    def decoder(self) -> _Body:
+        """For models whose head calls the decoder inside the body (OPT)."""
+        return self
+
     def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> _BodyOutput:
         return _BodyOutput(inputs_embeds)
 
@@ -326,12 +331,13 @@ def _probe(decoder: TransformersDecoder) -> tuple[list[_Call], int]:
     calls: list[_Call] = []
 
     def record(call: _Call) -> torch.Tensor:
+        _check_call(model, call)
         calls.append(call)
         return _dense(call, [places])
 
     try:
         alone = decoder._run(text, places, record)
-        _check_calls(model, calls)
+        _check_layers(model, calls)
         mixed, twice = torch.stack((text, other), dim=1).flatten(), places.repeat_interleave(2)
         beside = decoder._run(mixed, twice, lambda call: _dense(call, [2 * places, 2 * places + 1]))[::2]
         whole = model(
@@ -362,19 +368,23 @@ def _dense(call: _Call, sequences: list[torch.Tensor]) -> torch.Tensor:
     return output
 
 
-def _check_calls(model: Any, calls: list[_Call]) -> None:
-    """Every layer attends once, in order, in one shape, causally, and with nothing that a backend would not know."""
+def _check_call(model: Any, call: _Call) -> None:
+    """One call is causal attention with nothing that a backend would not know."""
+    if call.key.shape != call.value.shape or call.key.shape[-1] != call.query.shape[-1]:
+        raise _inexact(model, "its queries, keys and values differ in width")
+    if other := sorted(call.options.keys() - _HARMLESS_OPTIONS):
+        raise _inexact(model, f"its attention needs {', '.join(other)}, which the backends do not have")
+    if not call.options.get("is_causal", getattr(call.module, "is_causal", True)):
+        raise _inexact(model, "its attention sees later tokens")
+
+
+def _check_layers(model: Any, calls: list[_Call]) -> None:
+    """Every layer attends once, in order, and all in one shape."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if [getattr(call.module, "layer_idx", None) for call in calls] != list(range(layers)):
         raise _inexact(model, f"{len(calls)} attention calls for {layers} layers: not every layer attends once")
-    shapes = {(call.query.shape, call.key.shape, call.value.shape) for call in calls}
-    if len(shapes) > 1 or calls[0].key.shape != calls[0].value.shape:
-        raise _inexact(model, "its layers, or its keys and values, differ in shape")
-    for call in calls:
-        if other := sorted(call.options.keys() - _HARMLESS_OPTIONS):
-            raise _inexact(model, f"its attention needs {', '.join(other)}, which the backends do not have")
-        if not call.options.get("is_causal", getattr(call.module, "is_causal", True)):
-            raise _inexact(model, "its attention sees later tokens")
+    if len({(call.query.shape, call.key.shape) for call in calls}) > 1:
+        raise _inexact(model, "its layers differ in shape")
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
