@@ -19,7 +19,8 @@ def fill_and_publish(pool: BlockPool, tokens: list[int]) -> list[int]:
     digests = digests_of(tokens, pool.block_size)
     table = pool.allocate(len(digests))
     for position, (index, digest) in enumerate(zip(table, digests, strict=True)):
-        pool.publish(index, digest, tokens[position * pool.block_size : (position + 1) * pool.block_size])
+        parent = digests[position - 1] if position else b""
+        pool.publish(index, parent, digest, tokens[position * pool.block_size : (position + 1) * pool.block_size])
     return table
 
 
@@ -123,8 +124,10 @@ class PoolMachine(RuleBasedStateMachine):
     def publish(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.tables)))
         tokens = self.texts[name]
-        for position, digest in enumerate(digests_of(tokens, 2)):
-            self.pool.publish(self.tables[name][position], digest, tokens[position * 2 : position * 2 + 2])
+        digests = digests_of(tokens, 2)
+        for position, digest in enumerate(digests):
+            parent = digests[position - 1] if position else b""
+            self.pool.publish(self.tables[name][position], parent, digest, tokens[position * 2 : position * 2 + 2])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
