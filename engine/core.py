@@ -83,18 +83,11 @@ class Engine:
         self.config = config
         self._attention, self._attention_path = self._make_attention(config)
         if model.weights_format() != _weights_name(config):
-            model.commit_weights(model.prepare_weights(config.weights, int(config.group_size)))
+            with sizing.Explained(lambda: sizing.swap_shortage(model, config)):
+                model.commit_weights(model.prepare_weights(config.weights, int(config.group_size)))
         self.envelope = sizing.size_engine(model, config)
-        decoder = model.decoder
-        self.cache = KVCache(
-            num_layers=decoder.num_layers,
-            num_blocks=self.envelope.num_blocks,
-            block_size=config.block_size,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        with sizing.Explained(lambda: sizing.cache_shortage(model, config, self.envelope)):
+            self.cache = _make_cache(model, config, self.envelope.num_blocks)
         self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
         self._runner = Runner(model, self.cache)
         self._proposer = make_proposer(config)
@@ -135,7 +128,8 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)  # a setting of the process: torch knows no narrower one
         started = time.perf_counter()
-        model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+        with sizing.Explained(lambda: sizing.load_shortage(config)):
+            model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
         engine = cls(model, config)
         seconds = time.perf_counter() - started
         engine.add_event("load", f"loaded {model.name} in {seconds:.1f} s", {"seconds": seconds})
@@ -485,20 +479,28 @@ class Engine:
         weights = None
         if _weights_name(target) != _weights_name(self.config):
             sizing.check_weights_fit(self.model, self.envelope, target)
-            weights = self.model.prepare_weights(target.weights, int(target.group_size))
+            with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
+                weights = self.model.prepare_weights(target.weights, int(target.group_size))
         return PreparedChange(dict(changes), weights, (time.perf_counter() - began) * 1e3)
 
     def apply(self, prepared: PreparedChange) -> ReconfigureResult:
-        """Put a prepared change into force between two steps; all of it or, on an error, none."""
+        """Put a prepared change into force between two steps; all of it or, on an error, none.
+
+        Raises:
+            ConfigError, CapacityError: naming the knob and the remedy.
+        """
         began = time.perf_counter()
         target = self.config.with_changes(prepared.changes)
         differences = self.config.difference(target)
         attention, attention_path = self._make_attention(target)
+        new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
+        proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
-        if prepared.weights is not None:
-            notes += self._exchange_weights(prepared.weights)
-        if {"speculation", "ngram_min", "ngram_max"} & differences.keys():
-            self._proposer = make_proposer(target)
+        if prepared.weights is not None:  # the last thing that can fail
+            with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
+                notes += self._exchange_weights(prepared.weights)
+        if new_proposer:
+            self._proposer = proposer
             for request in self.scheduler.running:
                 request.draft_token_ids = []
         if differences:
@@ -530,9 +532,7 @@ class Engine:
         Returns:
             How many blocks were reusable.
         """
-        forgotten = self.scheduler.pool.reset_prefixes()
-        self.add_event("cache", f"prefix cache reset: {forgotten:,} blocks forgotten", {"blocks": forgotten})
-        return forgotten
+        return self.scheduler.pool.reset_prefixes()
 
     def _exchange_weights(self, prepared: PreparedWeights) -> list[str]:
         self.model.commit_weights(prepared)
@@ -650,6 +650,19 @@ def _sampling_rows_of(row: ScheduledRequest) -> list[SamplingRow]:
         forbidden = tuple(request.end_token_ids) if position < params.min_tokens else ()
         result.append(SamplingRow(params, request.seed, position, history, forbidden))
     return result
+
+
+def _make_cache(model: LoadedModel, config: EngineConfig, num_blocks: int) -> KVCache:
+    decoder = model.decoder
+    return KVCache(
+        num_layers=decoder.num_layers,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
 
 
 def _weights_name(config: EngineConfig) -> str:

@@ -159,7 +159,7 @@ class EngineEvent:
     Attributes:
         index: running number.
         time_unix_s: wall clock.
-        kind: "load" | "reconfigure" | "run" | "error".
+        kind: "load" | "reconfigure" | "cache" | "run" | "error".
         summary: one line for a person, e.g. "weights: model → int4 (paused 12 ms)".
         detail: JSON-ready particulars.
     """

@@ -69,6 +69,8 @@ def prepare(
 def commit(decoder: Decoder, prepared: PreparedWeights) -> None:
     """Put the prepared formats in place: pointers only. The former weights are freed as nothing refers to them.
 
+    All layers or none: should one of them fail, those before it get their former weights back.
+
     Raises:
         ValueError: if they were prepared for another decoder; nothing is exchanged then.
     """
@@ -77,8 +79,14 @@ def commit(decoder: Decoder, prepared: PreparedWeights) -> None:
         linear.format.shape != prepared.formats[name].shape for name, linear in linears.items()
     ):
         raise ValueError("these weights were prepared for another model")
-    for name, linear in linears.items():
-        linear.exchange(prepared.formats[name])
+    former = {name: linear.format for name, linear in linears.items()}
+    try:
+        for name, linear in linears.items():
+            linear.exchange(prepared.formats[name])
+    except BaseException:
+        for name, linear in linears.items():
+            linear.format = former[name]
+        raise
 
 
 def describe_path(decoder: Decoder) -> str:
