@@ -14,6 +14,7 @@ Tiers (see DESIGN: "Rules of the house"):
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -140,7 +141,8 @@ class EngineConfig:
         group="Batching",
         tier=Tier.LIVE,
         help="on: a long prompt is processed in pieces that fit the token budget, next to running decodes. "
-        "off: a prompt is processed in one step, whatever its length, and may then exceed the token budget.",
+        "off: a prompt is processed in one step and may then exceed the token budget, up to the envelope "
+        "`max_num_batched_tokens`, which memory is reserved for.",
     )
     preemption: bool = _knob(
         True,
@@ -185,7 +187,16 @@ class EngineConfig:
         maximum=16,
         unit="tokens",
         depends_on=("speculation", "ngram"),
-        help="How many tokens are proposed per request and step.",
+        help="How many tokens are proposed per request and step; with adaptive draft control the most.",
+    )
+    draft_control: Literal["fixed", "adaptive"] = _knob(
+        "fixed",
+        label="Draft control",
+        group="Speculation",
+        tier=Tier.LIVE,
+        depends_on=("speculation", "ngram"),
+        help="fixed: every draft has the draft length. adaptive: drafts follow how many tokens were accepted lately, "
+        "and stop where the measured time of steps shows that they do not pay at the present batch size.",
     )
     ngram_max: int = _knob(
         4,
@@ -412,6 +423,7 @@ class EngineConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+@functools.cache
 def knobs() -> tuple[Knob, ...]:
     """All knobs in the order of their declaration."""
     hints = typing.get_type_hints(EngineConfig)

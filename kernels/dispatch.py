@@ -79,7 +79,7 @@ def choose(
 
 def _choose_best(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:
     """The quickest implementation that runs here; its reason says why the quicker ones do not."""
-    passed_over = []
+    passed_over: list[str] = []
     for name in _BY_SPEED[op]:
         choice = choose(op, name, device=device, dtype=dtype, head_dim=head_dim)
         if choice.path is not None and not choice.path.endswith("(interpreter)"):

@@ -89,6 +89,8 @@ def repack(decoder: Decoder) -> None:
 def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) -> None:
     """Put the prepared formats in place: pointers only. The former weights are freed as nothing refers to them.
 
+    All layers or none: should one of them fail, those before it get their former weights back.
+
     Raises:
         ValueError: if they were prepared for another decoder; nothing is exchanged then.
     """
@@ -97,8 +99,14 @@ def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) ->
         linear.format.shape != prepared.formats[name].shape for name, linear in linears.items()
     ):
         raise ValueError("these weights were prepared for another model")
-    for name, linear in linears.items():
-        linear.exchange(prepared.formats[name])
+    former = {name: linear.format for name, linear in linears.items()}
+    try:
+        for name, linear in linears.items():
+            linear.exchange(prepared.formats[name])
+    except BaseException:
+        for name, linear in linears.items():
+            linear.format = former[name]
+        raise
 
 
 def describe_path(decoder: Decoder | TransformersDecoder, dtype: torch.dtype) -> str:

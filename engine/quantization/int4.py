@@ -38,6 +38,7 @@ class Int4Format(WeightFormat):
     """
 
     bits = 4
+    group_size: int
 
     def __init__(self, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
         num_rows, num_columns = weight.shape
