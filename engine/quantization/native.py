@@ -52,7 +52,12 @@ class NativeFormat(WeightFormat):
 
 
 def to_native(format: WeightFormat) -> WeightFormat:
-    """The same weight for the native kernels. Formats that they do not know come back as they are."""
+    """The same weight for the native kernels; it takes not a byte more.
+
+    Formats that they do not know come back as they are, and so do weights whose outputs fill no whole panels.
+    """
+    if format.shape[0] % native().panel:
+        return format
     if isinstance(format, ModelDtypeFormat):
         return NativeFormat("model", pack_float(format.weight), None, None, 0.0)
     if isinstance(format, Int8Format):

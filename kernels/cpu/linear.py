@@ -15,14 +15,14 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight [N, K] in panels of P outputs; N is padded with zeros up to whole panels.
+    """A weight [N, K] in panels of P outputs, which divides N.
 
     Attributes:
         panels: [N / P, K, P] in float32, bfloat16 or int8; uint8 [N / P, K, P / 2] for INT4: byte j of a row holds
             output j in its low half and output j + P / 2 in its high half, both as q = 0 … 15.
-        scales: INT8: bfloat16 [N] padded. None otherwise.
+        scales: INT8: bfloat16 [N]. None otherwise.
         grids: INT4: bfloat16 [N / P, K / group, 2, P]: scales, then zero points; w = (q - 8) · scale + zero.
-        outputs, inputs: N (before padding) and K.
+        outputs, inputs: N and K.
         group: K per grid of INT4, 0 otherwise.
     """
 
@@ -52,12 +52,8 @@ class PackedWeight:
 
 
 def to_panels(values: torch.Tensor) -> torch.Tensor:
-    """[N, …] → [N / P, …, P]: P rows side by side, zeros below the last one."""
-    width = native().panel
-    short = -values.shape[0] % width
-    if short:
-        values = torch.cat((values, values.new_zeros(short, *values.shape[1:])))
-    return values.view(-1, width, *values.shape[1:]).movedim(1, -1).contiguous()
+    """[N, …] → [N / P, …, P]: P rows side by side."""
+    return values.view(-1, native().panel, *values.shape[1:]).movedim(1, -1).contiguous()
 
 
 def pack_float(weight: torch.Tensor) -> PackedWeight:
@@ -67,8 +63,7 @@ def pack_float(weight: torch.Tensor) -> PackedWeight:
 
 def pack_int8(q: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
     """w = q · scale: q int8 [N, K], scales bfloat16 [N]."""
-    short = -q.shape[0] % native().panel
-    return PackedWeight(to_panels(q), F.pad(scales, (0, short)), None, *q.shape)
+    return PackedWeight(to_panels(q), scales, None, *q.shape)
 
 
 def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:

@@ -55,7 +55,7 @@ def test_loaded_model_describes_itself(folder):
     assert (model.source, model.family, model.max_position, model.eos_token_ids) == ("safetensors", "llama", 64, (256,))
     assert model.spec.num_kv_heads == model.decoder.num_kv_heads == 1
     assert model.spec.head_dim == model.decoder.head_dim == 16
-    assert model.decoder.embed_tokens.dtype == model.dtype == torch.bfloat16
+    assert model.decoder.embed_tokens.format.rows(torch.tensor([0])).dtype == model.dtype == torch.bfloat16
     assert len(model.fingerprint) == 64
     assert model.weights_format() == "model"
     assert model.weights_path() == "model: bfloat16 matmul"
