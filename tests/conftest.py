@@ -1,6 +1,6 @@
 """Fixtures shared by all rooms: the default model, a tiny checkpoint, references from transformers.
 
-Nothing here downloads weights at test time: `make setup` has fetched the default model, hubs are switched off.
+Nothing here downloads weights at test time: `make setup-dev` has fetched the real models, hubs are switched off.
 """
 
 from __future__ import annotations

@@ -87,6 +87,23 @@ def test_gemma_reads_the_fields_of_older_files_and_of_newer_ones_alike():
     assert config.layer_ropes[1].scaling is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 2}, (None, None, 16)),
+        ({"use_sliding_window": True, "max_window_layers": 0}, (16, 16, 16)),
+        ({"use_sliding_window": True, "sliding_window": None}, (None, None, None)),
+        ({"use_sliding_window": False}, (None, None, None)),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_windows_of_a_qwen_are_those_of_transformers_also_without_layer_types(name, fields, windows):
+    stated = {**BASE, "sliding_window": 16, "head_dim": 16, **fields}
+    known = AutoConfig.for_model(name, **stated).to_dict()
+    assert [kind == "sliding_attention" for kind in known["layer_types"]] == [window is not None for window in windows]
+    assert decoder_config({"model_type": name, **stated}).layer_windows == windows
+
+
 def test_yarn_serves_the_extended_context_and_longrope_the_original_one():
     yarn = rope("yarn", factor=4.0, original_max_position_embeddings=32768)
     config = decoder_config({"architectures": ["LlamaForCausalLM"], **BASE, "rope_parameters": yarn})
