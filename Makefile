@@ -9,7 +9,7 @@ MODEL ?= smollm2-135m
 PORT ?= 8501
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format bench clean
+.PHONY: help run setup setup-dev chromium test lint format bench soak clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ format: $(VENV)/.installed-dev ## Let ruff fix what it can.
 
 bench: setup-dev ## Measure the engine beside transformers on this machine and write the results.
 	$(BIN)/python -m tests.benchmarks.cpu_vs_transformers
+
+soak: $(VENV)/.installed-dev ## Random traffic, toggles and swaps for MINUTES=10; fails on a leak or a stuck request.
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
 
 clean: ## Remove the environment and caches (models and history under HEADROOM_HOME stay).
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ import torch
 from engine.config import EngineConfig, Tier, knobs
 from engine.core import Engine
 from engine.sampling import SamplingParams
+from tests.core.toggles import pairwise_rows
 from tests.support import engine_with_blocks
 
 pytestmark = pytest.mark.model
@@ -157,6 +158,21 @@ def test_toggle_in_the_middle_of_a_generation_changes_no_token(
 ):
     engine = engine_for(default_model_float32, before)
     assert generate(engine, prompts, at_once=16, toggle=after) == expected
+
+
+PAIRWISE = pairwise_rows()
+
+
+@pytest.mark.parametrize("index", range(len(PAIRWISE)))
+def test_every_pair_of_lossless_toggles_changes_no_token(
+    default_model_float32: Any, prompts: list[list[int]], expected: list[list[int]], index: int
+):
+    """A covering array of all lossless live knobs; in mid-flight the next row's settings take over."""
+    chosen = [0, 2, 4, 12, 17, 18]  # repetitive, code, padded with spaces, and one of two chunks
+    engine = engine_for(default_model_float32, PAIRWISE[index])
+    then = PAIRWISE[(index + 1) % len(PAIRWISE)]
+    outputs = generate(engine, [prompts[i] for i in chosen], at_once=len(chosen), toggle=then)
+    assert outputs == [expected[i] for i in chosen]
 
 
 def test_every_lossless_live_knob_is_among_the_toggles():
