@@ -9,8 +9,11 @@ workloads in an order drawn anew each time. A repeat runs every setting once, ag
 the machine falls on all alike. A measurement that other processes disturb is made again, at most ``--attempts`` times;
 the least disturbed one is kept, never the fastest, and what stays disturbed is marked.
 
+Threads that wait for each other at every product suffer far more from other work on the machine than one thread does
+(a step takes seconds instead of milliseconds): on a shared machine only ``--threads 1`` says anything at all.
+
 Results go to ``tests/benchmarks/results/<date>-<machine>-<hash>.json`` and into the README between its benchmark marks;
-those of ``--quick`` (one repeat, at most 16 requests, an eighth of their output) only to ``tests/artifacts/benchmarks/``.
+those of ``--quick`` (one repeat, at most 16 requests, an eighth of the output) only to ``tests/artifacts/benchmarks/``.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ class Plan:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one repeat, at most 16 requests, an eighth of their output")
+    parser.add_argument("--quick", action="store_true", help="one repeat, at most 16 requests, an eighth of the output")
     parser.add_argument("--only", help="workloads by key or its beginning, e.g. a,b,p512")
     parser.add_argument("--peers", help=f"engines or beginnings of their names, of {', '.join(ENGINES)}")
     parser.add_argument("--settings", help="settings by name, e.g. int4,bfloat16,Q4_1")
