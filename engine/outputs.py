@@ -96,6 +96,7 @@ class StepStats:
         kv_blocks_used: blocks that running requests hold.
         kv_blocks_cached: free blocks that still hold a reusable prefix.
         prefix_hit_tokens, prefix_query_tokens: of the requests admitted in this step.
+        execution: how the forward pass ran: "eager", "compiled" or "graphs".
     """
 
     index: int
@@ -116,6 +117,7 @@ class StepStats:
     kv_blocks_cached: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    execution: str = "eager"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class EngineEvent:
     Attributes:
         index: running number.
         time_unix_s: wall clock.
-        kind: "load" | "reconfigure" | "run" | "error".
+        kind: "load" | "reconfigure" | "execution" | "run" | "error".
         summary: one line for a person, e.g. "weights: model → int4 (paused 12 ms)".
         detail: JSON-ready particulars.
     """
@@ -195,6 +197,9 @@ class EngineStatus:
         running, waiting: requests now.
         totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,
             prefix_query_tokens, draft_tokens, accepted_tokens.
+        execution: how forward passes run: ``asked`` and ``last`` mode, ``reason`` of the last; ``prepared`` token
+            counts ("1", "2–2048"); ``failed``, a list of {tokens, error}; ``preparing``, None or {done, total, current,
+            seconds}.
     """
 
     model: dict[str, Any]
@@ -209,3 +214,4 @@ class EngineStatus:
     running: int
     waiting: int
     totals: dict[str, int]
+    execution: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -21,6 +21,9 @@ from engine.quantization.formats import ModelDtypeFormat
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_index, query [T, H, D], key [T, KV, D], value [T, KV, D]) → [T, H, D]; query and key are rotated."""
 
+RunLayer = Callable[..., torch.Tensor]
+"""(layer, *its arguments) → [T, hidden_size]; how a layer runs, in place of calling it."""
+
 ReadTensor = Callable[[str], torch.Tensor]
 """Checkpoint tensor by its Hugging Face name, in the compute dtype, on the device."""
 
@@ -85,13 +88,16 @@ class Decoder(nn.Module):
         )
         self.rotary = RotaryEmbedding(config.inverse_frequencies().to(embedding.device))
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, run_layer: RunLayer | None = None
+    ) -> torch.Tensor:
         """Hidden states of a step's tokens, final norm applied.
 
         Args:
             token_ids: int64 [T], the ragged batch laid end to end.
             positions: int64 [T], each token's position in its own sequence.
             attend: writes keys and values to the cache and attends; called once per layer, in order.
+            run_layer: runs a layer where it is not simply called (compiled execution).
 
         Returns:
             [T, hidden_size] in the compute dtype.
@@ -99,7 +105,8 @@ class Decoder(nn.Module):
         hidden = F.embedding(token_ids, self.embed_tokens)
         cos, signed_sin = self.rotary(positions)
         for layer in self.layers:
-            hidden = layer(hidden, cos, signed_sin, attend)
+            arguments = (hidden, cos, signed_sin, attend)
+            hidden = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return self.norm(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
