@@ -223,9 +223,9 @@ class EngineConfig:
         label="Execution",
         group="Execution",
         tier=Tier.LIVE,
-        help="eager: every operation is launched from Python. compiled: each layer is one compiled program (needs a C++ "
-        "compiler). graphs: decode batches are CUDA graphs (needs a GPU and attention=triton). Prepared in the "
-        "background, eager until then.",
+        help="eager: every operation is launched from Python. compiled: each layer is one compiled program (needs a "
+        "C++ compiler). graphs: decode batches are CUDA graphs (needs a GPU and attention=triton). Both are prepared "
+        "while eager goes on serving.",
     )
     # -- weights ---------------------------------------------------------------------------------------
     weights: Literal["model", "int8", "int4"] = _knob(

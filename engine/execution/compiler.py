@@ -46,7 +46,7 @@ class CompilerProcess:
     def __init__(self, request: CompileRequest) -> None:
         self._request = request
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the object
         self._closed = False
         self._lock = threading.Lock()
 

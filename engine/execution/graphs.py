@@ -1,8 +1,8 @@
 """CUDA graphs: the decode batch of a bucket captured once and replayed.
 
-A replay reads the same addresses as the capture did, so a step's tensors are copied into static buffers. A batch smaller
-than its bucket is padded with sequences of one token whose keys and values go to a *scratch block*, one block of the
-cache behind those of the pool, which no request ever owns; nobody samples them.
+A replay reads the same addresses as the capture did, so a step's tensors are copied into static buffers. A batch
+smaller than its bucket is padded with sequences of one token whose keys and values go to a *scratch block*, one block
+of the cache behind those of the pool, which no request ever owns; nobody samples them.
 
     bucket 4, three sequences          tokens      a  b  c  0
                                        slots      17 33  5  scratch · block_size
