@@ -22,6 +22,7 @@ setup: $(VENV)/.installed ## Install what is needed to run and fetch the default
 
 setup-dev: $(VENV)/.installed-dev chromium
 	@$(BIN)/python -m engine fetch smollm2-135m
+	@$(BIN)/python -m tests.gemma
 
 # The stamps make a second run quick: pip runs only after a requirements file has changed.
 $(VENV)/.installed: requirements.txt

@@ -102,7 +102,7 @@ def _charts(services: Services, ready: bool, was_busy: bool, window: str) -> Non
     else:
         _history_charts(snapshot, was_busy)
     if engine is not None:
-        _memory(engine)
+        _memory(services, engine)
 
 
 def _config_moved(snapshot: Snapshot) -> bool:
@@ -168,13 +168,36 @@ def _history_charts(snapshot: Snapshot, busy: bool) -> None:
     live_charts(table, event_marks(snapshot.events, end_unix_s=end, window_s=span), span)
 
 
+def _prefix_hits(engine: EngineStatus) -> str:
+    asked, hits = (engine.totals.get(f"prefix_{name}_tokens", 0) for name in ("query", "hit"))
+    share = f"{100 * hits / asked:.0f} % of {asked:,} prompt tokens" if asked else "no prompt looked up yet"
+    return f"prefix hits: {share}"
+
+
+def _reset_prefix_cache(services: Services) -> None:
+    try:
+        text = f"Prefix cache reset: {services.client.reset_prefix_cache():,} blocks forgotten."
+    except Exception as problem:  # the worker may be gone
+        text = f"The prefix cache could not be reset: {problem}"
+    st.session_state.setdefault("toasts", []).append(text)
+
+
 def _last_event(snapshot: Snapshot) -> float:
     return snapshot.events[-1].time_unix_s if snapshot.events else 0.0
 
 
-def _memory(engine: EngineStatus) -> None:
+def _memory(services: Services, engine: EngineStatus) -> None:
     with st.container(border=True):
-        st.markdown("**KV cache blocks**")
+        with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+            st.markdown(f"**KV cache blocks** · {_prefix_hits(engine)}", width="content")
+            st.button(
+                "Reset",
+                key="reset-prefix-cache",
+                icon=":material/mop:",
+                help="Forget every reusable prefix. Requests in flight keep their blocks.",
+                on_click=_reset_prefix_cache,
+                args=(services,),
+            )
         block_map(engine.blocks, engine.block_size)
     with st.container(border=True):
         st.markdown("**Memory**")

@@ -27,10 +27,12 @@ class Family:
         biases: "config" if ``attention_bias`` (query, key, value and output) and ``mlp_bias`` apply, "attention" if
             only the former does, "qkv" if query, key and value always have one, "none".
         qk_norm: queries and keys are normalized per head (a weight of head_dim each).
-        sliding: "none", "always" (``sliding_window`` unless null) or "switch" (only where ``use_sliding_window``, from
-            layer ``max_window_layers`` on).
+        sliding: "none", "always" (``sliding_window`` unless null), "switch" (only where ``use_sliding_window``, from
+            layer ``max_window_layers`` on) or "pattern" (all but every ``sliding_window_pattern``-th layer).
         max_position: default of ``max_position_embeddings``, tokens.
-        window: default of ``sliding_window`` where it applies.
+        window: default of ``sliding_window`` where it applies; None: all positions.
+        norms: norms of the hidden width in a layer.
+        experts: fields that state a mixture's experts and their width, or None.
     """
 
     model_type: str
@@ -41,8 +43,10 @@ class Family:
     biases: str = "none"
     qk_norm: bool = False
     sliding: str = "none"
-    window: int = 4096
+    window: int | None = 4096
     max_position: int = 32768
+    norms: int = 2
+    experts: tuple[tuple[str, ...], str] | None = None
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -58,6 +62,37 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm=True,
         sliding="switch",
     ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        num_kv_heads=4,
+        biases="attention",
+        qk_norm=True,
+        sliding="switch",
+        experts=(("num_local_experts", "num_experts"), "moe_intermediate_size"),
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        num_kv_heads=8,
+        sliding="always",
+        window=None,
+        max_position=131072,
+        experts=(("num_local_experts",), "intermediate_size"),
+    ),
+    Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        num_kv_heads=4,
+        head_dim=256,
+        tied=True,
+        biases="attention",
+        qk_norm=True,
+        sliding="pattern",
+        max_position=131072,
+        norms=4,
+    ),
+    Family("phi3", "Phi3ForCausalLM", sliding="always", window=None, max_position=4096),
 )
 
 

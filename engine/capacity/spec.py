@@ -42,6 +42,9 @@ class ModelSpec:
         mlp_bias: the MLP's projections have them.
         qk_norm: queries and keys are normalized per head.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
+        norms_per_layer: norms of the hidden width in each layer.
+        num_experts, expert_size: experts of a mixture layer and the width of one; 0 in a dense model.
+        num_mixture_layers: how many layers are mixtures.
     """
 
     name: str
@@ -62,6 +65,10 @@ class ModelSpec:
     mlp_bias: bool
     qk_norm: bool
     torch_dtype: str
+    norms_per_layer: int = 2
+    num_experts: int = 0
+    expert_size: int = 0
+    num_mixture_layers: int = 0
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> ModelSpec:
@@ -102,6 +109,8 @@ class ModelSpec:
             mlp_bias=family.biases == "config" and _flag(config, "mlp_bias", False),
             qk_norm=family.qk_norm,
             torch_dtype=_dtype(config),
+            norms_per_layer=family.norms,
+            **_mixture(config, family, layers),
         )
 
     @property
@@ -184,7 +193,21 @@ def _layer_windows(config: Mapping[str, Any], family: Family, layers: int) -> tu
             )
         return tuple(known[kind] for kind in kinds)
     full = _whole(config, "max_window_layers", 28) if family.sliding == "switch" else 0
-    return tuple(None if index < full else window for index in range(layers))
+    pattern = _positive(config, "sliding_window_pattern", 6) if family.sliding == "pattern" else layers + 1
+    return tuple(window if index >= full and (index + 1) % pattern else None for index in range(layers))
+
+
+def _mixture(config: Mapping[str, Any], family: Family, layers: int) -> dict[str, int]:
+    if family.experts is None:
+        return {}
+    counts, width = family.experts
+    name = next((name for name in counts if config.get(name) is not None), counts[-1])
+    step, dense = _positive(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return {
+        "num_experts": _positive(config, name),
+        "expert_size": _positive(config, width),
+        "num_mixture_layers": sum((index + 1) % step == 0 and index not in dense for index in range(layers)),
+    }
 
 
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
@@ -193,6 +216,8 @@ def _window(config: Mapping[str, Any], family: Family) -> int | None:
     if family.sliding == "switch" and not _flag(config, "use_sliding_window", False):
         return None
     if "sliding_window" in config and config["sliding_window"] is None:
+        return None
+    if family.window is None and config.get("sliding_window") is None:
         return None
     return _positive(config, "sliding_window", family.window)
 

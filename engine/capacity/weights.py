@@ -137,7 +137,7 @@ def _tensors(spec: ModelSpec, tp: int, stage: Stage, vocab: int) -> Iterator[_Te
         yield _Tensor("embedding", local_vocab, spec.hidden_size, 1)
     yield from _attention(spec, tp, stage.num_layers)
     yield from _mlp(spec, tp, stage.num_layers)
-    yield _Tensor("norms", 1, spec.hidden_size, 2 * stage.num_layers + (1 if stage.last else 0))
+    yield _Tensor("norms", 1, spec.hidden_size, spec.norms_per_layer * stage.num_layers + (1 if stage.last else 0))
     if spec.qk_norm:
         yield _Tensor("norms", 1, spec.head_dim, 2 * stage.num_layers)
     # A tied head is the embedding itself, unless another stage holds that: then this one needs a copy.
@@ -157,6 +157,14 @@ def _attention(spec: ModelSpec, tp: int, layers: int) -> Iterator[_Tensor]:
 
 
 def _mlp(spec: ModelSpec, tp: int, layers: int) -> Iterator[_Tensor]:
+    # Stages of a pipeline share a mixture's layers in proportion.
+    mixtures = spec.num_mixture_layers * layers // spec.num_layers
+    if mixtures:
+        width, experts = -(-spec.expert_size // tp), mixtures * spec.num_experts
+        yield _Tensor("mlp", spec.num_experts, spec.hidden_size, mixtures)
+        yield _Tensor("mlp", 2 * width, spec.hidden_size, experts, quantizable=True)
+        yield _Tensor("mlp", spec.hidden_size, width, experts, quantizable=True)
+    layers -= mixtures
     width = -(-spec.intermediate_size // tp)
     yield _Tensor("mlp", 2 * width, spec.hidden_size, layers, quantizable=True)
     yield _Tensor("mlp", spec.hidden_size, width, layers, quantizable=True)

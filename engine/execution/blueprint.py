@@ -9,7 +9,6 @@ here knows a family or a weight format: whatever a layer consists of is part of 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import io
@@ -22,6 +21,7 @@ from torch import nn
 
 from engine.models.decoder import Decoder
 
+_PLACE = ("index", "sources")  # where a module stands and comes from: its forward reads it for the callback at most
 _PROBES = (3, 5)  # two numbers of tokens: a dimension that follows them is the token dimension
 
 
@@ -102,12 +102,9 @@ def draw(decoder: Decoder, device: torch.device) -> DecoderBlueprint:
 
 def take_apart(layer: nn.Module) -> tuple[bytes, list[torch.Tensor]]:
     """A layer's structure and its tensors, each once, in a fixed order."""
-    plain = copy.copy(layer)
-    if "index" in plain.__dict__:  # a layer's place in the stack reaches it from outside, as the operator's `where`
-        plain.__dict__["index"] = 0
     buffer = io.BytesIO()
     pickler = _Pickler(buffer)
-    pickler.dump(plain)
+    pickler.dump(layer)
     return buffer.getvalue(), pickler.tensors
 
 
@@ -125,6 +122,13 @@ class _Pickler(pickle.Pickler):
         self.fast = True
         self.tensors: list[torch.Tensor] = []
         self._numbers: dict[int, int] = {}
+
+    def reducer_override(self, item: Any) -> Any:
+        if not isinstance(item, nn.Module):
+            return NotImplemented
+        reduced: Any = item.__reduce_ex__(5)
+        make, arguments, state = reduced[:3]
+        return make, arguments, state | {name: None for name in _PLACE if name in state}
 
     def persistent_id(self, item: Any) -> Any:
         if not isinstance(item, torch.Tensor):

@@ -6,6 +6,7 @@ import torch
 
 from engine.execution.base import Execution, Step
 from engine.models.decoder import Decoder
+from engine.models.fallback import TransformersDecoder
 
 
 class EagerExecution(Execution):
@@ -17,7 +18,7 @@ class EagerExecution(Execution):
 
     mode = "eager"
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder | TransformersDecoder) -> None:
         self._decoder = decoder
 
     def forward(self, step: Step) -> torch.Tensor:

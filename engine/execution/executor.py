@@ -24,7 +24,9 @@ from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecuti
 from engine.execution.preparation import Preparation, ShapeNews
 from engine.layers.attention import AttentionBackend
 from engine.models.decoder import Decoder
+from engine.models.fallback import TransformersDecoder
 
+AnyDecoder = Decoder | TransformersDecoder
 AddEvent = Callable[[str, str, dict[str, Any]], None]
 
 
@@ -43,7 +45,7 @@ class Executor:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: AnyDecoder,
         cache: KVCache,
         device: torch.device,
         *,
@@ -128,6 +130,9 @@ class Executor:
 
     def _prepare(self) -> None:
         self._began = time.perf_counter()
+        if self.dispatcher.mode == "eager":
+            return
+        assert isinstance(self.decoder, Decoder), "checked before"
         if self.dispatcher.mode == "compiled":
             wanted = [TokenRange(1, 1)]
             if self._max_tokens > 1:
@@ -135,7 +140,7 @@ class Executor:
             self._preparation = Preparation(self.decoder, self.context, self.device, wanted)
             weakref.finalize(self, self._preparation.cancel)  # an engine that is dropped leaves no compiler behind
             self._preparation.start()
-        elif self.dispatcher.mode == "graphs":
+        else:
             self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
             self._capture = self.make_capture()
 
@@ -180,6 +185,7 @@ class Executor:
         began = time.perf_counter()
         assert self._capture is not None
         assert self._attention is not None
+        assert isinstance(self.decoder, Decoder), "checked before"
         size = self.cache.block_size
         try:
             buffers = StaticBuffers(
@@ -246,8 +252,8 @@ class WeightsWatch:
     model. So the layers are looked at, at every step (some 10 µs for 120 of them).
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._linears = [linear for _, linear, _ in decoder.linears()]
+    def __init__(self, decoder: AnyDecoder) -> None:
+        self._linears = [linear for _, linear, _ in (*decoder.linears(), *decoder.tables())]
         self._formats = [linear.format for linear in self._linears]
         self._generation = 0
         self._seen = 0

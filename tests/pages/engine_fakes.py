@@ -134,6 +134,7 @@ class FakeClient:
         self.running = 0
         self.patches: list[dict[str, Any]] = []
         self.loads: list[dict[str, Any]] = []
+        self.prefix_resets = 0
         self.job_polls = 3
         self.hold_after = 1 << 30
         self.release = threading.Event()
@@ -163,9 +164,15 @@ class FakeClient:
             memory=memory, block_size=16, num_blocks=self.num_blocks, max_model_len=2048,
             blocks=blocks[: self.num_blocks].ljust(self.num_blocks, "."),
             running=self.running, waiting=0,
-            totals={"output_tokens": sum(step.output_tokens for step in self.steps), "preemptions": 0},
+            totals={"output_tokens": sum(step.output_tokens for step in self.steps), "preemptions": 0,
+                    "prefix_query_tokens": 400, "prefix_hit_tokens": 100},
         )  # fmt: skip
         return {"worker": {"pid": 1, "uptime_s": 1.0}, "engine": dataclasses.asdict(engine), "telemetry": {}}
+
+    def reset_prefix_cache(self) -> int:
+        self._check()
+        self.prefix_resets += 1
+        return 17
 
     def config(self) -> dict[str, Any]:
         return {"config": self.config_now.to_dict(), "hash": self.config_now.hash(), "knobs": engine_config.schema()}

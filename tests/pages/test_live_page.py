@@ -52,6 +52,23 @@ def test_toggling_a_knob_changes_the_engine_and_tells_the_outcome(page, client):
     assert any("prefix_cache" in toast.value and "paused" in toast.value for toast in page.toast)
 
 
+def test_prefix_hits_are_shown_and_the_cache_can_be_reset(page, client):
+    page.run()
+    assert "25 % of 400 prompt tokens" in texts(page.markdown)
+    page.button(key="reset-prefix-cache").click().run()
+    assert not page.exception
+    assert client.prefix_resets == 1
+    assert any("17 blocks" in toast.value for toast in page.toast)
+
+
+def test_a_reset_that_the_worker_does_not_answer_is_told(page, client):
+    page.run()
+    client.alive = False
+    page.button(key="reset-prefix-cache").click().run()
+    assert not page.exception
+    assert any("could not be reset" in toast.value for toast in page.toast)
+
+
 def test_a_change_stays_in_the_log_with_its_pause_after_the_toast_has_gone(page, client, services):
     page.run()
     assert "appear here" in texts(page.caption)

@@ -141,6 +141,7 @@ TOGGLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"speculation": "ngram"}, {"draft_length": 9}),
     ({"speculation": "ngram"}, {"ngram_max": 6, "ngram_min": 1}),
     ({"speculation": "ngram"}, {"ngram_min": 1}),
+    ({"speculation": "ngram"}, {"draft_control": "adaptive"}),
     ({"attention": "sdpa"}, {"attention": "reference"}),
     ({"attention": "reference"}, {"attention": "sdpa"}),
 ]
