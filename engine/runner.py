@@ -60,6 +60,8 @@ class Runner:
         context.enter(attention, self.cache, tensors.batch)
         pure_decode = tensors.batch.num_tokens == len(rows)
         hidden = self.executor.forward(Step(tensors.token_ids, tensors.positions, context, pure_decode))
+        if not tensors.sampled.shape[0]:  # a chunk in the middle of a prompt: the head has nothing to do
+            return hidden.new_empty(0, self.model.decoder.vocab_size)
         return self.model.decoder.logits(hidden.index_select(0, tensors.sampled))
 
     @torch.inference_mode()
