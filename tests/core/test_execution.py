@@ -21,11 +21,11 @@ from engine.execution.packages import packages_dir
 from engine.models import LoadedModel, load_model
 from engine.sampling import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
+from tests.support import wait_until_prepared
 
 OUTPUT_TOKENS = 24
 PROMPTS = [[(7 * row + 3 * place) % 200 + 5 for place in range(length)] for row, length in enumerate((1, 3, 9, 30, 55))]
 PROMPTS.append([20, 21, 22, 23] * 8)  # n-grams to speculate on
-PATIENCE_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,6 @@ def expected(tiny_llama: Path) -> list[list[int]]:
 def make_engine(model: LoadedModel, **knobs: Any) -> Engine:
     base = {"block_size": 4, "max_num_seqs": 8, "memory_limit_gib": 0.25, "token_budget": 24}
     return Engine(model, EngineConfig.from_mapping({**base, **knobs}))
-
-
-def wait_until_prepared(engine: Engine) -> Engine:
-    end = time.monotonic() + PATIENCE_S
-    while engine.status().execution["preparing"]:
-        assert time.monotonic() < end, f"still preparing: {engine.status().execution}"
-        time.sleep(0.05)
-    return engine
 
 
 def compiled_engine(model: LoadedModel, **knobs: Any) -> Engine:
