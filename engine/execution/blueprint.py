@@ -20,8 +20,12 @@ import torch
 from torch import nn
 
 from engine.models.decoder import Decoder
+from engine.quantization.formats import WeightFormat
 
-_PLACE = ("index", "sources")  # where a module stands and comes from: its forward reads it for the callback at most
+# What a module or weight format knows of itself and does not compute with: its place in the stack (which reaches the
+# callback from outside, as the operator's `where`), the checkpoint's names for it, its quantization error's bound.
+_DESCRIPTIVE = ("index", "sources", "_step")
+MAX_KINDS = 8  # each is compiled for every shape: a model of more would take an hour and gain little
 _PROBES = (3, 5)  # two numbers of tokens: a dimension that follows them is the token dimension
 
 
@@ -85,6 +89,7 @@ def draw(decoder: Decoder, device: torch.device) -> DecoderBlueprint:
 
     Raises:
         TypeError, pickle.PicklingError: if a layer holds what cannot be described.
+        ValueError: if there are more different layers than :data:`MAX_KINDS`.
     """
     trees = [_argument_trees(decoder, count, device) for count in _PROBES]
     kinds: dict[LayerKind, int] = {}
@@ -94,6 +99,8 @@ def draw(decoder: Decoder, device: torch.device) -> DecoderBlueprint:
         kind = LayerKind(structure, tuple(_spec(tensor) for tensor in tensors), _mark_tokens(few, more))
         layers.append(kinds.setdefault(kind, len(kinds)))
         weights.append(tuple(tensors))
+    if len(kinds) > MAX_KINDS:
+        raise ValueError(f"the layers are of {len(kinds)} different kinds, more than {MAX_KINDS} are not compiled")
     return DecoderBlueprint(tuple(kinds), tuple(layers), tuple(weights))
 
 
@@ -124,11 +131,11 @@ class _Pickler(pickle.Pickler):
         self._numbers: dict[int, int] = {}
 
     def reducer_override(self, item: Any) -> Any:
-        if not isinstance(item, nn.Module):
+        if not isinstance(item, nn.Module | WeightFormat):
             return NotImplemented
         reduced: Any = item.__reduce_ex__(5)
         make, arguments, state = reduced[:3]
-        return make, arguments, state | {name: None for name in _PLACE if name in state}
+        return make, arguments, state | {name: None for name in _DESCRIPTIVE if name in state}
 
     def persistent_id(self, item: Any) -> Any:
         if not isinstance(item, torch.Tensor):

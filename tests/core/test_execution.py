@@ -309,6 +309,14 @@ def test_the_second_preparation_comes_from_disk(model: LoadedModel):
     assert all(event.detail["seconds"] < 5 for event in again.events.since(0) if event.kind == "execution")
 
 
+@pytest.mark.parametrize("linear", ["torch", "native"])
+@pytest.mark.parametrize("weights", ["model", "int8", "int4"])
+def test_all_layers_of_a_uniform_model_share_one_program_in_every_format(tiny_llama: Path, weights: str, linear: str):
+    model = load_model(str(tiny_llama), dtype="float32", device="cpu")
+    make_engine(model, weights=weights, linear=linear)
+    assert len(draw(model.decoder, model.device).kinds) == 1  # type: ignore[arg-type]
+
+
 def test_other_weights_of_the_same_shape_need_no_other_program(model: LoadedModel, tmp_path: Path):
     """The programs take weights as inputs: what is on disk holds none."""
     here = draw(model.decoder, model.device)
