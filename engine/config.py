@@ -231,12 +231,14 @@ class EngineConfig:
         "float32, slow, to check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's "
         "interpreter).",
     )
-    execution: Literal["eager"] = _knob(
+    execution: Literal["eager", "compiled", "graphs"] = _knob(
         "eager",
         label="Execution",
         group="Execution",
         tier=Tier.LIVE,
-        help="eager: every operation is launched from Python.",
+        help="eager: every operation is launched from Python. compiled: each layer is one compiled program (needs a "
+        "C++ compiler). graphs: decode batches are CUDA graphs (needs a GPU and attention=triton). Both are prepared "
+        "while eager goes on serving.",
     )
     linear: Literal["auto", "native", "torch"] = _knob(
         "auto",

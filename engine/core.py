@@ -21,6 +21,7 @@ from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
 from engine.detokenizer import Detokenizer, token_bytes
 from engine.errors import ConfigError, RequestError
+from engine.execution import Executor
 from engine.layers.attention import get_backend
 from engine.models import load_model
 from engine.outputs import (
@@ -90,7 +91,8 @@ class Engine:
         with sizing.Explained(lambda: sizing.cache_shortage(model, config, self.envelope)):
             self.cache = _make_cache(model, config, self.envelope.num_blocks)
         self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
-        self._runner = Runner(model, self.cache)
+        self._executor = self._make_executor(config)
+        self._runner = Runner(model, self.cache, self._executor)
         self._proposer = make_proposer(config)
         self._draft_control = DraftControl()
         self._draft_statistics = DraftStatistics(LONGEST_DRAFT)
@@ -115,6 +117,24 @@ class Engine:
             ),
             0,
         )
+        self._executor.configure(config, self._attention)
+
+    def _make_executor(self, config: EngineConfig) -> Executor:
+        executor = Executor(
+            self.model.decoder,
+            self.cache,
+            self.model.device,
+            max_tokens=max(config.max_num_batched_tokens, self.envelope.max_model_len),  # unchunked prompts exceed it
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.envelope.max_model_len,
+            add_event=self.add_event,
+        )
+        executor.check(config)
+        return executor
+
+    def close(self) -> None:
+        """Stop what runs beside the engine (the preparation of compiled shapes)."""
+        self._executor.close()
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> Engine:
@@ -232,6 +252,7 @@ class Engine:
             News of every request that got tokens or ended.
         """
         began = time.perf_counter()
+        self._executor.poll()
         self._propose()
         schedule = self.scheduler.schedule(self.config)
         if not schedule.rows:
@@ -444,6 +465,7 @@ class Engine:
             kv_blocks_cached=pool.num_cached,
             prefix_hit_tokens=schedule.prefix_hit_tokens,
             prefix_query_tokens=schedule.prefix_query_tokens,
+            execution=self._executor.last.mode,
         )
         self._step_index += 1
         self.steps.append(step)
@@ -477,6 +499,7 @@ class Engine:
                 remedy="Load the model again with the new value.",
             )
         self._make_attention(target)
+        self._executor.check(target)
         weights = None
         choice = self._weight_choice(target)
         if not choice.same_as(self.model.weights_choice):
@@ -511,6 +534,7 @@ class Engine:
             self._draft_control = DraftControl()  # what was measured may not hold any more
         self._attention, self._attention_path = attention, attention_path
         self.config = target
+        self._executor.configure(target, attention)
         pause_ms = (time.perf_counter() - began) * 1e3
         tiers = {knob(name).tier for name in differences}
         tier = "swap" if Tier.SWAP in tiers else ("live" if tiers else "none")
@@ -600,13 +624,14 @@ class Engine:
             "attention": self._attention_path,
             "weights": self.model.weights_path(),
             "kv_cache": str(self.model.dtype).removeprefix("torch."),
-            "execution": self.config.execution,
+            "execution": self._executor.path(),
             "speculation": self.config.speculation,
             "threads": str(torch.get_num_threads()),
         }
 
     def status(self) -> EngineStatus:
         """A consistent picture between two steps."""
+        self._executor.poll()  # an idle engine takes no steps, and what is prepared should show
         return EngineStatus(
             model=sizing.describe_model(self.model),
             config=self.config.to_dict(),
@@ -620,6 +645,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
             totals=dict(self.totals),
+            execution=self._executor.status(),
             speculation=self._draft_statistics.to_dict() | {"control": self._draft_control.to_dict()},
         )
 
@@ -685,9 +711,11 @@ def _sampling_rows_of(row: ScheduledRequest) -> list[SamplingRow]:
 
 def _make_cache(model: LoadedModel, config: EngineConfig, num_blocks: int) -> KVCache:
     decoder = model.decoder
+    # CUDA graphs write their padding into a block behind those of the pool.
+    scratch = int(model.device.type == "cuda")
     return KVCache(
         num_layers=decoder.num_layers,
-        num_blocks=num_blocks,
+        num_blocks=num_blocks + scratch,
         block_size=config.block_size,
         num_kv_heads=decoder.num_kv_heads,
         head_dim=decoder.head_dim,

@@ -130,6 +130,7 @@ class StepStats:
         kv_blocks_used: blocks that running requests hold.
         kv_blocks_cached: free blocks that still hold a reusable prefix.
         prefix_hit_tokens, prefix_query_tokens: of the requests admitted in this step.
+        execution: how the forward pass ran: "eager", "compiled" or "graphs".
     """
 
     index: int
@@ -150,6 +151,7 @@ class StepStats:
     kv_blocks_cached: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    execution: str = "eager"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,7 +161,7 @@ class EngineEvent:
     Attributes:
         index: running number.
         time_unix_s: wall clock.
-        kind: "load" | "reconfigure" | "cache" | "run" | "error".
+        kind: "load" | "reconfigure" | "execution" | "cache" | "run" | "error".
         summary: one line for a person, e.g. "weights: model → int4 (paused 12 ms)".
         detail: JSON-ready particulars.
     """
@@ -230,6 +232,9 @@ class EngineStatus:
         totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,
             prefix_query_tokens, drafts (how many were verified), draft_tokens, accepted_tokens.
         speculation: of those drafts, see :meth:`engine.speculation.statistics.DraftStatistics.to_dict`.
+        execution: how forward passes run: ``asked`` and ``last`` mode, ``reason`` of the last; ``prepared`` token
+            counts ("1", "2–2048"); ``failed``, a list of {tokens, error}; ``preparing``, None or {done, total, current,
+            seconds}.
     """
 
     model: dict[str, Any]
@@ -245,3 +250,4 @@ class EngineStatus:
     waiting: int
     totals: dict[str, int]
     speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    execution: dict[str, Any] = dataclasses.field(default_factory=dict)

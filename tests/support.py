@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from engine import capacity
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.sizing import GIB
+
+PATIENCE_S = 400.0
+
+
+def wait_until_prepared(engine: Engine) -> Engine:
+    """The engine, once the execution mode asked for is prepared (a second for shapes on disk, half a minute if not)."""
+    end = time.monotonic() + PATIENCE_S
+    while engine.status().execution["preparing"]:
+        assert time.monotonic() < end, f"still preparing: {engine.status().execution}"
+        time.sleep(0.05)
+    return engine
 
 
 def engine_with_blocks(model: Any, num_blocks: int, **knobs: Any) -> Engine:

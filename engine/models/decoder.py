@@ -25,6 +25,9 @@ from engine.quantization.formats import ModelDtypeFormat
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_index, query [T, H, D], key [T, KV, D], value [T, KV, D]) → [T, H, D]; query and key are rotated."""
 
+RunLayer = Callable[..., torch.Tensor]
+"""(layer, *its arguments) → [T, hidden_size]; how a layer runs, in place of calling it."""
+
 
 class DecoderLayer(nn.Module):
     """x + norm(attention(norm(x))), then the same with the MLP; norms that the family does not have are the identity.
@@ -115,13 +118,16 @@ class Decoder(nn.Module):
         ]
         self.layer_rotaries = [ropes.index(rope) for rope in config.layer_ropes]
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, run_layer: RunLayer | None = None
+    ) -> torch.Tensor:
         """Hidden states of a step's tokens, final norm applied.
 
         Args:
             token_ids: int64 [T], the ragged batch laid end to end.
             positions: int64 [T], each token's position in its own sequence.
             attend: writes keys and values to the cache and attends; called once per layer, in order.
+            run_layer: runs a layer where it is not simply called (compiled execution).
 
         Returns:
             [T, hidden_size] in the compute dtype.
@@ -131,7 +137,8 @@ class Decoder(nn.Module):
             hidden = hidden * self.embedding_scale
         rotations = [rotary(positions) for rotary in self.rotaries]
         for layer, rotary_index in zip(self.layers, self.layer_rotaries, strict=True):
-            hidden = layer(hidden, *rotations[rotary_index], attend)
+            arguments = (hidden, *rotations[rotary_index], attend)
+            hidden = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return self.norm(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

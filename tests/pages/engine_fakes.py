@@ -130,6 +130,7 @@ class FakeClient:
         self.events: list[EngineEvent] = []
         self.jobs: dict[str, dict[str, Any]] = {}
         self.token_s, self.num_blocks = token_s, num_blocks
+        self.execution: dict[str, Any] = {}
         self.phase: dict[str, Any] = {"status": "ready"}
         self.running = 0
         self.patches: list[dict[str, Any]] = []
@@ -166,6 +167,7 @@ class FakeClient:
             running=self.running, waiting=0,
             totals={"output_tokens": sum(step.output_tokens for step in self.steps), "preemptions": 0,
                     "prefix_query_tokens": 400, "prefix_hit_tokens": 100},
+            execution=self.execution,
         )  # fmt: skip
         return {"worker": {"pid": 1, "uptime_s": 1.0}, "engine": dataclasses.asdict(engine), "telemetry": {}}
 

@@ -205,3 +205,25 @@ def test_a_dead_worker_leaves_a_page_that_can_be_read(page, worker):
     page.run()
     assert not page.exception
     assert page.chat_input(key="chat-input").disabled
+
+
+def test_execution_mode_and_what_is_prepared_are_among_the_facts(page, client):
+    client.execution = {
+        "asked": "compiled", "last": "compiled", "reason": "prepared for 1 tokens", "prepared": ["1"], "failed": [],
+        "preparing": {"done": 1, "total": 2, "current": "2–2048", "seconds": 12.5},
+    }  # fmt: skip
+    page.run()
+    assert not page.exception
+    facts = page.table[0].value.to_string()
+    assert "compiled, prepared for 1 tokens; the last step ran compiled" in facts
+    progress = page.get("progress")[0].proto
+    assert "1 of 2 shapes, now 2–2048 tokens" in progress.text
+    assert progress.value == 50
+
+
+def test_a_shape_that_could_not_be_prepared_is_shown_with_its_reason(page, client):
+    failure = {"tokens": "2–2048", "error": "CppCompileError: no space left"}
+    client.execution = {"asked": "compiled", "last": "eager", "reason": "", "prepared": [], "failed": [failure]}
+    page.run()
+    assert not page.exception
+    assert "2–2048 tokens stay eager: CppCompileError: no space left" in texts(page.warning)

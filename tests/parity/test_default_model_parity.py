@@ -16,7 +16,7 @@ from engine.config import EngineConfig, Tier, knobs
 from engine.core import Engine
 from engine.sampling import SamplingParams
 from tests.core.toggles import pairwise_rows
-from tests.support import engine_with_blocks
+from tests.support import engine_with_blocks, wait_until_prepared
 
 pytestmark = pytest.mark.model
 
@@ -87,7 +87,7 @@ def engine_for(model: Any, knob_values: Mapping[str, Any]) -> Engine:
         "max_num_batched_tokens": 512,
         "max_model_len": 1024,
     }
-    return Engine(model, EngineConfig.from_mapping({**base, **knob_values}))
+    return wait_until_prepared(Engine(model, EngineConfig.from_mapping({**base, **knob_values})))
 
 
 def generate(
@@ -108,6 +108,7 @@ def generate(
         engine.check_invariants()
         if toggle is not None and produced > at_once * OUTPUT_TOKENS // 2:
             engine.reconfigure(toggle)
+            wait_until_prepared(engine)
             toggle = None
     assert toggle is None, "the toggle was never reached"
     return [results[index] for index in range(len(prompts))]
@@ -143,6 +144,8 @@ TOGGLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"speculation": "ngram"}, {"ngram_max": 6, "ngram_min": 1}),
     ({"speculation": "ngram"}, {"ngram_min": 1}),
     ({"speculation": "ngram"}, {"draft_control": "adaptive"}),
+    ({"execution": "eager"}, {"execution": "compiled"}),
+    ({"execution": "compiled", "speculation": "ngram"}, {"execution": "eager"}),
     ({"attention": "sdpa"}, {"attention": "reference"}),
     ({"attention": "reference"}, {"attention": "sdpa"}),
 ]
@@ -158,6 +161,8 @@ def test_toggle_in_the_middle_of_a_generation_changes_no_token(
 ):
     engine = engine_for(default_model_float32, before)
     assert generate(engine, prompts, at_once=16, toggle=after) == expected
+    if "execution" in after:
+        assert {step.execution for step in engine.steps.since(0)} == {"eager", "compiled"}
 
 
 PAIRWISE = pairwise_rows()
