@@ -146,7 +146,7 @@ TOGGLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"speculation": "ngram"}, {"draft_control": "adaptive"}),
     ({"execution": "eager"}, {"execution": "compiled"}),
     ({"execution": "compiled", "speculation": "ngram"}, {"execution": "eager"}),
-    ({"attention": "sdpa"}, {"attention": "reference"}),
+    ({"attention": "auto"}, {"attention": "reference"}),
     ({"attention": "reference"}, {"attention": "sdpa"}),
 ]
 
