@@ -111,6 +111,8 @@ def _linear(
 ) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty(x.shape[0], outputs, dtype=x.dtype)
+    if not x.shape[0]:
+        return y
     wide = None if bias is None else bias.float()  # bound to a name: its memory must outlive the call
     native().library.headroom_linear(
         *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], _TYPES[panels.dtype], panels.data_ptr()),

@@ -101,6 +101,11 @@ def test_compiled_graph_keeps_the_native_product_as_one_opaque_step():
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_give_no_rows(kind):
+    assert to_native(source(kind, 64, 96)).forward(activations(0, 96), None).shape == (0, 64)
+
+
 def test_outputs_that_fill_no_panel_stay_with_torch_and_the_path_says_so():
     format = to_native(source("float32", 34, 64))
     assert isinstance(format, ModelDtypeFormat)
