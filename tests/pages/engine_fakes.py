@@ -15,6 +15,7 @@ from engine import config as engine_config
 from engine.config import EngineConfig
 from engine.measure.results import Provenance, RequestRecord, RunResult
 from engine.outputs import EngineEvent, EngineStatus, MemoryReport, ReconfigureResult, StepStats
+from pages.widgets.messages import value_text
 from storage import StorageError
 
 PAGES = Path(__file__).parents[2] / "pages"
@@ -185,7 +186,9 @@ class FakeClient:
         before, self.config_now = self.config_now, self.config_now.with_changes(changes)
         changed = before.difference(self.config_now)
         detail = {"changed": {name: list(pair) for name, pair in changed.items()}}
-        self.events.append(EngineEvent(len(self.events), time.time(), "reconfigure", f"{changed}", detail))
+        summary = ", ".join(f"{name}: {value_text(old)} → {value_text(new)}" for name, (old, new) in changed.items())
+        summary = f"{summary} (paused 0.4 ms)"
+        self.events.append(EngineEvent(len(self.events), time.time(), "reconfigure", summary, detail))
         return ReconfigureResult(changed, "live", 0.4, 0.0, self.running, [])
 
     def series(self, *, steps_since: int = -1, events_since: int = -1) -> dict[str, Any]:
