@@ -337,19 +337,28 @@ class Engine:
             request = row.request
             if request.times.first_scheduled is None:
                 request.times.first_scheduled = scheduled
-            tally.count(row)
+            known = row.num_tokens - row.num_drafts
             if not row.samples:
-                request.num_computed_tokens = row.start + row.num_tokens
+                tally.prefill_tokens += known
+                request.num_computed_tokens = row.start + known
                 if publishes:
                     self.scheduler.publish_computed(request)
                 continue
+            if known == 1 and len(request.token_ids) > request.num_prompt_tokens:
+                tally.decode_tokens += 1
+            else:
+                tally.prefill_tokens += known
             end = offset + row.num_drafts + 1
             tokens = sampled[offset:end]
             if row.num_drafts:
                 tokens = self._verify(row, tokens, tally)
-            request.num_computed_tokens = row.start + row.num_tokens - row.num_drafts + len(tokens) - 1
-            outputs.append(self._append(request, tokens, logprobs[offset:end], now))
-            tally.output_tokens += len(outputs[-1].new_token_ids)
+            request.num_computed_tokens = row.start + known + len(tokens) - 1
+            output = self._append(request, tokens, now)
+            if request.params.logprobs is not None:
+                reported = logprobs[offset : offset + len(output.new_token_ids)]
+                output.logprobs = [entry for entry in reported if entry is not None]
+            tally.output_tokens += len(output.new_token_ids)
+            outputs.append(output)
             offset = end
         return outputs
 
@@ -358,6 +367,8 @@ class Engine:
         request = row.request
         tokens = accept_drafts(sampled, request.draft_token_ids[: row.num_drafts])
         accepted = len(tokens) - 1
+        tally.drafts += 1
+        tally.draft_tokens += row.num_drafts
         request.num_draft_tokens += row.num_drafts
         request.num_accepted_tokens += accepted
         tally.accepted_tokens += accepted
@@ -365,9 +376,7 @@ class Engine:
         self._draft_control.observe_draft(request.request_id, accepted)
         return tokens
 
-    def _append(
-        self, request: Request, tokens: list[int], logprobs: list[TokenLogprob | None], now: float
-    ) -> RequestOutput:
+    def _append(self, request: Request, tokens: list[int], now: float) -> RequestOutput:
         """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it."""
         outlet = self._outlets[request.request_id]
         token_ids, token_times = request.token_ids, request.times.token_times
@@ -390,20 +399,13 @@ class Engine:
                 request.num_computed_tokens -= len(tokens) - taken
                 tokens = tokens[:taken]
                 break
-        kept = None if params.logprobs is None else [entry for entry in logprobs[: len(tokens)] if entry is not None]
         if reason is not None:
-            return self._end(request, reason, tokens, kept)
+            return self._end(request, reason, tokens)
         if self.config.prefix_cache:
             self.scheduler.publish_computed(request)
-        return self._output(request, tokens, kept)
+        return self._output(request, tokens)
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        tokens: list[int] | None = None,
-        logprobs: list[TokenLogprob] | None = None,
-    ) -> RequestOutput:
+    def _end(self, request: Request, reason: FinishReason, tokens: list[int] | None = None) -> RequestOutput:
         """Finish a request: publish what is reusable, free its blocks, give its last output."""
         request.finish_reason = reason
         request.times.end = time.perf_counter()
@@ -411,9 +413,7 @@ class Engine:
             self.scheduler.publish_computed(request)
         self.scheduler.finish(request)
         self._outlets[request.request_id].detokenizer.finish()
-        if logprobs is None and request.params.logprobs is not None:
-            logprobs = []
-        output = self._output(request, tokens or [], logprobs)
+        output = self._output(request, tokens or [])
         del self._requests[request.request_id]
         del self._outlets[request.request_id]
         if self._proposer is not None:
@@ -421,7 +421,7 @@ class Engine:
         self._draft_control.forget(request.request_id)
         return output
 
-    def _output(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob] | None) -> RequestOutput:
+    def _output(self, request: Request, tokens: list[int]) -> RequestOutput:
         outlet = self._outlets[request.request_id]
         new_text = outlet.detokenizer.take()
         return RequestOutput(
@@ -435,7 +435,7 @@ class Engine:
             request.finish_reason,
             request.stop_reason,
             request.error,
-            logprobs,
+            None if request.params.logprobs is None else [],
             request.times,
             request.num_cached_tokens,
             request.num_preemptions,
@@ -683,17 +683,6 @@ class _Tally:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     output_tokens: int = 0
-
-    def count(self, row: ScheduledRequest) -> None:
-        """Take a row into account, before its results are committed."""
-        known = row.num_tokens - row.num_drafts
-        if known == 1 and row.samples and len(row.request.token_ids) > row.request.num_prompt_tokens:
-            self.decode_tokens += 1
-        else:
-            self.prefill_tokens += known
-        if row.num_drafts:
-            self.drafts += 1
-            self.draft_tokens += row.num_drafts
 
 
 def _sampling_rows_of(row: ScheduledRequest) -> list[SamplingRow]:

@@ -105,13 +105,15 @@ class Detokenizer:
             The stop string that has just been completed (the text then ends before it), else None.
         """
         self._tail += self._decode_next(token_id)
-        return self._find_stop() if self._stop and may_stop else None
+        if self._stop and may_stop:
+            return self._find_stop()
+        return None
 
     def take(self) -> str:
         """Text that has become certain since the last call."""
-        held = 0 if self._ended or not self._stop else self._held_back()
-        end = len(self._tail) - held
-        new, self._tail = self._tail[:end], self._tail[end:]
+        new, self._tail = self._tail, ""
+        if self._stop and not self._ended and (held := self._held_back(new)):
+            new, self._tail = new[:-held], new[-held:]
         if new:
             self.pieces.append(new)
         return new
@@ -160,10 +162,10 @@ class Detokenizer:
         self._ended = True
         return stop
 
-    def _held_back(self) -> int:
+    def _held_back(self, text: str) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        for length in range(min(self._longest_stop - 1, len(self._tail)), 0, -1):
-            end = self._tail[-length:]
+        for length in range(min(self._longest_stop - 1, len(text)), 0, -1):
+            end = text[-length:]
             if any(stop.startswith(end) and len(stop) > length for stop in self._stop):
                 return length
         return 0

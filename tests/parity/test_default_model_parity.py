@@ -91,7 +91,12 @@ def engine_for(model: Any, knob_values: Mapping[str, Any]) -> Engine:
 
 
 def generate(
-    engine: Engine, prompts: list[list[int]], *, at_once: int, toggle: Mapping[str, Any] | None = None
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    at_once: int,
+    toggle: Mapping[str, Any] | None = None,
+    output_tokens: int = OUTPUT_TOKENS,
 ) -> list[list[int]]:
     """Generate ``at_once`` prompts at a time; apply ``toggle`` when half of the tokens of the first batch are out."""
     results: dict[int, list[int]] = {}
@@ -100,13 +105,13 @@ def generate(
     while pending or engine.has_unfinished():
         while pending and len(engine.scheduler.running) + engine.scheduler.num_waiting < at_once:
             index, prompt = pending.pop(0)
-            engine.add_request(str(index), prompt, SamplingParams(max_tokens=OUTPUT_TOKENS))
+            engine.add_request(str(index), prompt, SamplingParams(max_tokens=output_tokens))
         for output in engine.step():
             produced += len(output.new_token_ids)
             if output.finished:
                 results[int(output.request_id)] = output.token_ids
         engine.check_invariants()
-        if toggle is not None and produced > at_once * OUTPUT_TOKENS // 2:
+        if toggle is not None and produced > at_once * output_tokens // 2:
             engine.reconfigure(toggle)
             wait_until_prepared(engine)
             toggle = None
@@ -173,11 +178,11 @@ def test_every_pair_of_lossless_toggles_changes_no_token(
     default_model_float32: Any, prompts: list[list[int]], expected: list[list[int]], index: int
 ):
     """A covering array of all lossless live knobs; in mid-flight the next row's settings take over."""
-    chosen = [0, 2, 4, 12, 17, 18]  # repetitive, code, padded with spaces, and one of two chunks
+    chosen = [2, 4, 12, 14]  # counting, code, a repetition, a chat
     engine = engine_for(default_model_float32, PAIRWISE[index])
     then = PAIRWISE[(index + 1) % len(PAIRWISE)]
-    outputs = generate(engine, [prompts[i] for i in chosen], at_once=len(chosen), toggle=then)
-    assert outputs == [expected[i] for i in chosen]
+    outputs = generate(engine, [prompts[i] for i in chosen], at_once=len(chosen), toggle=then, output_tokens=8)
+    assert outputs == [expected[i][:8] for i in chosen]
 
 
 def test_every_lossless_live_knob_is_among_the_toggles():
