@@ -64,11 +64,12 @@ def _introduction(document: dict[str, Any]) -> str:
         else f"medians of {repeats} interleaved repeats in random order, 95 % bootstrap intervals"
     )
     engines = ", ".join(f"{name} {version}" for name, version in _engine_versions(document).items())
+    threads = f"{document['threads']} thread{'s' if document['threads'] > 1 else ''}"
     lines = [
         f"Measured side by side in one run on {document['date'][:10]} with `make bench`: {document['model']}, "
-        f"{machine['cpu']}, {machine['cores_usable']} cores ({machine['cpu_capability']}), {document['threads']} "
-        f"thread{'s' if document['threads'] > 1 else ''} for everybody; {engines}; {how}. The same prompts (token ids), output lengths and arrivals for every "
-        "engine, each in a process of its own, at the best of its settings; latencies include queueing. All figures: "
+        f"{machine['cpu']}, {machine['cores_usable']} cores ({machine['cpu_capability']}), {threads} for everybody; "
+        f"{engines}; {how}. The same prompts (token ids), output lengths and arrivals for every engine, each in a "
+        "process of its own, at the best of its settings; latencies include queueing. All figures: "
         "`tests/benchmarks/results/`."
     ]
     notes = [*document["warnings"], *(f"{name} is missing: {why}" for name, why in document["missing"].items())]
