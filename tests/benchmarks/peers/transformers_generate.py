@@ -63,9 +63,9 @@ class Transformers:
     def run(self, work: Work) -> list[Timing]:
         if work.changes:
             raise UnsupportedError("it has no such setting")
+        if self.options["batching"] == "continuous":  # computes in a thread of its own, without inference mode
+            return self._run_continuous(work)
         with torch.inference_mode():
-            if self.options["batching"] == "continuous":
-                return self._run_continuous(work)
             return drive_static(self._generate, work.requests, BATCH_LIMIT, work.one_by_one)
 
     def _generate(self, batch: Sequence[Request]) -> list[float]:

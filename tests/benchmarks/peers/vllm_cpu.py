@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
@@ -24,6 +26,7 @@ def environment(threads: int) -> dict[str, str]:
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: on so few cores a second one only competes with the first
         "VLLM_USE_AOT_COMPILE": "0",  # its saved form fails to load again, and every start would compile for minutes
+        "VLLM_CACHE_ROOT": str(Path(sys.prefix) / "cache"),  # what it compiles goes when its environment goes
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
