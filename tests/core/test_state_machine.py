@@ -65,7 +65,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = engine_with_blocks(
             self.model, BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_RUNNING,
             max_num_batched_tokens=MAX_BATCHED_TOKENS,
-        )  # fmt: skip
+, linear="torch", attention="sdpa")  # fmt: skip
         if speculates:
             self.engine.reconfigure({"speculation": "ngram", "ngram_min": 1})
         self.wanted: dict[str, tuple[tuple[int, ...], int]] = {}
