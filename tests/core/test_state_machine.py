@@ -64,8 +64,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.model.commit_weights(self.model.prepare_weights("model", 32))
         self.engine = engine_with_blocks(
             self.model, BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=MAX_RUNNING,
-            max_num_batched_tokens=MAX_BATCHED_TOKENS,
-, linear="torch", attention="sdpa")  # fmt: skip
+            max_num_batched_tokens=MAX_BATCHED_TOKENS, linear="torch", attention="sdpa",
+        )  # fmt: skip
         if speculates:
             self.engine.reconfigure({"speculation": "ngram", "ngram_min": 1})
         self.wanted: dict[str, tuple[tuple[int, ...], int]] = {}
