@@ -20,10 +20,11 @@ def kv_write(
     """Put this step's keys and values into the cache.
 
     Args:
-        key, value: [T, num_kv_heads, head_dim]; rows may be strided, their elements must lie side by side.
+        key, value: [T, num_kv_heads, head_dim], in any layout; rows whose heads do not lie side by side are copied.
         key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim], contiguous, of the same dtype.
         slot_mapping: int64 [T], block · block_size + offset; a negative slot is skipped.
     """
+    key, value = _packed_rows(key), _packed_rows(value)
     size = key.element_size()
     native().library.headroom_kv_write(
         *(key.data_ptr(), value.data_ptr(), key.stride(0) * size, value.stride(0) * size),
@@ -47,7 +48,7 @@ def paged_attention(
     The signature is that of :func:`kernels.paged_attention.paged_attention_reference`.
 
     Args:
-        query: float32 or bfloat16 [T, num_heads, head_dim]; rows may be strided.
+        query: float32 or bfloat16 [T, num_heads, head_dim], in any layout.
         key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] in the dtype of ``query``, contiguous.
         block_tables: int32 [B, max_blocks].
         query_start: int32 [B + 1]; sequence i owns query rows query_start[i] : query_start[i + 1].
@@ -58,6 +59,10 @@ def paged_attention(
     Returns:
         [T, num_heads, head_dim], contiguous, in the dtype of ``query``.
     """
+    query = _packed_rows(query)
+    block_tables, query_start, context_lens = (
+        table.contiguous() for table in (block_tables, query_start, context_lens)
+    )
     tokens, heads, head_dim = query.shape
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype)
     native().library.headroom_attention(
@@ -67,3 +72,8 @@ def paged_attention(
         *(query.stride(0), window or 0, scale, torch.get_num_threads()),
     )
     return out
+
+
+def _packed_rows(heads: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] with each row's heads side by side; rows themselves may be strided, as in a fused projection."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()

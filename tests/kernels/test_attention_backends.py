@@ -109,6 +109,26 @@ def test_strided_views_of_a_fused_projection_are_accepted(name):
     torch.testing.assert_close(attend(backend_named(name), strided).double(), oracle(case), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_heads_that_interleave_query_key_and_value_are_accepted(name):
+    """As GPT-NeoX projects them: each head's query, key and value lie side by side, not the heads of one kind."""
+    case = make_case([1, 5, 12, 40], [70, 40, 12, 60], num_heads=4, num_kv_heads=4)
+    fused = torch.cat([case.query, case.key, case.value], dim=2)
+    query, key, value = fused.chunk(3, dim=2)
+    assert query.stride(1) != query.shape[2]
+    strided = dataclasses.replace(case, query=query, key=key, value=value)
+    torch.testing.assert_close(attend(backend_named(name), strided).double(), oracle(case), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_contexts_are_split_and_merged_without_changing_the_result(name, window):
+    """A lone long decode is cut into parts for the threads; a long chunk takes many tiles of rows and positions."""
+    for query_lens, context_lens in (([1], [1500]), ([3], [1300]), ([300], [800])):
+        case = make_case(query_lens, context_lens, window=window, num_heads=6, num_kv_heads=2, head_dim=64)
+        torch.testing.assert_close(attend(backend_named(name), case).double(), oracle(case), atol=1e-5, rtol=0)
+
+
 def test_sdpa_splits_many_long_sequences_into_tiles_without_changing_the_result(monkeypatch):
     import engine.layers.attention_sdpa as module
 
