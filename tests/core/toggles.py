@@ -20,7 +20,7 @@ VALUES: dict[str, list[Any]] = {
     "draft_control": ["fixed", "adaptive"],
     "ngram_max": [4, 6],
     "ngram_min": [2, 1],
-    "attention": ["sdpa", "reference"],
+    "attention": ["auto", "sdpa", "reference"],
 }
 LIMITS = ("max_running", "token_budget")
 LOSSLESS: list[dict[str, Any]] = [
