@@ -201,10 +201,11 @@ def slow_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     import threading
 
     monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
-    release, closed = threading.Event(), threading.Event()
+    release, closed, entered = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(compiler.CompilerProcess):
         def compile(self, wanted: TokenRange) -> None:
+            entered.set()
             while not release.wait(0.01):
                 if self._closed:
                     closed.set()
@@ -212,7 +213,7 @@ def slow_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             raise compiler.CompileError("released without a program")
 
     monkeypatch.setattr(preparation, "CompilerProcess", Slow)
-    return release, closed
+    return release, closed, entered
 
 
 def test_eager_serves_while_compiled_is_prepared_and_the_progress_is_told(
@@ -234,10 +235,9 @@ def test_eager_serves_while_compiled_is_prepared_and_the_progress_is_told(
 
 
 def test_going_back_to_eager_cancels_the_preparation(model: LoadedModel, slow_compiler: Any):
-    _, closed = slow_compiler
+    _, closed, entered = slow_compiler
     engine = make_engine(model, execution="compiled")
-    while not engine.status().execution["preparing"]["current"]:
-        time.sleep(0.01)
+    assert entered.wait(30)
     engine.reconfigure({"execution": "eager"})
     assert closed.wait(5)
     assert engine.status().execution["preparing"] is None
@@ -245,9 +245,9 @@ def test_going_back_to_eager_cancels_the_preparation(model: LoadedModel, slow_co
 
 
 def test_an_engine_that_is_dropped_ends_its_preparation(model: LoadedModel, slow_compiler: Any):
-    _, closed = slow_compiler
+    _, closed, entered = slow_compiler
     engine = make_engine(model, execution="compiled")
-    engine.status()
+    assert entered.wait(30)
     del engine
     import gc
 
@@ -278,7 +278,7 @@ def test_a_real_compiling_process_ends_with_its_engine(
 def test_a_failed_shape_stays_eager_with_the_reason_visible(
     model: LoadedModel, expected: list[list[int]], slow_compiler: Any
 ):
-    release, _ = slow_compiler
+    release, _, _ = slow_compiler
     release.set()
     engine = wait_until_prepared(make_engine(model, execution="compiled"))
     assert generate(engine, PROMPTS) == expected

@@ -255,6 +255,7 @@ def test_draft_acceptance_is_counted_for_each_position(server: Any):
         post(server, "/v1/completions", prompt=[5, 6, 7, 8] * 6, max_tokens=60, temperature=0, ignore_eos=True)
     finally:
         server.client.patch_config({"speculation": "off", "ngram_min": 2, "draft_length": 4})
+    time.sleep(0.3)  # a status may be a quarter of a second old
     engine = server.client.status()["engine"]
     counted = engine["speculation"]
     assert counted["drafts"] == engine["totals"]["drafts"] > 0
