@@ -129,7 +129,7 @@ class Engine:
             max_model_len=self.envelope.max_model_len,
             add_event=self.add_event,
         )
-        executor.check(config)
+        executor.check(config, self._attention)
         return executor
 
     def close(self) -> None:
@@ -498,8 +498,8 @@ class Engine:
                 field=fixed[0],
                 remedy="Load the model again with the new value.",
             )
-        self._make_attention(target)
-        self._executor.check(target)
+        attention, _ = self._make_attention(target)
+        self._executor.check(target, attention)
         weights = None
         choice = self._weight_choice(target)
         if not choice.same_as(self.model.weights_choice):
@@ -581,7 +581,13 @@ class Engine:
             ConfigError: if the kernels it names cannot run here.
         """
         linear = config.linear
-        if not self.model.decoder.exchanges_weights and linear == "auto":
+        if not self.model.decoder.exchanges_weights:
+            if linear == "native":
+                raise ConfigError(
+                    f"{linear!r} is not available for {self.model.spec.architecture}, which runs through transformers.",
+                    field="linear",
+                    remedy="Choose auto or torch.",
+                )
             linear = "torch"
         choice = choose("linear", linear, device=self.model.device, dtype=self.model.dtype)
         if choice.path is None:

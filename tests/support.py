@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from engine import capacity
 from engine.config import EngineConfig
@@ -32,3 +35,18 @@ def engine_with_blocks(model: Any, num_blocks: int, **knobs: Any) -> Engine:
     engine = Engine(model, config.with_changes({"memory_limit_gib": limit / GIB}))
     assert engine.envelope.num_blocks == num_blocks
     return engine
+
+
+def transformers_greedy(reference: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """What a transformers model generates for each prompt alone: up to ``count`` tokens, greedily."""
+    outputs = []
+    for prompt in prompts:
+        generated = reference.generate(
+            torch.tensor([list(prompt)]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        outputs.append(generated[0, len(prompt) :].tolist())
+    return outputs

@@ -72,7 +72,7 @@ class Executor:
 
     # -- the knob --------------------------------------------------------------------------------------
 
-    def check(self, config: EngineConfig) -> None:
+    def check(self, config: EngineConfig, attention: AttentionBackend) -> None:
         """Refuse what this machine or model cannot do; any thread.
 
         Raises:
@@ -95,9 +95,9 @@ class Executor:
                 field="execution",
                 remedy="Choose compiled or eager, or load the model on a CUDA device.",
             )
-        if config.attention != GRAPHS_ATTENTION:
+        if attention.name != GRAPHS_ATTENTION:
             raise ConfigError(
-                f"'graphs' need attention={GRAPHS_ATTENTION}: {config.attention} plans on the host at every step.",
+                f"'graphs' need attention={GRAPHS_ATTENTION}: {attention.name} plans on the host at every step.",
                 field="execution",
                 remedy=f"Set attention to {GRAPHS_ATTENTION} in the same change.",
             )

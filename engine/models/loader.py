@@ -106,7 +106,7 @@ class LoadedModel:
         """
         choice = WeightChoice(weights, group_size, head, linear)
         return weight_exchange.prepare(
-            self.decoder, self.checkpoint, self.spec, choice, self.device, self.dtype, progress
+            self.decoder, self.checkpoint, self.spec, choice, self.weights_choice, self.device, self.dtype, progress
         )
 
     def repack_weights(self) -> None:

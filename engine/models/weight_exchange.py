@@ -36,7 +36,7 @@ class PreparedWeights:
     formats: dict[str, WeightFormat]
 
     def nbytes(self) -> int:
-        """Bytes they occupy, beside the present weights until these are dropped at the commit."""
+        """Bytes they occupy; what is taken over from the present weights is counted too."""
         return sum(format.nbytes() for format in self.formats.values())
 
 
@@ -45,6 +45,7 @@ def prepare(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     choice: WeightChoice,
+    present: WeightChoice,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
@@ -52,7 +53,7 @@ def prepare(
     """Read every layer's weight again and make its new format; the decoder is only looked at, never changed.
 
     The layers of the blocks take ``choice.weights``, the head takes ``choice.head``; an embedding follows the head only
-    if the two are one.
+    if the two are one. Where both stay as they are at present they are taken over, not read.
 
     Raises:
         ConfigError: if the decoder keeps the weights it has.
@@ -68,10 +69,13 @@ def prepare(
     checkpoint.check_unchanged()
     _check_memory(decoder, spec, choice, device, dtype)
     wanted = [(name, choice.weights, sources) for name, _, sources in decoder.linears()]
-    *embeddings, head = decoder.tables()
-    wanted += [(name, "model", sources) for name, _, sources in embeddings]
-    wanted.append((head[0], choice.head, head[2]))
     formats: dict[str, WeightFormat] = {}
+    if (choice.head, choice.linear) == (present.head, present.linear):
+        formats |= {name: table.format for name, table, _ in decoder.tables()}
+    else:
+        *embeddings, head = decoder.tables()
+        wanted += [(name, "model", sources) for name, _, sources in embeddings]
+        wanted.append((head[0], choice.head, head[2]))
     for done, (name, weights, sources) in enumerate(wanted, start=1):
         format = _make(checkpoint, sources, weights, choice.group_size, device, dtype)
         formats[name] = to_native(format) if choice.linear == "native" else format

@@ -26,7 +26,7 @@ def kv_write(
     """
     key, value = _packed_rows(key), _packed_rows(value)
     size = key.element_size()
-    native().library.headroom_kv_write(
+    native().functions.headroom_kv_write(
         *(key.data_ptr(), value.data_ptr(), key.stride(0) * size, value.stride(0) * size),
         *(key_cache.data_ptr(), value_cache.data_ptr(), slot_mapping.data_ptr()),
         *(key.shape[0], key.shape[1] * key.shape[2] * size),
@@ -65,7 +65,7 @@ def paged_attention(
     )
     tokens, heads, head_dim = query.shape
     out = torch.empty(tokens, heads, head_dim, dtype=query.dtype)
-    native().library.headroom_attention(
+    native().functions.headroom_attention(
         *(query.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr(), DTYPES[query.dtype]),
         *(block_tables.data_ptr(), query_start.data_ptr(), context_lens.data_ptr()),
         *(block_tables.shape[0], block_tables.shape[1], heads, key_cache.shape[2], head_dim, key_cache.shape[1]),

@@ -35,13 +35,12 @@ class Native:
     """The loaded library.
 
     Attributes:
-        library: its functions, argument types declared.
+        functions: of the loaded library, argument types declared.
         panel: outputs that lie side by side in the packed weights.
         lanes: floats of a vector register; head dimensions must be a multiple of it.
-        isa: what it was compiled for, e.g. ``"avx2"``.
     """
 
-    library: ctypes.CDLL
+    functions: ctypes.CDLL
     panel: int
     lanes: int
 

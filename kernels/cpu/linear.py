@@ -114,7 +114,7 @@ def _linear(
     if not x.shape[0]:
         return y
     wide = None if bias is None else bias.float()  # bound to a name: its memory must outlive the call
-    native().library.headroom_linear(
+    native().functions.headroom_linear(
         *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], _TYPES[panels.dtype], panels.data_ptr()),
         *(_pointer(grids), _pointer(scales), _pointer(wide), outputs, x.shape[1], group or 1),
         *(y.data_ptr(), torch.get_num_threads()),

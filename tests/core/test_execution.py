@@ -21,7 +21,7 @@ from engine.execution.packages import packages_dir
 from engine.models import LoadedModel, load_model
 from engine.sampling import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
-from tests.support import wait_until_prepared
+from tests.support import transformers_greedy, wait_until_prepared
 
 OUTPUT_TOKENS = 24
 PROMPTS = [[(7 * row + 3 * place) % 200 + 5 for place in range(length)] for row, length in enumerate((1, 3, 9, 30, 55))]
@@ -39,17 +39,7 @@ def expected(tiny_llama: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
-    outputs = []
-    for prompt in PROMPTS:
-        generated = reference.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        outputs.append(generated[0, len(prompt) :].tolist())
-    return outputs
+    return transformers_greedy(reference, PROMPTS, OUTPUT_TOKENS)
 
 
 def make_engine(model: LoadedModel, **knobs: Any) -> Engine:

@@ -16,6 +16,8 @@ from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.execution.dispatcher import Dispatcher, bucket_ranges, graph_buckets
 from engine.execution.executor import Executor
 from engine.execution.graphs import GraphCapture
+from engine.layers.attention_sdpa import SdpaAttention
+from engine.layers.attention_triton import TritonAttention
 from engine.models import LoadedModel, load_model
 from engine.step_tensors import build_step_tensors, pack, packed_bytes, unpack
 
@@ -30,7 +32,7 @@ class Shape(PreparedShape):
         self.tokens = TokenRange(low, high)
 
     def forward(self, step: Step) -> torch.Tensor:
-        raise NotImplementedError
+        raise AssertionError("the dispatcher answers, it never runs a shape")
 
 
 def ask(dispatcher: Dispatcher, num_tokens: int, **changes: Any) -> tuple[str, str]:
@@ -263,9 +265,9 @@ def test_graphs_without_triton_attention_are_refused_with_the_remedy(model: Load
     executor, _ = make_executor(model, 40, Recorder())
     executor.device = torch.device("cuda")
     with pytest.raises(ConfigError) as refused:
-        executor.check(EngineConfig.from_mapping({"execution": "graphs", "attention": "sdpa"}))
+        executor.check(config_of_graphs(), SdpaAttention())
     assert "triton" in (refused.value.remedy or "")
-    executor.check(config_of_graphs())
+    executor.check(config_of_graphs(), TritonAttention())  # whether it was named, or is what auto came to
 
 
 # -- the tensors of a step ---------------------------------------------------------------------------------

@@ -203,3 +203,11 @@ def test_model_that_does_not_say_how_long_it_reads_is_refused():
     with pytest.raises(ModelLoadError, match="context length is unknown") as caught:
         context_of(MambaConfig(**TINY_STATE))
     assert caught.value.field == "max_position_embeddings"
+
+
+def test_native_linear_layers_are_refused_by_their_own_name(neox):
+    model = load_model(str(neox), dtype="float32", device="cpu")
+    with pytest.raises(ConfigError, match="runs through transformers") as caught:
+        Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1, "linear": "native"}))
+    assert caught.value.field == "linear"
+    assert "torch" in caught.value.remedy

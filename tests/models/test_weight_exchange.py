@@ -177,3 +177,13 @@ def test_int8_head_is_shared_with_the_tied_embedding_and_its_bytes_are_counted_o
     finally:
         model.commit_weights(model.prepare_weights("model", 32))
     assert model.weight_bytes() == before
+
+
+def test_embedding_and_head_that_stay_are_taken_over_not_read_again(default_model_float32):
+    model = default_model_float32
+    table = model.decoder.embed_tokens.format
+    prepared = model.prepare_weights("int8", 64)
+    assert prepared.formats["embed_tokens"] is table
+    other = model.prepare_weights("int8", 64, head="int8")
+    assert other.formats["embed_tokens"].name == "int8"
+    assert model.decoder.embed_tokens.format is table

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
 
 from engine.config import EngineConfig, Tier, knobs
 from engine.core import Engine
 from engine.sampling import SamplingParams
 from tests.core.toggles import pairwise_rows
-from tests.support import engine_with_blocks, wait_until_prepared
+from tests.support import engine_with_blocks, transformers_greedy, wait_until_prepared
 
 pytestmark = pytest.mark.model
 
@@ -66,17 +65,7 @@ def prompts(default_model_float32: Any) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(hf_default_model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers generates for each prompt alone."""
-    outputs = []
-    for prompt in prompts:
-        generated = hf_default_model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        outputs.append(generated[0, len(prompt) :].tolist())
-    return outputs
+    return transformers_greedy(hf_default_model, prompts, OUTPUT_TOKENS)
 
 
 def engine_for(model: Any, knob_values: Mapping[str, Any]) -> Engine:

@@ -17,6 +17,7 @@ from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.sampling import SamplingParams
 from tests.family_cases import FALLBACKS, FAMILIES, SCALINGS, random_prompt, save_random_model
+from tests.support import transformers_greedy
 
 CASES = FAMILIES | {f"rope: {name}": config for name, config in SCALINGS.items()} | FALLBACKS
 PROMPTS = [random_prompt(length, seed=length) for length in (1, 7, 33, 90, 150)]
@@ -42,17 +43,7 @@ def case(request: Any, tmp_path_factory: Any, tiny_llama: Any) -> tuple[LoadedMo
 
 @pytest.fixture(scope="module")
 def expected(case: tuple[LoadedModel, Any]) -> list[list[int]]:
-    outputs = []
-    for prompt in PROMPTS:
-        generated = case[1].generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        outputs.append(generated[0, len(prompt) :].tolist())
-    return outputs
+    return transformers_greedy(case[1], PROMPTS, OUTPUT_TOKENS)
 
 
 def generate(model: LoadedModel, **knobs: Any) -> list[list[int]]:

@@ -14,6 +14,7 @@ from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.sampling import SamplingParams
 from tests.gemma import fetch_gemma, without_vocabulary
+from tests.support import transformers_greedy
 
 pytestmark = pytest.mark.model
 
@@ -46,16 +47,7 @@ def reference(prompts: list[list[int]], tmp_path_factory: Any) -> tuple[list[lis
         dtype=torch.float32,
     ).eval()
     path.unlink()
-    outputs = []
-    for prompt in prompts:
-        generated = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        outputs.append(generated[0, len(prompt) :].tolist())
+    outputs = transformers_greedy(model, prompts, OUTPUT_TOKENS)
     with torch.inference_mode():
         return outputs, model(torch.tensor([prompts[1]])).logits[0]
 
