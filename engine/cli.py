@@ -118,6 +118,26 @@ def serve(
     serve_http(config, host=host, port=port, admin_token=token, parent_pid=parent_pid, ready_file=ready_file)
 
 
+@app.command()
+def reset_prefix_cache(
+    url: Annotated[str, typer.Option(help="Address of the worker.")] = "http://127.0.0.1:8000",
+    as_json: AsJson = False,
+) -> None:
+    """Make a running worker forget its reusable prefixes; needs its token in HEADROOM_ADMIN_TOKEN."""
+    from engine.client import EngineClient
+
+    with console.standard_output() as out:
+        client = EngineClient(url, os.environ.get("HEADROOM_ADMIN_TOKEN", ""))
+        try:
+            blocks = client.reset_prefix_cache()
+        finally:
+            client.close()
+        if as_json:
+            console.write_json(out, {"blocks": blocks})
+        else:
+            print(f"{blocks:,} blocks forgotten", file=out)
+
+
 # -- generate ------------------------------------------------------------------------------------------------
 
 

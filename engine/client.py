@@ -86,6 +86,10 @@ class EngineClient:
         """Load a model with these knobs in the worker's background; :meth:`health` tells how far it is."""
         return dict(self._send("POST", "/admin/load", json=dict(knobs)).json())
 
+    def reset_prefix_cache(self) -> int:
+        """Forget every reusable prefix; how many blocks that were."""
+        return int(self._send("POST", "/admin/reset_prefix_cache").json()["blocks"])
+
     def workloads(self) -> list[dict[str, Any]]:
         """The named workloads."""
         return list(self._send("GET", "/admin/workloads").json()["workloads"])

@@ -14,6 +14,7 @@ Tiers (see DESIGN: "Rules of the house"):
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -140,7 +141,8 @@ class EngineConfig:
         group="Batching",
         tier=Tier.LIVE,
         help="on: a long prompt is processed in pieces that fit the token budget, next to running decodes. "
-        "off: a prompt is processed in one step, whatever its length, and may then exceed the token budget.",
+        "off: a prompt is processed in one step and may then exceed the token budget, up to the envelope "
+        "`max_num_batched_tokens`, which memory is reserved for.",
     )
     preemption: bool = _knob(
         True,
@@ -185,7 +187,16 @@ class EngineConfig:
         maximum=16,
         unit="tokens",
         depends_on=("speculation", "ngram"),
-        help="How many tokens are proposed per request and step.",
+        help="How many tokens are proposed per request and step; with adaptive draft control the most.",
+    )
+    draft_control: Literal["fixed", "adaptive"] = _knob(
+        "fixed",
+        label="Draft control",
+        group="Speculation",
+        tier=Tier.LIVE,
+        depends_on=("speculation", "ngram"),
+        help="fixed: every draft has the draft length. adaptive: drafts follow how many tokens were accepted lately, "
+        "and stop where the measured time of steps shows that they do not pay at the present batch size.",
     )
     ngram_max: int = _knob(
         4,
@@ -210,20 +221,32 @@ class EngineConfig:
         help="Below this match length nothing is proposed.",
     )
     # -- execution -------------------------------------------------------------------------------------
-    attention: Literal["sdpa", "reference", "triton"] = _knob(
-        "sdpa",
+    attention: Literal["auto", "native", "sdpa", "triton", "reference"] = _knob(
+        "auto",
         label="Attention backend",
         group="Execution",
         tier=Tier.LIVE,
-        help="sdpa: torch's fused attention over gathered blocks. reference: plain softmax in float32, slow, to "
-        "check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's interpreter).",
+        help="auto: the quickest that runs here. native: our C++ kernel for the CPU reads the paged cache in place "
+        "(needs a C++ compiler, once). sdpa: torch's fused attention over gathered blocks. reference: plain softmax in "
+        "float32, slow, to check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's "
+        "interpreter).",
     )
-    execution: Literal["eager"] = _knob(
+    execution: Literal["eager", "compiled", "graphs"] = _knob(
         "eager",
         label="Execution",
         group="Execution",
         tier=Tier.LIVE,
-        help="eager: every operation is launched from Python.",
+        help="eager: every operation is launched from Python. compiled: each layer is one compiled program (needs a "
+        "C++ compiler). graphs: decode batches are CUDA graphs (needs a GPU and attention=triton). Both are prepared "
+        "while eager goes on serving.",
+    )
+    linear: Literal["auto", "native", "torch"] = _knob(
+        "auto",
+        label="Linear layers",
+        group="Execution",
+        tier=Tier.SWAP,
+        help="Kernels of the linear layers. native: our C++ kernels for the CPU (weights in panels, float32 sums; need "
+        "a C++ compiler, once). torch: torch's own operators. auto: native on a CPU where it can be built.",
     )
     # -- weights ---------------------------------------------------------------------------------------
     weights: Literal["model", "int8", "int4"] = _knob(
@@ -244,6 +267,15 @@ class EngineConfig:
         unit="weights",
         depends_on=("weights", "int4"),
         help="Weights that share one scale and zero point. Smaller: more exact, more bytes.",
+    )
+    head_weights: Literal["model", "int8"] = _knob(
+        "model",
+        label="Head precision",
+        group="Weights",
+        tier=Tier.SWAP,
+        lossless=False,
+        help="Number format of the output projection, and of the token embedding where the model ties the two. "
+        "int8: one scale per token; a small model reads its head as long as all its layers.",
     )
     # -- capacity envelope -----------------------------------------------------------------------------
     model: str = _knob(
@@ -393,6 +425,7 @@ class EngineConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+@functools.cache
 def knobs() -> tuple[Knob, ...]:
     """All knobs in the order of their declaration."""
     hints = typing.get_type_hints(EngineConfig)

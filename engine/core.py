@@ -19,8 +19,9 @@ from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
-from engine.detokenizer import Detokenizer
+from engine.detokenizer import Detokenizer, token_bytes
 from engine.errors import ConfigError, RequestError
+from engine.execution import Executor
 from engine.layers.attention import get_backend
 from engine.models import load_model
 from engine.outputs import (
@@ -32,18 +33,24 @@ from engine.outputs import (
     RequestTimes,
     StepStats,
     TokenLogprob,
+    Transcript,
 )
+from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
 from engine.sampling import SamplingParams, SamplingRow, sample
+from engine.speculation.draft_control import DraftControl
 from engine.speculation.proposers import make_proposer
+from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
+from kernels.dispatch import choose
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel, PreparedWeights
 
 STEPS_KEPT = 8192
 EVENTS_KEPT = 1024
+LONGEST_DRAFT = int(knob("draft_length").maximum or 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,24 +85,20 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.config = config
         self._attention, self._attention_path = self._make_attention(config)
-        if model.weights_format() != _weights_name(config):
-            model.commit_weights(model.prepare_weights(config.weights, int(config.group_size)))
+        with sizing.Explained(lambda: sizing.swap_shortage(model, config)):
+            self._bring_weights(self._weight_choice(config))
         self.envelope = sizing.size_engine(model, config)
-        decoder = model.decoder
-        self.cache = KVCache(
-            num_layers=decoder.num_layers,
-            num_blocks=self.envelope.num_blocks,
-            block_size=config.block_size,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype=model.dtype,
-            device=model.device,
-        )
+        with sizing.Explained(lambda: sizing.cache_shortage(model, config, self.envelope)):
+            self.cache = _make_cache(model, config, self.envelope.num_blocks)
         self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
-        self._runner = Runner(model, self.cache)
+        self._executor = self._make_executor(config)
+        self._runner = Runner(model, self.cache, self._executor)
         self._proposer = make_proposer(config)
+        self._draft_control = DraftControl()
+        self._draft_statistics = DraftStatistics(LONGEST_DRAFT)
+        self._token_bytes = token_bytes(self.tokenizer)
         self._requests: dict[str, Request] = {}
-        self._detokenizers: dict[str, Detokenizer] = {}
+        self._outlets: dict[str, _Outlet] = {}
         self.steps: Ring[StepStats] = Ring(STEPS_KEPT)
         self.events: Ring[EngineEvent] = Ring(EVENTS_KEPT)
         self._step_index = 0
@@ -108,11 +111,30 @@ class Engine:
                 "preemptions",
                 "prefix_hit_tokens",
                 "prefix_query_tokens",
+                "drafts",
                 "draft_tokens",
                 "accepted_tokens",
             ),
             0,
         )
+        self._executor.configure(config, self._attention)
+
+    def _make_executor(self, config: EngineConfig) -> Executor:
+        executor = Executor(
+            self.model.decoder,
+            self.cache,
+            self.model.device,
+            max_tokens=max(config.max_num_batched_tokens, self.envelope.max_model_len),  # unchunked prompts exceed it
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=self.envelope.max_model_len,
+            add_event=self.add_event,
+        )
+        executor.check(config, self._attention)
+        return executor
+
+    def close(self) -> None:
+        """Stop what runs beside the engine (the preparation of compiled shapes)."""
+        self._executor.close()
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> Engine:
@@ -127,7 +149,8 @@ class Engine:
         if config.threads is not None:
             torch.set_num_threads(config.threads)  # a setting of the process: torch knows no narrower one
         started = time.perf_counter()
-        model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+        with sizing.Explained(lambda: sizing.load_shortage(config)):
+            model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
         engine = cls(model, config)
         seconds = time.perf_counter() - started
         engine.add_event("load", f"loaded {model.name} in {seconds:.1f} s", {"seconds": seconds})
@@ -195,9 +218,10 @@ class Engine:
             priority=priority,
             times=RequestTimes(arrival=time.perf_counter() if arrival is None else arrival),
             seed=(secrets.randbits(63) if params.seed is None else params.seed) % 2**64,
+            end_token_ids=self._end_tokens(params),
         )
         self._requests[request_id] = request
-        self._detokenizers[request_id] = Detokenizer(self.tokenizer, params.stop)
+        self._outlets[request_id] = self._make_outlet(request)
         self.scheduler.add(request)
         self.totals["requests"] += 1
         self.totals["prompt_tokens"] += len(prompt_token_ids)
@@ -228,46 +252,73 @@ class Engine:
             News of every request that got tokens or ended.
         """
         began = time.perf_counter()
+        self._executor.poll()
         self._propose()
         schedule = self.scheduler.schedule(self.config)
         if not schedule.rows:
             return []
+        self._copy_blocks(schedule)
         scheduled = time.perf_counter()
         logits = self._runner.run(schedule.rows, self._attention)
         computed = time.perf_counter()
         sampled, logprobs = sample(logits, self._sampling_rows(schedule.rows))
-        stats = _count(schedule)
-        outputs = self._commit(schedule.rows, sampled, logprobs, scheduled)
-        self._record(schedule, stats, (began, scheduled, computed, time.perf_counter()))
+        tally = _Tally()
+        outputs = self._commit(schedule.rows, sampled, logprobs, scheduled, tally)
+        self._record(schedule, tally, (began, scheduled, computed, time.perf_counter()))
         return outputs
 
     def _propose(self) -> None:
         """Draft for every request past its prompt, as far as its output and context may still grow."""
+        if self._proposer is None:
+            return
+        config, control = self.config, self._draft_control
+        adaptive = config.draft_control == "adaptive"
+        decoding = []
         for request in self.scheduler.running:
             request.draft_token_ids = []
-            if self._proposer is not None and request.in_decode:
-                room = request.max_total_tokens - request.num_tokens - 1
-                if room > 0:
-                    count = min(self.config.draft_length, room)
-                    request.draft_token_ids = self._proposer.propose(request, count)
+            if request.in_decode:
+                decoding.append(request)
+        if adaptive and decoding and not control.should_draft(len(decoding)):
+            return
+        for request in decoding:
+            count = control.length(request.request_id, config.draft_length) if adaptive else config.draft_length
+            count = min(count, request.max_total_tokens - request.num_tokens - 1)
+            if count > 0:
+                request.draft_token_ids = self._proposer.propose(request, count)
+
+    def _copy_blocks(self, schedule: Schedule) -> None:
+        """Fill the beginnings of blocks whose tokens another block is known to begin with."""
+        if schedule.copies:
+            try:
+                self.cache.copy_blocks(schedule.copies)
+            finally:
+                self.scheduler.copies_done(schedule)
 
     def _sampling_rows(self, rows: Sequence[ScheduledRequest]) -> list[SamplingRow]:
         """One sampling row for each logits row of the runner, in the same order."""
         result: list[SamplingRow] = []
         for row in rows:
-            if row.samples:
-                request, params = row.request, row.request.params
-                drafts = request.draft_token_ids[: row.num_drafts]
-                for ahead in range(row.num_drafts + 1):
-                    position = request.num_output_tokens + ahead
-                    history = [*request.token_ids, *drafts[:ahead]] if params.repetition_penalty != 1.0 else ()
-                    forbidden = self._end_tokens(params) if position < params.min_tokens else ()
-                    result.append(SamplingRow(params, request.seed, position, history, forbidden))
+            if not row.samples:
+                continue
+            outlet = self._outlets[row.request.request_id]
+            if outlet.plain_row is not None:
+                result.extend([outlet.plain_row] * (row.num_drafts + 1))
+            else:
+                result.extend(_sampling_rows_of(row))
         return result
 
-    def _end_tokens(self, params: SamplingParams) -> tuple[int, ...]:
-        """Token ids that end this request."""
-        return params.stop_token_ids if params.ignore_eos else (*self.model.eos_token_ids, *params.stop_token_ids)
+    def _end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """Token ids that end a request."""
+        return frozenset(
+            params.stop_token_ids if params.ignore_eos else (*self.model.eos_token_ids, *params.stop_token_ids)
+        )
+
+    def _make_outlet(self, request: Request) -> _Outlet:
+        params = request.params
+        detokenizer = Detokenizer(self.tokenizer, params.stop, self._token_bytes)
+        transcript = Transcript(request.token_ids, request.num_prompt_tokens, detokenizer.pieces)
+        plain = params.greedy and params.repetition_penalty == 1.0 and params.min_tokens == 0
+        return _Outlet(detokenizer, transcript, SamplingRow(params, request.seed, 0, (), ()) if plain else None)
 
     def _commit(
         self,
@@ -275,110 +326,126 @@ class Engine:
         sampled: list[int],
         logprobs: list[TokenLogprob | None],
         scheduled: float,
+        tally: _Tally,
     ) -> list[RequestOutput]:
         """Take over what was computed: tokens, computed counts, finished requests, reusable blocks."""
         outputs: list[RequestOutput] = []
         now = time.perf_counter()
+        publishes = self.config.prefix_cache
         offset = 0
         for row in rows:
             request = row.request
             if request.times.first_scheduled is None:
                 request.times.first_scheduled = scheduled
-            known_end = row.start + row.num_tokens - row.num_drafts
-            request.num_computed_tokens = known_end
-            if row.samples:
-                end = offset + row.num_drafts + 1
-                tokens = accept_drafts(sampled[offset:end], request.draft_token_ids[: row.num_drafts])
-                request.num_computed_tokens = known_end + len(tokens) - 1
-                request.num_draft_tokens += row.num_drafts
-                request.num_accepted_tokens += len(tokens) - 1
-                outputs.append(self._append(request, tokens, logprobs[offset:end], now))
-                offset = end
-            if self.config.prefix_cache and request.state == RequestState.RUNNING:
-                self.scheduler.publish_computed(request)
+            known = row.num_tokens - row.num_drafts
+            if not row.samples:
+                tally.prefill_tokens += known
+                request.num_computed_tokens = row.start + known
+                if publishes:
+                    self.scheduler.publish_computed(request)
+                continue
+            if known == 1 and len(request.token_ids) > request.num_prompt_tokens:
+                tally.decode_tokens += 1
+            else:
+                tally.prefill_tokens += known
+            end = offset + row.num_drafts + 1
+            tokens = sampled[offset:end]
+            if row.num_drafts:
+                tokens = self._verify(row, tokens, tally)
+            request.num_computed_tokens = row.start + known + len(tokens) - 1
+            output = self._append(request, tokens, now)
+            if request.params.logprobs is not None:
+                reported = logprobs[offset : offset + len(output.new_token_ids)]
+                output.logprobs = [entry for entry in reported if entry is not None]
+            tally.output_tokens += len(output.new_token_ids)
+            outputs.append(output)
+            offset = end
         return outputs
 
-    def _append(
-        self, request: Request, tokens: list[int], logprobs: list[TokenLogprob | None], now: float
-    ) -> RequestOutput:
+    def _verify(self, row: ScheduledRequest, sampled: list[int], tally: _Tally) -> list[int]:
+        """The tokens that a verified draft yields; keeps count of what was accepted."""
+        request = row.request
+        tokens = accept_drafts(sampled, request.draft_token_ids[: row.num_drafts])
+        accepted = len(tokens) - 1
+        tally.drafts += 1
+        tally.draft_tokens += row.num_drafts
+        request.num_draft_tokens += row.num_drafts
+        request.num_accepted_tokens += accepted
+        tally.accepted_tokens += accepted
+        self._draft_statistics.observe(row.num_drafts, accepted)
+        self._draft_control.observe_draft(request.request_id, accepted)
+        return tokens
+
+    def _append(self, request: Request, tokens: list[int], now: float) -> RequestOutput:
         """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it."""
-        detokenizer = self._detokenizers[request.request_id]
-        taken = 0
-        reason: FinishReason | None = None
-        for token in tokens:
-            taken += 1
-            request.token_ids.append(token)
-            request.times.token_times.append(now)
-            may_stop = request.num_output_tokens >= request.params.min_tokens
-            stop_string = detokenizer.append(token, may_stop=may_stop)
-            reason = self._finish_reason(request, token, stop_string)
-            if reason is not None:
-                break
-        self.totals["output_tokens"] += taken
-        kept = [entry for entry in logprobs[:taken] if entry is not None]
-        if reason is not None:
-            return self._end(request, reason, tokens[:taken], kept)
-        return self._output(request, tokens[:taken], kept)
-
-    def _finish_reason(self, request: Request, token: int, stop_string: str | None) -> FinishReason | None:
+        outlet = self._outlets[request.request_id]
+        token_ids, token_times = request.token_ids, request.times.token_times
         params = request.params
-        if stop_string is not None:
-            request.stop_reason = stop_string
-            return "stop"
-        if token in self._end_tokens(params) and request.num_output_tokens > params.min_tokens:
-            request.stop_reason = token
-            return "stop"
-        return "length" if request.num_output_tokens >= params.max_tokens else None
+        first_that_may_end = request.num_prompt_tokens + params.min_tokens
+        reason: FinishReason | None = None
+        for taken, token in enumerate(tokens, start=1):
+            token_ids.append(token)
+            token_times.append(now)
+            length = len(token_ids)
+            stop_string = outlet.detokenizer.append(token, may_stop=length >= first_that_may_end)
+            if stop_string is not None:
+                reason, request.stop_reason = "stop", stop_string
+            elif token in request.end_token_ids and length > first_that_may_end:
+                reason, request.stop_reason = "stop", token
+            elif length >= request.num_prompt_tokens + params.max_tokens:
+                reason = "length"
+            if reason is not None:
+                # What was accepted beyond the end is no part of the text: its keys and values are not reusable.
+                request.num_computed_tokens -= len(tokens) - taken
+                tokens = tokens[:taken]
+                break
+        if reason is not None:
+            return self._end(request, reason, tokens)
+        if self.config.prefix_cache:
+            self.scheduler.publish_computed(request)
+        return self._output(request, tokens)
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        tokens: list[int] | None = None,
-        logprobs: list[TokenLogprob] | None = None,
-    ) -> RequestOutput:
+    def _end(self, request: Request, reason: FinishReason, tokens: list[int] | None = None) -> RequestOutput:
         """Finish a request: publish what is reusable, free its blocks, give its last output."""
         request.finish_reason = reason
         request.times.end = time.perf_counter()
-        if self.config.prefix_cache and request.state == RequestState.RUNNING and reason != "error":
+        if self.config.prefix_cache and request.state is RequestState.RUNNING and reason != "error":
             self.scheduler.publish_computed(request)
         self.scheduler.finish(request)
-        self._detokenizers[request.request_id].finish()
-        output = self._output(request, tokens or [], logprobs or [])
+        self._outlets[request.request_id].detokenizer.finish()
+        output = self._output(request, tokens or [])
         del self._requests[request.request_id]
-        del self._detokenizers[request.request_id]
+        del self._outlets[request.request_id]
         if self._proposer is not None:
             self._proposer.forget(request.request_id)
+        self._draft_control.forget(request.request_id)
         return output
 
-    def _output(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> RequestOutput:
-        detokenizer = self._detokenizers[request.request_id]
-        new_text = detokenizer.take()
+    def _output(self, request: Request, tokens: list[int]) -> RequestOutput:
+        outlet = self._outlets[request.request_id]
+        new_text = outlet.detokenizer.take()
         return RequestOutput(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            new_token_ids=tokens,
-            new_text=new_text,
-            token_ids=request.output_token_ids,
-            text=detokenizer.text,
-            finished=request.finish_reason is not None,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            error=request.error,
-            logprobs=logprobs if request.params.logprobs is not None else None,
-            times=request.times,
-            num_cached_tokens=request.num_cached_tokens,
-            num_preemptions=request.num_preemptions,
-            num_draft_tokens=request.num_draft_tokens,
-            num_accepted_tokens=request.num_accepted_tokens,
+            request.request_id,
+            tokens,
+            new_text,
+            outlet.transcript,
+            len(request.token_ids) - request.num_prompt_tokens,
+            len(outlet.transcript.pieces),
+            request.finish_reason is not None,
+            request.finish_reason,
+            request.stop_reason,
+            request.error,
+            None if request.params.logprobs is None else [],
+            request.times,
+            request.num_cached_tokens,
+            request.num_preemptions,
+            request.num_draft_tokens,
+            request.num_accepted_tokens,
         )
 
-    def _record(self, schedule: Schedule, stats: dict[str, int], clock: tuple[float, float, float, float]) -> None:
+    def _record(self, schedule: Schedule, tally: _Tally, clock: tuple[float, float, float, float]) -> None:
         began, scheduled, computed, done = clock
         pool = self.scheduler.pool
-        accepted = stats.pop("accepted_before")
-        total_accepted = sum(row.request.num_accepted_tokens for row in schedule.rows) - accepted
-        total_output = sum(row.request.num_output_tokens for row in schedule.rows) - stats.pop("output_before")
         step = StepStats(
             index=self._step_index,
             time_unix_s=time.time(),
@@ -388,20 +455,30 @@ class Engine:
             sample_ms=(done - computed) * 1e3,
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
-            accepted_tokens=total_accepted,
-            output_tokens=total_output,
+            prefill_tokens=tally.prefill_tokens,
+            decode_tokens=tally.decode_tokens,
+            draft_tokens=tally.draft_tokens,
+            accepted_tokens=tally.accepted_tokens,
+            output_tokens=tally.output_tokens,
             preempted=schedule.preempted,
             kv_blocks_used=pool.num_blocks - pool.num_free,
             kv_blocks_cached=pool.num_cached,
             prefix_hit_tokens=schedule.prefix_hit_tokens,
             prefix_query_tokens=schedule.prefix_query_tokens,
-            **stats,
+            execution=self._executor.last.mode,
         )
         self._step_index += 1
         self.steps.append(step)
-        self.totals["preemptions"] += schedule.preempted
-        for name in ("prefix_hit_tokens", "prefix_query_tokens", "draft_tokens", "accepted_tokens"):
-            self.totals[name] += getattr(step, name)
+        if self._proposer is not None and tally.decode_tokens and not tally.prefill_tokens:
+            self._draft_control.observe_step(tally.decode_tokens, tally.draft_tokens, tally.output_tokens, done - began)
+        totals = self.totals
+        totals["preemptions"] += schedule.preempted
+        totals["prefix_hit_tokens"] += schedule.prefix_hit_tokens
+        totals["prefix_query_tokens"] += schedule.prefix_query_tokens
+        totals["output_tokens"] += tally.output_tokens
+        totals["drafts"] += tally.drafts
+        totals["draft_tokens"] += tally.draft_tokens
+        totals["accepted_tokens"] += tally.accepted_tokens
 
     # -- reconfiguration -------------------------------------------------------------------------------
 
@@ -421,26 +498,43 @@ class Engine:
                 field=fixed[0],
                 remedy="Load the model again with the new value.",
             )
-        self._make_attention(target)
+        attention, _ = self._make_attention(target)
+        self._executor.check(target, attention)
         weights = None
-        if _weights_name(target) != _weights_name(self.config):
+        choice = self._weight_choice(target)
+        if not choice.same_as(self.model.weights_choice):
             sizing.check_weights_fit(self.model, self.envelope, target)
-            weights = self.model.prepare_weights(target.weights, int(target.group_size))
+            with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
+                weights = self.model.prepare_weights(
+                    choice.weights, choice.group_size, head=choice.head, linear=choice.linear
+                )
         return PreparedChange(dict(changes), weights, (time.perf_counter() - began) * 1e3)
 
     def apply(self, prepared: PreparedChange) -> ReconfigureResult:
-        """Put a prepared change into force between two steps; all of it or, on an error, none."""
+        """Put a prepared change into force between two steps; all of it or, on an error, none.
+
+        Raises:
+            ConfigError, CapacityError: naming the knob and the remedy.
+        """
         began = time.perf_counter()
         target = self.config.with_changes(prepared.changes)
         differences = self.config.difference(target)
         attention, attention_path = self._make_attention(target)
+        new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
+        proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
-        if prepared.weights is not None:
-            notes += self._exchange_weights(prepared.weights)
-        if {"speculation", "ngram_min", "ngram_max"} & differences.keys():
-            self._proposer = make_proposer(target)
+        if prepared.weights is not None:  # the last thing that can fail
+            with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
+                notes += self._exchange_weights(prepared.weights)
+        if new_proposer:
+            self._proposer = proposer
+            for request in self.scheduler.running:
+                request.draft_token_ids = []
+        if differences:
+            self._draft_control = DraftControl()  # what was measured may not hold any more
         self._attention, self._attention_path = attention, attention_path
         self.config = target
+        self._executor.configure(target, attention)
         pause_ms = (time.perf_counter() - began) * 1e3
         tiers = {knob(name).tier for name in differences}
         tier = "swap" if Tier.SWAP in tiers else ("live" if tiers else "none")
@@ -460,11 +554,13 @@ class Engine:
         """Prepare and apply in one go (the stepping thread's own way; a loop prepares in another thread)."""
         return self.apply(self.prepare(changes))
 
-    def reset_prefix_cache(self) -> None:
-        """Forget every reusable prefix; requests in flight keep their blocks."""
-        self.scheduler.pool.reset_prefixes()
-        for request in self.scheduler.running:
-            request.num_published = 0
+    def reset_prefix_cache(self) -> int:
+        """Forget every reusable prefix; requests in flight keep their blocks, which are not offered for reuse again.
+
+        Returns:
+            How many blocks were reusable.
+        """
+        return self.scheduler.pool.reset_prefixes()
 
     def _exchange_weights(self, prepared: PreparedWeights) -> list[str]:
         self.model.commit_weights(prepared)
@@ -477,6 +573,38 @@ class Engine:
             count = len(self.scheduler.running)
             notes.append(f"{count} running requests keep the keys and values they have; their blocks are not reused")
         return notes
+
+    def _weight_choice(self, config: EngineConfig) -> WeightChoice:
+        """The weight formats that a configuration asks for, its `linear` decided for this machine.
+
+        Raises:
+            ConfigError: if the kernels it names cannot run here.
+        """
+        linear = config.linear
+        if not self.model.decoder.exchanges_weights:
+            if linear == "native":
+                raise ConfigError(
+                    f"{linear!r} is not available for {self.model.spec.architecture}, which runs through transformers.",
+                    field="linear",
+                    remedy="Choose auto or torch.",
+                )
+            linear = "torch"
+        choice = choose("linear", linear, device=self.model.device, dtype=self.model.dtype)
+        if choice.path is None:
+            raise ConfigError(f"{linear!r} cannot run here: {choice.reason}", field="linear", remedy=choice.remedy)
+        implementation = choice.path.partition(" ")[0]
+        return WeightChoice(config.weights, int(config.group_size), config.head_weights, implementation)
+
+    def _bring_weights(self, choice: WeightChoice) -> None:
+        """Put freshly loaded weights into the chosen formats; a mere change of layout reads nothing again."""
+        present = self.model.weights_choice
+        if choice.same_as(present):
+            return
+        if choice.linear == "native" and choice.same_as(dataclasses.replace(present, linear="native")):
+            self.model.repack_weights()
+            return
+        prepared = self.model.prepare_weights(choice.weights, choice.group_size, head=choice.head, linear=choice.linear)
+        self.model.commit_weights(prepared)
 
     def _make_attention(self, config: EngineConfig) -> tuple[Any, str]:
         decoder = self.model.decoder
@@ -497,17 +625,19 @@ class Engine:
         """What really runs, for the record of every run."""
         return {
             "device": str(self.model.device),
+            "decoder": self.model.decoder_path(),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": self._attention_path,
             "weights": self.model.weights_path(),
             "kv_cache": str(self.model.dtype).removeprefix("torch."),
-            "execution": self.config.execution,
+            "execution": self._executor.path(),
             "speculation": self.config.speculation,
             "threads": str(torch.get_num_threads()),
         }
 
     def status(self) -> EngineStatus:
         """A consistent picture between two steps."""
+        self._executor.poll()  # an idle engine takes no steps, and what is prepared should show
         return EngineStatus(
             model=sizing.describe_model(self.model),
             config=self.config.to_dict(),
@@ -521,6 +651,8 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
             totals=dict(self.totals),
+            execution=self._executor.status(),
+            speculation=self._draft_statistics.to_dict() | {"control": self._draft_control.to_dict()},
         )
 
     def check_invariants(self) -> None:
@@ -531,25 +663,60 @@ class Engine:
         """
         self.scheduler.check()
         queued = {r.request_id for r in (*self.scheduler.running, *self.scheduler.waiting)}
-        assert queued == self._requests.keys() == self._detokenizers.keys(), "a request is lost or left over"
+        assert queued == self._requests.keys() == self._outlets.keys(), "a request is lost or left over"
 
 
-def _count(schedule: Schedule) -> dict[str, int]:
-    """Composition of a step, before its results are committed."""
-    counts = {"prefill_tokens": 0, "decode_tokens": 0, "draft_tokens": 0, "accepted_before": 0, "output_before": 0}
-    for row in schedule.rows:
-        known = row.num_tokens - row.num_drafts
-        decodes = known == 1 and row.request.num_output_tokens > 0 and row.samples
-        counts["decode_tokens" if decodes else "prefill_tokens"] += known
-        counts["draft_tokens"] += row.num_drafts
-        counts["accepted_before"] += row.request.num_accepted_tokens
-        counts["output_before"] += row.request.num_output_tokens
-    return counts
+@dataclasses.dataclass(slots=True)
+class _Outlet:
+    """The way of one request's tokens to its client.
+
+    Attributes:
+        plain_row: its sampling row if that is the same at every position: greedy, with nothing to be looked up.
+    """
+
+    detokenizer: Detokenizer
+    transcript: Transcript
+    plain_row: SamplingRow | None
 
 
-def _weights_name(config: EngineConfig) -> str:
-    """The weight format that a configuration asks for, as `LoadedModel.weights_format` names it."""
-    return f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
+@dataclasses.dataclass(slots=True)
+class _Tally:
+    """Composition of a step, counted while its results are committed."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    output_tokens: int = 0
+
+
+def _sampling_rows_of(row: ScheduledRequest) -> list[SamplingRow]:
+    """The sampling rows of a request's newest token and its drafts."""
+    request, params = row.request, row.request.params
+    drafts = request.draft_token_ids[: row.num_drafts]
+    result = []
+    for ahead in range(row.num_drafts + 1):
+        position = request.num_output_tokens + ahead
+        history = [*request.token_ids, *drafts[:ahead]] if params.repetition_penalty != 1.0 else ()
+        forbidden = tuple(request.end_token_ids) if position < params.min_tokens else ()
+        result.append(SamplingRow(params, request.seed, position, history, forbidden))
+    return result
+
+
+def _make_cache(model: LoadedModel, config: EngineConfig, num_blocks: int) -> KVCache:
+    decoder = model.decoder
+    # CUDA graphs write their padding into a block behind those of the pool.
+    scratch = int(model.device.type == "cuda")
+    return KVCache(
+        num_layers=decoder.num_layers,
+        num_blocks=num_blocks + scratch,
+        block_size=config.block_size,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
 
 
 def _describe_change(result: ReconfigureResult) -> str:

@@ -210,6 +210,7 @@ class EngineLoop:
         finally:
             self._stopping = True
             self._deliver(self.engine.fail_all(self.error or "the engine was shut down"))
+            self.engine.close()
 
     def _apply_inbox(self) -> bool:
         """Wait until there is something to do, run what callers posted; False once the loop is to end."""

@@ -39,15 +39,33 @@ class RequestTimes:
 
 
 @dataclasses.dataclass(slots=True)
+class Transcript:
+    """What is known of a request's text. Every output of the request refers to it; it is only ever appended to.
+
+    Attributes:
+        token_ids: prompt, then output.
+        num_prompt_tokens: where the output begins.
+        pieces: text of the output that has been handed out.
+    """
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    pieces: list[str]
+
+
+@dataclasses.dataclass(slots=True)
 class RequestOutput:
     """News of one request after a step (one step may bring several tokens under speculation).
 
+    What came before is not copied into each output, which would cost O(n²) over a request: ``prompt_token_ids``,
+    ``token_ids`` and ``text`` are cut out of the shared transcript when they are asked for, in any thread, and stay
+    what they were at this output.
+
     Attributes:
         request_id: as submitted.
-        prompt_token_ids: the whole prompt.
         new_token_ids: tokens of this step.
         new_text: text that became certain in this step (held back while a stop string or a character may be half done).
-        token_ids, text: everything so far, without a stop string.
+        transcript, num_output_tokens, num_pieces: everything so far.
         finished: True once, on the last output.
         finish_reason: "stop" (end of sequence or stop string), "length", "abort" or "error"; None before the end.
         stop_reason: the stop string or token id that ended it, if one did.
@@ -60,11 +78,11 @@ class RequestOutput:
     """
 
     request_id: str
-    prompt_token_ids: list[int]
     new_token_ids: list[int]
     new_text: str
-    token_ids: list[int]
-    text: str
+    transcript: Transcript
+    num_output_tokens: int
+    num_pieces: int
     finished: bool
     finish_reason: FinishReason | None
     stop_reason: str | int | None
@@ -75,6 +93,22 @@ class RequestOutput:
     num_preemptions: int
     num_draft_tokens: int
     num_accepted_tokens: int
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The whole prompt."""
+        return self.transcript.token_ids[: self.transcript.num_prompt_tokens]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All output tokens so far."""
+        start = self.transcript.num_prompt_tokens
+        return self.transcript.token_ids[start : start + self.num_output_tokens]
+
+    @property
+    def text(self) -> str:
+        """All text so far, without a stop string."""
+        return "".join(self.transcript.pieces[: self.num_pieces])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,6 +130,7 @@ class StepStats:
         kv_blocks_used: blocks that running requests hold.
         kv_blocks_cached: free blocks that still hold a reusable prefix.
         prefix_hit_tokens, prefix_query_tokens: of the requests admitted in this step.
+        execution: how the forward pass ran: "eager", "compiled" or "graphs".
     """
 
     index: int
@@ -116,6 +151,7 @@ class StepStats:
     kv_blocks_cached: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    execution: str = "eager"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,7 +161,7 @@ class EngineEvent:
     Attributes:
         index: running number.
         time_unix_s: wall clock.
-        kind: "load" | "reconfigure" | "run" | "error".
+        kind: "load" | "reconfigure" | "execution" | "cache" | "run" | "error".
         summary: one line for a person, e.g. "weights: model → int4 (paused 12 ms)".
         detail: JSON-ready particulars.
     """
@@ -194,7 +230,11 @@ class EngineStatus:
             "s" shared by several.
         running, waiting: requests now.
         totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,
-            prefix_query_tokens, draft_tokens, accepted_tokens.
+            prefix_query_tokens, drafts (how many were verified), draft_tokens, accepted_tokens.
+        speculation: of those drafts, see :meth:`engine.speculation.statistics.DraftStatistics.to_dict`.
+        execution: how forward passes run: ``asked`` and ``last`` mode, ``reason`` of the last; ``prepared`` token
+            counts ("1", "2–2048"); ``failed``, a list of {tokens, error}; ``preparing``, None or {done, total, current,
+            seconds}.
     """
 
     model: dict[str, Any]
@@ -209,3 +249,5 @@ class EngineStatus:
     running: int
     waiting: int
     totals: dict[str, int]
+    speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    execution: dict[str, Any] = dataclasses.field(default_factory=dict)

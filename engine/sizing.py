@@ -7,7 +7,11 @@ limit ─┬─ weights       as they are resident when the cache is sized
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+from collections.abc import Callable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -17,7 +21,9 @@ from engine import capacity
 from engine.cache.kv_cache import KVCache
 from engine.capacity.formats import weight_format
 from engine.config import EngineConfig
-from engine.errors import CapacityError, ConfigError
+from engine.errors import CapacityError, ConfigError, HeadroomError
+from engine.models.loader import resolve, resolve_device, resolve_dtype
+from engine.models.weight_exchange import free_bytes
 from engine.outputs import MemoryReport
 
 if TYPE_CHECKING:
@@ -101,9 +107,7 @@ def check_weights_fit(model: LoadedModel, envelope: Envelope, target: EngineConf
         CapacityError: with the arithmetic and the remedy.
     """
     wanted = predicted_weight_bytes(model, target)
-    kv_bytes = envelope.num_blocks * capacity.kv_bytes_per_block(
-        model.spec, target.block_size, _dtype_name(model.dtype)
-    )
+    kv_bytes = _kv_bytes(model, target, envelope)
     total = wanted + envelope.activation_bytes + kv_bytes
     if total > envelope.limit_bytes and wanted > envelope.weights_bytes:
         raise CapacityError(
@@ -115,15 +119,99 @@ def check_weights_fit(model: LoadedModel, envelope: Envelope, target: EngineConf
         )
 
 
+class Explained(contextlib.AbstractContextManager[None]):
+    """Turns an allocation that fails inside the block into the error that ``shortage`` makes; all else passes.
+
+    The original's traceback is dropped: its frames hold the tensors made so far, which must be free for going on.
+    """
+
+    def __init__(self, shortage: Callable[[], CapacityError]) -> None:
+        self._shortage = shortage
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del trace
+        if problem is not None and is_out_of_memory(problem):
+            problem.__traceback__ = None
+            raise self._shortage() from None
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """True for a failed allocation of Python, NumPy or torch; on the CPU torch's is known by its text alone."""
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(problem, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(problem)
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def load_shortage(config: EngineConfig) -> CapacityError:
+    """Memory ran out while a model was read."""
+    try:
+        device = resolve_device(config.device)
+        dtype = _dtype_name(resolve_dtype(config.dtype, device))
+        needed = capacity.weight_bytes(capacity.ModelSpec.from_hf_config(resolve(config.model).config), dtype)
+        numbers = (
+            f": its weights are {needed / GIB:.3f} GiB in {dtype}; {free_bytes(device) / GIB:.3f} GiB are free now"
+        )
+    except HeadroomError:  # then the load would have failed for that, not for memory
+        numbers = ""
+    return CapacityError(
+        f"memory ran out while {config.model} was read{numbers}.",
+        field="model",
+        remedy="Free memory, choose a smaller model or a smaller dtype.",
+    )
+
+
+def cache_shortage(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> CapacityError:
+    """Memory ran out while the KV cache was allocated."""
+    kv_bytes = _kv_bytes(model, config, envelope)
+    return CapacityError(
+        f"memory ran out while {kv_bytes / GIB:.3f} GiB of KV cache were allocated: the limit of "
+        f"{envelope.limit_bytes / GIB:.3f} GiB leaves them beside {envelope.weights_bytes / GIB:.3f} GiB of weights "
+        f"and {envelope.activation_bytes / GIB:.3f} GiB of activations, but free are "
+        f"{free_bytes(model.device) / GIB:.3f} GiB.",
+        field="memory_limit_gib",
+        remedy="Set a lower memory_limit_gib, or free memory.",
+    )
+
+
+def swap_shortage(model: LoadedModel, target: EngineConfig) -> CapacityError:
+    """Memory ran out while other weights were made or put in place."""
+    wanted, present = predicted_weight_bytes(model, target), model.weight_bytes()
+    return CapacityError(
+        f"memory ran out while {target.weights} weights were made: they need {wanted / GIB:.3f} GiB beside the present "
+        f"{present / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
+        f"The present weights stay.",
+        field="weights",
+        remedy="Free memory, or load the model again with these weights.",
+    )
+
+
+def _kv_bytes(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> int:
+    block = capacity.kv_bytes_per_block(model.spec, config.block_size, _dtype_name(model.dtype))
+    return envelope.num_blocks * block
+
+
 def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes of the weights in the format that ``config`` asks for, by the planner's formula."""
     dtype = _dtype_name(model.dtype)
     if config.weights == "model":
-        return capacity.weight_bytes(model.spec, dtype)
-    name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
-    # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
-    chosen = weight_format(name, zero_point_bits=16)
-    return capacity.weight_bytes(model.spec, chosen, dtype=dtype)
+        total = capacity.weight_bytes(model.spec, dtype)
+    else:
+        name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
+        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
+        total = capacity.weight_bytes(model.spec, weight_format(name, zero_point_bits=16), dtype=dtype)
+    if config.head_weights == "int8":
+        rows, width = model.spec.vocab_size, model.spec.hidden_size
+        total += rows * (width + 2) - rows * width * model.dtype.itemsize  # one bfloat16 scale a row
+    return total
 
 
 def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> MemoryReport:
@@ -151,7 +239,7 @@ def describe_model(model: LoadedModel) -> dict[str, Any]:
         "family": model.family,
         "source": model.source,
         "fingerprint": model.fingerprint,
-        "parameters": capacity.parameter_count(spec).total,
+        "parameters": model.num_parameters(),
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
         "heads": spec.num_heads,

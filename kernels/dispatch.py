@@ -13,10 +13,14 @@ from typing import Literal
 
 import torch
 
-Op = Literal["paged_attention", "kv_write", "rms_norm", "silu_mul"]
+from kernels.cpu import build
+from kernels.cpu.attention import MAX_HEAD_DIM
+
+Op = Literal["paged_attention", "linear", "kv_write", "rms_norm", "silu_mul"]
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "paged_attention": ("sdpa", "reference", "triton"),
+    "paged_attention": ("sdpa", "reference", "native", "triton"),
+    "linear": ("torch", "native"),
     "kv_write": ("reference", "triton"),
     "rms_norm": ("reference", "triton"),
     "silu_mul": ("reference", "triton"),
@@ -49,7 +53,7 @@ def choose(
 
     Args:
         op: the operation.
-        asked: the implementation asked for, one of ``IMPLEMENTATIONS[op]``.
+        asked: the implementation asked for, one of ``IMPLEMENTATIONS[op]``, or ``auto`` for the best that runs.
         device: where the tensors live.
         dtype: of the tensors (for attention: of queries and cache).
         head_dim: of one attention head, where the operation has heads.
@@ -58,13 +62,53 @@ def choose(
         The choice; ``path`` is None where what was asked for cannot run.
     """
     known = IMPLEMENTATIONS[op]
-    if asked not in known:
+    if asked not in (*known, "auto"):
         return Choice(op, None, f"there is no implementation {asked!r} of {op}.", f"Choose one of: {', '.join(known)}.")
+    if asked == "auto":
+        return _choose_best(op, torch.device(device), dtype, head_dim)
+    if asked == "native":
+        return _choose_native(op, known[0], torch.device(device), dtype, head_dim)
+    if asked == "torch":
+        return Choice(op, "torch", "torch's own operators run on every device.")
     if asked == "sdpa":
         return Choice(op, "sdpa", "torch's fused attention over gathered blocks runs on every device.")
     if asked == "reference":
         return Choice(op, "reference", "plain torch runs on every device.")
     return _choose_triton(op, known[0], torch.device(device), dtype, head_dim)
+
+
+def _choose_best(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:
+    """The quickest implementation that runs here; its reason says why the quicker ones do not."""
+    passed_over: list[str] = []
+    for name in _BY_SPEED[op]:
+        choice = choose(op, name, device=device, dtype=dtype, head_dim=head_dim)
+        if choice.path is not None and not choice.path.endswith("(interpreter)"):
+            return dataclasses.replace(choice, reason=" ".join([choice.reason, *passed_over]))
+        passed_over.append(f"Not {name}: {choice.reason}")
+    raise AssertionError(f"nothing runs {op} on {device}")  # the last of each row runs everywhere
+
+
+_BY_SPEED: dict[str, tuple[str, ...]] = {
+    "paged_attention": ("triton", "native", "sdpa"),
+    "linear": ("native", "torch"),
+}
+
+
+def _choose_native(op: Op, other: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:
+    instead = f"Choose {other}."
+    if device.type != "cpu":
+        return Choice(op, None, f"the C++ kernels run on the CPU, the model is on {device}.", instead)
+    if dtype not in (torch.float32, torch.bfloat16):
+        remedy = f"Load the model in float32 or bfloat16, or {instead[0].lower()}{instead[1:]}"
+        return Choice(op, None, f"the C++ kernels have no {dtype} form.", remedy)
+    reason = build.why_not()
+    if reason is not None:
+        return Choice(op, None, reason, f"{instead} Or install a C++ compiler (g++ or clang++).")
+    library = build.native()
+    if head_dim is not None and (head_dim % library.lanes or head_dim > MAX_HEAD_DIM):
+        reason = f"the C++ kernel takes heads of a multiple of {library.lanes} up to {MAX_HEAD_DIM}, not {head_dim}."
+        return Choice(op, None, reason, instead)
+    return Choice(op, f"native ({library.isa})", "built for this machine.")
 
 
 def _choose_triton(op: Op, other: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:

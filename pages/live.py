@@ -102,7 +102,7 @@ def _charts(services: Services, ready: bool, was_busy: bool, window: str) -> Non
     else:
         _history_charts(snapshot, was_busy)
     if engine is not None:
-        _memory(engine)
+        _memory(services, engine)
 
 
 def _config_moved(snapshot: Snapshot) -> bool:
@@ -127,8 +127,30 @@ def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
         "Tokens out", f"{totals.get('output_tokens', 0):,}", help="Output tokens since the model was loaded."
     )
     columns[4].metric("Preempted", f"{totals.get('preemptions', 0):,}", help="Preemptions since the model was loaded.")
+    _preparation(engine.execution)
     with st.expander(_model_line(model), icon=":material/info:"):
         st.table(_details(engine), border="horizontal")
+
+
+def _preparation(execution: Mapping[str, Any]) -> None:
+    """How far the preparation of an execution mode is, and what could not be prepared."""
+    running = execution.get("preparing")
+    if running:
+        current = f", now {running['current']} tokens" if running["current"] else ""
+        text = f"Preparing **{execution['asked']}**: {running['done']} of {running['total']} shapes{current}"
+        share = running["done"] / max(running["total"], 1)
+        st.progress(share, text=f"{text} ({seconds_text(running['seconds'])}). Eager serves meanwhile.")
+    for failure in execution.get("failed", ()):
+        words = f"{failure['tokens']} tokens stay eager: {failure['error']}"
+        st.warning(f"**{execution['asked']}**: {words}", icon=":material/warning:")
+
+
+def _execution_text(execution: Mapping[str, Any]) -> str:
+    prepared = ", ".join(execution.get("prepared", ())) or "nothing"
+    asked, last = execution.get("asked", "eager"), execution.get("last", "eager")
+    if asked == last == "eager":
+        return "eager"
+    return f"{asked}, prepared for {prepared} tokens; the last step ran {last} ({execution.get('reason', '')})"
 
 
 def _capacity_text(engine: EngineStatus) -> str:
@@ -150,6 +172,7 @@ def _details(engine: EngineStatus) -> dict[str, str]:
         "Attention heads": f"{heads}, {model.get('head_dim')} wide",
         "Context": f"{engine.max_model_len:,} tokens (the model's own: {int(model.get('context_length') or 0):,})",
         "KV cache": f"{_capacity_text(engine)} {bytes_text(engine.memory.kv_cache)}.",
+        "Execution": _execution_text(engine.execution),
         "Fingerprint": str(model.get("fingerprint", ""))[:16],
     }
     return facts | {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
@@ -168,13 +191,36 @@ def _history_charts(snapshot: Snapshot, busy: bool) -> None:
     live_charts(table, event_marks(snapshot.events, end_unix_s=end, window_s=span), span)
 
 
+def _prefix_hits(engine: EngineStatus) -> str:
+    asked, hits = (engine.totals.get(f"prefix_{name}_tokens", 0) for name in ("query", "hit"))
+    share = f"{100 * hits / asked:.0f} % of {asked:,} prompt tokens" if asked else "no prompt looked up yet"
+    return f"prefix hits: {share}"
+
+
+def _reset_prefix_cache(services: Services) -> None:
+    try:
+        text = f"Prefix cache reset: {services.client.reset_prefix_cache():,} blocks forgotten."
+    except Exception as problem:  # the worker may be gone
+        text = f"The prefix cache could not be reset: {problem}"
+    st.session_state.setdefault("toasts", []).append(text)
+
+
 def _last_event(snapshot: Snapshot) -> float:
     return snapshot.events[-1].time_unix_s if snapshot.events else 0.0
 
 
-def _memory(engine: EngineStatus) -> None:
+def _memory(services: Services, engine: EngineStatus) -> None:
     with st.container(border=True):
-        st.markdown("**KV cache blocks**")
+        with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+            st.markdown(f"**KV cache blocks** · {_prefix_hits(engine)}", width="content")
+            st.button(
+                "Reset",
+                key="reset-prefix-cache",
+                icon=":material/mop:",
+                help="Forget every reusable prefix. Requests in flight keep their blocks.",
+                on_click=_reset_prefix_cache,
+                args=(services,),
+            )
         block_map(engine.blocks, engine.block_size)
     with st.container(border=True):
         st.markdown("**Memory**")

@@ -1,6 +1,6 @@
 """Fixtures shared by all rooms: the default model, a tiny checkpoint, references from transformers.
 
-Nothing here downloads weights at test time: `make setup` has fetched the default model, hubs are switched off.
+Nothing here downloads weights at test time: `make setup-dev` has fetched the real models, hubs are switched off.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ def byte_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer Llama (grouped queries, 257 tokens): runs thousands of tokens a second."""
+    return save_tiny_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """Write the model of the fixture ``tiny_llama`` into a folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from engine import capacity
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.sizing import GIB
+
+PATIENCE_S = 400.0
+
+
+def wait_until_prepared(engine: Engine) -> Engine:
+    """The engine, once the execution mode asked for is prepared (a second for shapes on disk, half a minute if not)."""
+    end = time.monotonic() + PATIENCE_S
+    while engine.status().execution["preparing"]:
+        assert time.monotonic() < end, f"still preparing: {engine.status().execution}"
+        time.sleep(0.05)
+    return engine
 
 
 def engine_with_blocks(model: Any, num_blocks: int, **knobs: Any) -> Engine:
@@ -20,3 +35,18 @@ def engine_with_blocks(model: Any, num_blocks: int, **knobs: Any) -> Engine:
     engine = Engine(model, config.with_changes({"memory_limit_gib": limit / GIB}))
     assert engine.envelope.num_blocks == num_blocks
     return engine
+
+
+def transformers_greedy(reference: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """What a transformers model generates for each prompt alone: up to ``count`` tokens, greedily."""
+    outputs = []
+    for prompt in prompts:
+        generated = reference.generate(
+            torch.tensor([list(prompt)]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        outputs.append(generated[0, len(prompt) :].tolist())
+    return outputs

@@ -42,7 +42,7 @@ class Request:
         digests: chained digests of its full blocks, grown on demand.
         publishable: False after weights were swapped under it: its keys and values come from two models.
         num_published: full blocks already offered to the prefix index.
-        max_total_tokens: prompt + max_tokens, what it may need at most.
+        end_token_ids: tokens that end its output.
         admission_index: order of admission: the latest is preempted first.
     """
 
@@ -53,6 +53,7 @@ class Request:
     priority: int
     times: RequestTimes
     seed: int
+    end_token_ids: frozenset[int] = frozenset()
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_ids: list[int] = dataclasses.field(default_factory=list)

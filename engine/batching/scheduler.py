@@ -20,6 +20,7 @@ import dataclasses
 
 from engine.batching.request import Request, RequestState
 from engine.cache.block_pool import BlockPool
+from engine.cache.kv_cache import BlockCopy
 from engine.config import EngineConfig
 
 # Share of the blocks kept free at admission while others run, so that a newcomer is not preempted in the next step.
@@ -35,27 +36,50 @@ class ScheduledRequest:
         start: first position computed; equals ``request.num_computed_tokens``.
         num_tokens: tokens computed now, drafts included.
         num_drafts: how many of them, the last ones, are drafts.
+        samples: True if the row reaches the newest known token, so that a next token can be chosen.
     """
 
     request: Request
     start: int
     num_tokens: int
     num_drafts: int
+    samples: bool = dataclasses.field(init=False)
 
-    @property
-    def samples(self) -> bool:
-        """True if the row reaches the newest known token, so that a next token can be chosen."""
-        return self.start + self.num_tokens - self.num_drafts == self.request.num_tokens
+    def __post_init__(self) -> None:
+        self.samples = self.start + self.num_tokens - self.num_drafts == len(self.request.token_ids)
 
 
 @dataclasses.dataclass(slots=True)
 class Schedule:
-    """What one step computes, and what was decided on the way."""
+    """What one step computes, and what was decided on the way.
+
+    Attributes:
+        copies: to be carried out on the cache before the step runs, then :meth:`Scheduler.copies_done`.
+    """
 
     rows: list[ScheduledRequest] = dataclasses.field(default_factory=list)
+    copies: list[BlockCopy] = dataclasses.field(default_factory=list)
     preempted: int = 0
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """What the cache knows of the beginning of a text.
+
+    Attributes:
+        blocks: whole blocks, to be shared.
+        num_tokens: known tokens, those of ``source`` included.
+        source: a block that goes on with the text for a while, to be copied; None if there is none.
+    """
+
+    blocks: list[int]
+    num_tokens: int
+    source: int | None = None
+
+
+NO_MATCH = PrefixMatch([], 0)
 
 
 class Scheduler:
@@ -72,6 +96,8 @@ class Scheduler:
         self._static_batch: set[str] = set()
         self._admissions = 0
         self._step = 0
+        self._releases = 0
+        self._blocked: tuple[Request, EngineConfig, int] | None = None
 
     @property
     def waiting(self) -> tuple[Request, ...]:
@@ -89,7 +115,7 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is, and give its blocks back."""
-        if request.state == RequestState.RUNNING:
+        if request.state is RequestState.RUNNING:
             self.running.remove(request)
         elif request.state.is_waiting:
             self._waiting.remove(request)
@@ -101,23 +127,29 @@ class Scheduler:
         """Decide the next step under the knobs in force now."""
         self._step += 1
         schedule = Schedule()
-        budget = self._schedule_running(schedule, config.token_budget, config)
+        budget = self._schedule_running(schedule, config)
         if schedule.preempted == 0:  # whoever was just put back must not return in the same step
             self._admit(schedule, budget, config)
         return schedule
 
+    def copies_done(self, schedule: Schedule) -> None:
+        """Let go of the blocks that were copied from: nobody could take them before the copy was made."""
+        if schedule.copies:
+            self.pool.release([copy.source for copy in schedule.copies])
+            schedule.copies = []
+            self._releases += 1
+
     def publish_computed(self, request: Request) -> None:
         """Offer the request's newly completed blocks to the prefix index."""
-        if not request.publishable:
+        size = self.pool.block_size
+        if request.num_computed_tokens < (request.num_published + 1) * size or not request.publishable:
             return
-        full = min(request.num_computed_tokens, request.num_tokens) // self.pool.block_size
-        if full <= request.num_published:
-            return
-        digests = request.full_block_digests(self.pool.block_size, full)
+        full = request.num_computed_tokens // size
+        digests = request.full_block_digests(size, full)
         for position in range(request.num_published, full):
-            start = position * self.pool.block_size
-            tokens = request.token_ids[start : start + self.pool.block_size]
-            self.pool.publish(request.block_ids[position], digests[position], tokens)
+            parent = digests[position - 1] if position else b""
+            tokens = request.token_ids[position * size : (position + 1) * size]
+            self.pool.publish(request.block_ids[position], parent, digests[position], tokens)
         request.num_published = full
 
     def check(self) -> None:
@@ -138,34 +170,37 @@ class Scheduler:
 
     # -- running requests ------------------------------------------------------------------------------
 
-    def _schedule_running(self, schedule: Schedule, budget: int, config: EngineConfig) -> int:
+    def _schedule_running(self, schedule: Schedule, config: EngineConfig) -> int:
         """Give every running request its tokens while the budget lasts; returns what is left of it."""
+        budget, size = config.token_budget, self.pool.block_size
         order = list(self.running)
         if len(order) > budget:  # not all can have a token: whoever waited longest goes first
             order.sort(key=lambda request: request.last_scheduled_step)
         for request in order:
             if budget <= 0:
                 break
-            if request.state != RequestState.RUNNING:  # preempted for one of the rows before
+            if request.state is not RequestState.RUNNING:  # preempted for one of the rows before
                 continue
             row = _row(request, budget, config)
-            budget += self._make_room(row, schedule)
-            if request.state == RequestState.RUNNING:
-                self._take(row, schedule)
-                budget -= row.num_tokens
+            missing = -(-(row.start + row.num_tokens) // size) - len(request.block_ids)
+            if missing > 0:
+                budget += self._make_room(request, missing, schedule)
+                if request.state is not RequestState.RUNNING:
+                    continue
+            request.last_scheduled_step = self._step
+            schedule.rows.append(row)
+            budget -= row.num_tokens
         return budget
 
-    def _make_room(self, row: ScheduledRequest, schedule: Schedule) -> int:
-        """Allocate the row's blocks, preempting others (or itself) if need be; returns budget set free by that."""
-        request, freed = row.request, 0
-        needed = self._blocks_for(row.start + row.num_tokens) - len(request.block_ids)
-        while needed > self.pool.num_free:
+    def _make_room(self, request: Request, missing: int, schedule: Schedule) -> int:
+        """Allocate blocks, preempting others (or the request itself) if need be; returns budget set free by that."""
+        freed = 0
+        while missing > self.pool.num_free:
             victim = max(self.running, key=_preemption_order)
             freed += self._preempt(victim, schedule)
             if victim is request:
                 return freed
-        if needed > 0:
-            request.block_ids.extend(self.pool.allocate(needed))
+        request.block_ids.extend(self.pool.allocate(missing))
         return freed
 
     def _preempt(self, victim: Request, schedule: Schedule) -> int:
@@ -183,56 +218,83 @@ class Scheduler:
 
     def _release_blocks(self, request: Request) -> None:
         self.pool.release(request.block_ids)
+        self._releases += 1
         request.block_ids = []
         request.num_computed_tokens = 0
         request.num_published = 0
         # What it computes from now on comes from one model only, whatever was swapped under it before.
         request.publishable = True
 
-    def _take(self, row: ScheduledRequest, schedule: Schedule) -> None:
-        row.request.last_scheduled_step = self._step
-        schedule.rows.append(row)
-
     # -- admission ---------------------------------------------------------------------------------------
 
     def _admit(self, schedule: Schedule, budget: int, config: EngineConfig) -> None:
         """Move waiting requests into the batch while budget, blocks and `max_running` last."""
-        for request in self._admissible(config):
-            if budget <= 0 or len(self.running) >= config.max_running:
+        room = config.max_running - len(self.running)
+        if room <= 0 or budget <= 0 or not self._waiting:
+            return
+        for request in self._admissible(room, config):
+            if budget <= 0 or self._is_blocked(request, config):
                 return
-            cached = self._cached_prefix(request) if config.prefix_cache else []
-            row = self._first_row(request, len(cached) * self.pool.block_size, budget, schedule, config)
-            if row is None or not self._fits(row, cached, config):
+            match = self._known_prefix(request) if config.prefix_cache else NO_MATCH
+            row = self._first_row(request, match, budget, schedule, config)
+            if row is None:
+                return
+            if not self._fits(row, match, config) and match.source is not None:
+                # The copy needs a block more than the blocks it starts from; without it the request may yet fit.
+                match = PrefixMatch(match.blocks, len(match.blocks) * self.pool.block_size)
+                row = self._first_row(request, match, budget, schedule, config)
+            if row is None or not self._fits(row, match, config):
+                self._blocked = (request, config, self._releases)
                 return  # strictly in order: nobody overtakes, so nobody starves
-            self._start(row, cached, schedule, config)
+            self._start(row, match, schedule, config)
             budget -= row.num_tokens
 
-    def _admissible(self, config: EngineConfig) -> list[Request]:
+    def _admissible(self, room: int, config: EngineConfig) -> list[Request]:
+        """The next requests, at most ``room``."""
         if config.batching == "continuous":
             self._static_batch.clear()
-            return list(self._waiting)
+            return self._waiting[:room]
         if not self._static_batch:
             members = self.running or self._waiting[: config.max_running]
             self._static_batch = {request.request_id for request in members}
-        return [request for request in self._waiting if request.request_id in self._static_batch]
+        return [request for request in self._waiting if request.request_id in self._static_batch][:room]
 
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """Blocks with the longest known prefix. The last token is never among them: its logits are needed."""
-        full = (request.num_tokens - 1) // self.pool.block_size
-        digests = request.full_block_digests(self.pool.block_size, full)
-        return self.pool.lookup(digests, request.token_ids)
+    def _is_blocked(self, request: Request, config: EngineConfig) -> bool:
+        """True if it did not fit and no block has been given back since: do not look its prefix up at every step."""
+        blocked = self._blocked
+        return (
+            blocked is not None
+            and blocked[0] is request
+            and blocked[1] is config
+            and blocked[2] == self._releases
+            and bool(self.running)
+        )
+
+    def _known_prefix(self, request: Request) -> PrefixMatch:
+        """The longest known prefix. The last token is never part of it: its logits are needed."""
+        size, tokens = self.pool.block_size, request.token_ids
+        most = len(tokens) - 1
+        digests = request.full_block_digests(size, most // size)
+        blocks = self.pool.lookup(digests, tokens)
+        start = len(blocks) * size
+        parent = digests[len(blocks) - 1] if blocks else b""
+        partial = self.pool.longest_partial(parent, tokens[start : min(start + size, most)])
+        if partial is None:
+            return PrefixMatch(blocks, start)
+        source, count = partial
+        return PrefixMatch(blocks, start + count, source)
 
     def _first_row(
-        self, request: Request, start: int, budget: int, schedule: Schedule, config: EngineConfig
+        self, request: Request, match: PrefixMatch, budget: int, schedule: Schedule, config: EngineConfig
     ) -> ScheduledRequest | None:
-        tokens = request.num_tokens - start
-        if config.chunked_prefill:
-            tokens = min(tokens, budget)
-        elif tokens > budget and any(row.num_tokens - row.num_drafts > 1 for row in schedule.rows):
-            return None  # a whole prompt may exceed the budget beside running decodes, not beside another prompt
-        return ScheduledRequest(request, start, tokens, 0)
+        tokens = request.num_tokens - match.num_tokens
+        if tokens > budget and not config.chunked_prefill:
+            if any(row.num_tokens - row.num_drafts > 1 for row in schedule.rows):
+                return None  # a whole prompt may exceed the budget beside running decodes, not beside another prompt
+            budget = _envelope_left(budget, config)
+        return ScheduledRequest(request, match.num_tokens, min(tokens, budget), 0)
 
-    def _fits(self, row: ScheduledRequest, cached: list[int], config: EngineConfig) -> bool:
+    def _fits(self, row: ScheduledRequest, match: PrefixMatch, config: EngineConfig) -> bool:
         """True if the row's blocks are there without taking what others were promised."""
         request = row.request
         if config.preemption:
@@ -241,18 +303,24 @@ class Scheduler:
         else:
             end = request.max_total_tokens
             reserve = sum(max(0, self._blocks_for(r.max_total_tokens) - len(r.block_ids)) for r in self.running)
-        wanted = self._blocks_for(end) - len(cached) + self.pool.count_free(cached)
+        wanted = self._blocks_for(end) - len(match.blocks) + self.pool.count_free(match.blocks)
+        if match.source is not None:  # kept out of the free list until it has been copied
+            wanted += self.pool.count_free([match.source])
         return wanted + reserve <= self.pool.num_free
 
-    def _start(self, row: ScheduledRequest, cached: list[int], schedule: Schedule, config: EngineConfig) -> None:
-        request = row.request
+    def _start(self, row: ScheduledRequest, match: PrefixMatch, schedule: Schedule, config: EngineConfig) -> None:
+        request, size = row.request, self.pool.block_size
         self._waiting.remove(request)
-        self.pool.share(cached)
-        fresh = self._blocks_for(row.start + row.num_tokens) - len(cached)
-        request.block_ids = [*cached, *self.pool.allocate(fresh)]
+        self.pool.share(match.blocks)
+        if match.source is not None:
+            self.pool.share([match.source])
+        fresh = self.pool.allocate(self._blocks_for(row.start + row.num_tokens) - len(match.blocks))
+        if match.source is not None:
+            schedule.copies.append(BlockCopy(match.source, fresh[0], match.num_tokens - len(match.blocks) * size))
+        request.block_ids = [*match.blocks, *fresh]
         request.num_computed_tokens = row.start
-        request.num_published = len(cached)
-        if request.state == RequestState.WAITING:
+        request.num_published = len(match.blocks)
+        if request.state is RequestState.WAITING:
             request.num_cached_tokens = row.start
         request.state = RequestState.RUNNING
         self._admissions += 1
@@ -261,7 +329,8 @@ class Scheduler:
         if config.prefix_cache:
             schedule.prefix_query_tokens += request.num_tokens
             schedule.prefix_hit_tokens += row.start
-        self._take(row, schedule)
+        request.last_scheduled_step = self._step
+        schedule.rows.append(row)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
@@ -270,11 +339,18 @@ class Scheduler:
 def _row(request: Request, budget: int, config: EngineConfig) -> ScheduledRequest:
     """The next tokens of a running request, drafts last; cut to the budget unless a prompt must stay whole."""
     start = request.num_computed_tokens
-    known = request.num_tokens - start
-    if known > budget and config.chunked_prefill:
-        return ScheduledRequest(request, start, budget, 0)
-    drafts = max(0, min(len(request.draft_token_ids), budget - known))
+    known = len(request.token_ids) - start
+    if known > budget:
+        if not config.chunked_prefill:
+            budget = _envelope_left(budget, config)
+        return ScheduledRequest(request, start, min(known, budget), 0)
+    drafts = min(len(request.draft_token_ids), budget - known)
     return ScheduledRequest(request, start, known + drafts, drafts)
+
+
+def _envelope_left(budget: int, config: EngineConfig) -> int:
+    """Tokens a prompt that should stay whole may have: what memory was reserved for, less what is taken already."""
+    return config.max_num_batched_tokens - (config.token_budget - budget)
 
 
 def _queue_order(request: Request) -> tuple[int, float]:

@@ -6,10 +6,15 @@
 Free blocks are taken from the head of a doubly linked list and returned to its tail, so the least recently used
 prefix is evicted first; taking a block from the middle (a prefix hit) is O(1). Blocks without a hash are returned to
 the head: there is nothing in them worth keeping. The design follows vLLM's V1 block pool (Kwon et al. 2023).
+
+A prompt may also leave a known prefix in the middle of a block. For that the reusable blocks that follow the same
+prefix are kept sorted by their tokens: of a sorted list, the entry with the longest common prefix is a neighbour of
+the place where the wanted tokens would stand, so one bisection finds it (:meth:`BlockPool.longest_partial`).
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 from array import array
@@ -28,6 +33,7 @@ class Block:
         index: its number, the row in every layer's cache tensor.
         ref_count: how many requests hold it.
         digest: chained hash of the prefix that ends with this block; None while it is not reusable.
+        parent: digest of the prefix before this block while ``digest`` is set, ``b""`` for a first block.
         tokens: the tokens of this block while ``digest`` is set: compared on every hit, so that a hash collision or
             a stale hash can never hand out somebody else's keys and values.
     """
@@ -35,6 +41,7 @@ class Block:
     index: int
     ref_count: int = 0
     digest: bytes | None = None
+    parent: bytes = b""
     tokens: tuple[int, ...] = ()
     previous: Block | None = None
     next: Block | None = None
@@ -116,6 +123,8 @@ class BlockPool:
         for block in self.blocks:
             self._free.push_tail(block)
         self._index: dict[bytes, Block] = {}
+        # Reusable blocks by the prefix before them: (tokens, block index), sorted.
+        self._children: dict[bytes, list[tuple[tuple[int, ...], int]]] = {}
         self._num_cached = 0
 
     @property
@@ -187,21 +196,58 @@ class BlockPool:
             found.append(block.index)
         return found
 
+    def longest_partial(self, parent: bytes, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """The reusable block whose beginning agrees with most of ``tokens``: O(log n) of the blocks after ``parent``.
+
+        Args:
+            parent: digest of the prefix before, ``b""`` at the beginning of a text.
+            tokens: what follows it; at most a block's worth is compared.
+
+        Returns:
+            The block's index and how many of its first tokens agree, at least 1; None if there is no such block.
+            Nobody holds it yet on our behalf.
+        """
+        siblings = self._children.get(parent)
+        if not siblings:
+            return None
+        wanted = tuple(tokens)
+        place = bisect.bisect_left(siblings, (wanted,))
+        neighbours = siblings[max(place - 1, 0) : place + 1]
+        count, index = max((_common_prefix(held, wanted), index) for held, index in neighbours)
+        return (index, count) if count else None
+
     def count_free(self, indices: Sequence[int]) -> int:
         """How many of these blocks are in the free list now."""
         return sum(1 for index in indices if self.blocks[index].ref_count == 0)
 
-    def publish(self, index: int, digest: bytes, tokens: Sequence[int]) -> None:
-        """Make a full, computed block findable. If its content is already published, that one stays."""
+    def publish(self, index: int, parent: bytes, digest: bytes, tokens: Sequence[int]) -> None:
+        """Make a full, computed block findable. If its content is already published, that one stays.
+
+        Args:
+            index: the block.
+            parent: digest of the prefix before it, ``b""`` for a first block.
+            digest: ``chain_digest(parent, tokens)``.
+            tokens: its tokens, ``block_size`` of them.
+        """
         block = self.blocks[index]
         if block.digest is None and digest not in self._index:
-            block.digest, block.tokens = digest, tuple(tokens)
+            block.digest, block.parent, block.tokens = digest, parent, tuple(tokens)
             self._index[digest] = block
+            bisect.insort(self._children.setdefault(parent, []), (block.tokens, index))
 
-    def reset_prefixes(self) -> None:
-        """Forget every reusable prefix, of held blocks too (their content may no longer be what it was)."""
-        for block in list(self._index.values()):
-            self._forget(block)
+    def reset_prefixes(self) -> int:
+        """Forget every reusable prefix, of held blocks too (their content may no longer be what it was).
+
+        Returns:
+            How many blocks were reusable.
+        """
+        known = list(self._index.values())
+        for block in known:
+            block.digest, block.parent, block.tokens = None, b"", ()
+        self._index.clear()
+        self._children.clear()
+        self._num_cached = 0
+        return len(known)
 
     def letters(self) -> str:
         """One letter a block: "." free, "c" free and reusable, "u" held by one request, "s" by several."""
@@ -242,9 +288,28 @@ class BlockPool:
         cached = sum(1 for block in self._index.values() if block.ref_count == 0)
         assert self._num_cached == cached, f"{self._num_cached} cached blocks counted, {cached} there"
         assert all(block.digest == digest for digest, block in self._index.items()), "the index holds a stale hash"
+        self._check_children()
+
+    def _check_children(self) -> None:
+        expected: dict[bytes, list[tuple[tuple[int, ...], int]]] = {}
+        for block in self._index.values():
+            expected.setdefault(block.parent, []).append((block.tokens, block.index))
+        assert self._children == {parent: sorted(entries) for parent, entries in expected.items()}, (
+            "the blocks sorted by tokens are not those of the index"
+        )
 
     def _forget(self, block: Block) -> None:
         if block.digest is not None:
             del self._index[block.digest]
+            siblings = self._children[block.parent]
+            del siblings[bisect.bisect_left(siblings, (block.tokens, block.index))]
+            if not siblings:
+                del self._children[block.parent]
             self._num_cached -= block.ref_count == 0
-            block.digest, block.tokens = None, ()
+            block.digest, block.parent, block.tokens = None, b"", ()
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)

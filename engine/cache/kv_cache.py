@@ -7,11 +7,21 @@ token at position p of a request: block_table[p // block_size], row p % block_si
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 _CACHE_LINE = 64  # bytes
+
+
+class BlockCopy(NamedTuple):
+    """An order to copy the keys and values of a block's first ``num_tokens`` tokens, in all layers."""
+
+    source: int
+    destination: int
+    num_tokens: int
 
 
 class KVCache:
@@ -49,6 +59,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes allocated for keys and values of all layers."""
         return self._storage.nbytes
+
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Carry out copies between blocks, in order. On a GPU they are queued on the current stream: no host sync."""
+        for source, destination, length in copies:
+            self._storage[:, :, destination, :length].copy_(self._storage[:, :, source, :length], non_blocking=True)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

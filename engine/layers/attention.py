@@ -94,7 +94,7 @@ def get_backend(
     """The attention backend of that name, and the path that it really takes, for the record.
 
     Args:
-        name: value of the knob ``attention``: sdpa, reference or triton.
+        name: value of the knob ``attention``: auto, native, sdpa, reference or triton.
         device: where model and cache live.
         dtype: of queries and cache.
         head_dim: of one attention head.
@@ -108,7 +108,7 @@ def get_backend(
     choice = choose("paged_attention", name, device=device, dtype=dtype, head_dim=head_dim)
     if choice.path is None:
         raise ConfigError(f"{name!r} cannot run here: {choice.reason}", field="attention", remedy=choice.remedy or None)
-    return _make_backend(name), choice.path
+    return _make_backend(choice.path.partition(" ")[0]), choice.path
 
 
 def _make_backend(name: str) -> AttentionBackend:
@@ -117,6 +117,10 @@ def _make_backend(name: str) -> AttentionBackend:
         from engine.layers.attention_triton import TritonAttention
 
         return TritonAttention()
+    if name == "native":
+        from engine.layers.attention_native import NativeAttention
+
+        return NativeAttention()
     if name == "reference":
         from engine.layers.attention_reference import ReferenceAttention
 

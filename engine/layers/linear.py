@@ -14,11 +14,13 @@ class Linear(nn.Module):
     Args:
         format: the weight, [out_features, in_features], in its present format.
         bias: [out_features] in the activations' dtype, or None. It is never quantized.
+        sources: names of the checkpoint's tensors that the weight consists of, stacked by rows.
     """
 
-    def __init__(self, format: WeightFormat, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, format: WeightFormat, bias: torch.Tensor | None = None, sources: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.format = format
+        self.sources = sources
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

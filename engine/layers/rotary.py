@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import nn
 
+from engine.layers.rope_scaling import RopeScaling
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling by frequency: long wavelengths are stretched, short ones kept, a ramp between.
+class Rope:
+    """One rotary embedding; layers may have different ones.
 
     Attributes:
-        factor: how much the longest wavelengths are stretched.
-        low_freq_factor, high_freq_factor: the ramp lies between original_max_position / these wavelengths.
-        original_max_position: context length of the pre-training, in tokens.
+        dim: how many of a head's leading dimensions are rotated; even.
+        theta: base of the frequencies.
+        scaling: how they are stretched, or None.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+    dim: int
+    theta: float
+    scaling: RopeScaling | None = None
 
-    def apply(self, inv_freq: torch.Tensor) -> torch.Tensor:
-        """Scaled inverse frequencies, float32 [head_dim / 2]."""
-        wavelength = 2 * math.pi / inv_freq
-        rotations = self.original_max_position / wavelength
-        ramp = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        ramp = ramp.clamp(0, 1)
-        return (1 - ramp) * inv_freq / self.factor + ramp * inv_freq
+    def inverse_frequencies(self) -> torch.Tensor:
+        """float32 [dim / 2], scaling applied."""
+        if self.scaling is None:
+            return inverse_frequencies(self.dim, self.theta)
+        return self.scaling.inverse_frequencies(_periods(self.dim, self.theta), self.theta)
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor on cos and sin."""
+        return 1.0 if self.scaling is None else self.scaling.attention_factor
 
 
-def inverse_frequencies(head_dim: int, theta: float) -> torch.Tensor:
-    """theta^(-2i / head_dim) for i = 0 … head_dim/2 - 1, float32."""
-    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+def inverse_frequencies(dim: int, theta: float) -> torch.Tensor:
+    """theta^(-2i / dim) for i = 0 … dim/2 - 1, float32."""
+    return 1.0 / _periods(dim, theta)
+
+
+def _periods(dim: int, theta: float) -> torch.Tensor:
+    return theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
 
 
 class RotaryEmbedding(nn.Module):
@@ -45,17 +52,21 @@ class RotaryEmbedding(nn.Module):
     returned as (-sin, +sin) that is x·cos + swap_halves(x)·sin: the products and sums of the usual ``rotate_half``.
 
     Args:
-        inv_freq: float32 [head_dim / 2], scaling already applied.
+        inv_freq: float32 [dim / 2], scaling already applied.
+        attention_factor: multiplies cos and sin.
     """
 
-    def __init__(self, inv_freq: torch.Tensor) -> None:
+    def __init__(self, inv_freq: torch.Tensor, attention_factor: float = 1.0) -> None:
         super().__init__()
         self.inv_freq = inv_freq
+        self.attention_factor = attention_factor
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Angles of ``positions`` (int64 [T], in any order) as cos and signed sin, float32 [T, 1, head_dim]."""
+        """Angles of ``positions`` (int64 [T], in any order) as cos and signed sin, float32 [T, 1, dim]."""
         angles = positions.to(torch.float32).unsqueeze(-1) * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
 
 
@@ -64,10 +75,13 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -
 
     Args:
         x: [T, heads, head_dim].
-        cos, signed_sin: float32 [T, 1, head_dim] from :class:`RotaryEmbedding`.
+        cos, signed_sin: float32 [T, 1, dim] from :class:`RotaryEmbedding`; dimensions beyond dim are left alone.
 
     Returns:
         the shape and dtype of ``x``.
     """
-    swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat((apply_rotary(x[..., :dim], cos, signed_sin), x[..., dim:]), dim=-1)
+    swapped = torch.roll(x, dim // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, signed_sin).to(x.dtype)

@@ -1,7 +1,8 @@
 """Checkpoints: weights and configuration on disk, which can be read again at any time.
 
-Every checkpoint answers with Hugging Face tensor names and layouts, whatever its file format, so that one decoder
-serves all. Nothing is kept in memory between reads: going back from quantized weights re-reads, bit for bit.
+Every checkpoint answers with Hugging Face tensor names and layouts, whatever its file format, and with norm weights as
+they multiply (also where a file holds w for a factor of 1 + w), so that one decoder serves all. Nothing is kept in
+memory between reads: going back from quantized weights re-reads, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered, remembered_sha256
-from engine.models.families import Family, family_of, family_of_gguf
+from engine.models.families import Family, family_of, family_of_gguf, unsupported
 from engine.models.gguf_file import GGUFFile
 
 _FULL_HASH_LIMIT_BYTES = 1 << 30
@@ -32,14 +33,14 @@ class Checkpoint(abc.ABC):
         path: the file or folder.
         source: ``"safetensors"`` or ``"gguf"``.
         config: the configuration with the field names of a Hugging Face ``config.json``.
-        family: the row of the family table it belongs to.
+        family: the row of the family table it belongs to; None if our decoder has none for it.
         rope_factors: float32 [head_dim / 2] by which rotary frequencies are divided, or None.
     """
 
     path: Path
     source: str
     config: dict[str, Any]
-    family: Family
+    family: Family | None
     rope_factors: torch.Tensor | None = None
 
     def __init__(self, files: list[Path]) -> None:
@@ -89,8 +90,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self.family = family_of(self.config)
         self._file_of = self._locate()
         super().__init__(sorted(set(self._file_of.values())))
-        tie = "lm_head.weight" not in self._file_of
-        if tie and not self.config.get("tie_word_embeddings", False):
+        untied = self.family is not None and not self.family.complete(self.config).get("tie_word_embeddings", False)
+        if untied and "lm_head.weight" not in self._file_of:
             raise _incomplete(folder, "lacks lm_head.weight although its config.json does not tie the head")
 
     def names(self) -> frozenset[str]:
@@ -100,7 +101,10 @@ class SafetensorsCheckpoint(Checkpoint):
         if name not in self._file_of:
             raise _incomplete(self.path, f"lacks the tensor {name!r}")
         with _open(self._file_of[name]) as stored:
-            return stored.get_tensor(name).clone()  # a copy: the file's mapping ends with this block
+            tensor = stored.get_tensor(name).clone()  # a copy: the file's mapping ends with this block
+        if self.family is not None and self.family.norm_offset and name.endswith("norm.weight"):
+            return tensor.float() + self.family.norm_offset  # in float32: 1 + w has more digits than w
+        return tensor
 
     def fingerprint(self) -> str:
         return remembered("safetensors-v1", [self.path / "config.json", *self._files], self._hash)
@@ -150,6 +154,7 @@ class GGUFCheckpoint(Checkpoint):
     """One ``.gguf`` file, presented under Hugging Face names with the query and key rows in Hugging Face order."""
 
     source = "gguf"
+    family: Family
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -164,7 +169,7 @@ class GGUFCheckpoint(Checkpoint):
         self.family = family_of_gguf(architecture)
         self.config = _config_of_gguf(self.file, architecture, self.family)
         self._gguf_name = {
-            hf_name: name for name in self.file.tensors if (hf_name := _hf_name_of_gguf(name)) is not None
+            hf_name: name for name in self.file.tensors if (hf_name := _hf_name_of_gguf(name, self.family)) is not None
         }
         if "rope_freqs.weight" in self.file.tensors:
             self.rope_factors = self.file.read("rope_freqs.weight").float()
@@ -218,6 +223,8 @@ _GGUF_TOP = {
 }
 _GGUF_LAYER = {
     "attn_norm": "input_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -229,13 +236,14 @@ _GGUF_LAYER = {
 }
 
 
-def _hf_name_of_gguf(name: str) -> str | None:
+def _hf_name_of_gguf(name: str, family: Family) -> str | None:
     """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``; None if the decoder has no use for it."""
     if name in _GGUF_TOP:
         return _GGUF_TOP[name]
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER:
-        return f"model.layers.{parts[1]}.{_GGUF_LAYER[parts[2]]}.{parts[3]}"
+    names = {**_GGUF_LAYER, **family.gguf_names}
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in names:
+        return f"model.layers.{parts[1]}.{names[parts[2]]}.{parts[3]}"
     return None
 
 
@@ -257,6 +265,8 @@ def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[s
     num_heads, hidden_size = value("attention.head_count"), value("embedding_length")
     if not isinstance(num_heads, int) or not isinstance(hidden_size, int) or num_heads < 1:
         raise _incomplete(file.path, f"lacks {architecture}.attention.head_count or {architecture}.embedding_length")
+    if value("expert_count", 0):
+        raise unsupported("general.architecture", architecture, "mixtures of experts are read from safetensors only")
     head_dim = value("attention.key_length", hidden_size // num_heads)
     config = {
         "architectures": [family.architectures[0]],
@@ -277,11 +287,18 @@ def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[s
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "partial_rotary_factor": value("rope.dimension_count", head_dim) / head_dim,
-        "hidden_act": "silu",
     }
     scaling = value("rope.scaling.type", "none")
     if scaling != "none":
+        original = value("rope.scaling.original_context_length")
         config["rope_scaling"] = {"rope_type": scaling, "factor": value("rope.scaling.factor", 1.0)}
+        if original is not None:
+            config["rope_scaling"]["original_max_position_embeddings"] = original
+    if family.attention_scalar is not None:
+        # Not in the file: llama.cpp, too, knows the one size, of 62 layers, where it is not the head's.
+        config[family.attention_scalar] = hidden_size // num_heads if config["num_hidden_layers"] == 62 else head_dim
+    if family.local_rope:
+        config["rope_local_base_freq"] = value("rope.freq_base_swa", 10000.0)
     return config
 
 

@@ -1,4 +1,7 @@
-"""The transformer decoder of the Llama kind: pre-norm blocks of grouped-query attention and a gated MLP.
+"""The transformer decoder: blocks of grouped-query attention and a gated MLP or a mixture of them.
+
+What a block consists of (norms before and after, norms of queries and keys, biases, activation, window, rotary
+embedding, experts) is data in :class:`DecoderConfig`; which family has what is a row of :mod:`engine.models.families`.
 
 Tokens arrive flat, ragged over the batch: ``token_ids`` and ``positions`` are [T], whatever sequences they belong to.
 Attention is a callback, so the decoder knows nothing of caches, blocks or batches.
@@ -10,49 +13,64 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from engine.layers.linear import Linear
-from engine.layers.norm import RMSNorm
+from engine.layers.mixture import MixtureMLP
+from engine.layers.mlp import GatedMLP
 from engine.layers.rotary import RotaryEmbedding, apply_rotary
-from engine.models.decoder_config import DecoderConfig
+from engine.models.decoder_config import DecoderConfig, MixtureConfig
+from engine.models.weight_reader import ReadTensor, WeightReader
 from engine.quantization.formats import ModelDtypeFormat
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_index, query [T, H, D], key [T, KV, D], value [T, KV, D]) → [T, H, D]; query and key are rotated."""
 
-ReadTensor = Callable[[str], torch.Tensor]
-"""Checkpoint tensor by its Hugging Face name, in the compute dtype, on the device."""
+RunLayer = Callable[..., torch.Tensor]
+"""(layer, *its arguments) → [T, hidden_size]; how a layer runs, in place of calling it."""
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); query, key and value in one product, gate and up in one."""
+    """x + norm(attention(norm(x))), then the same with the MLP; norms that the family does not have are the identity.
+
+    Query, key and value are one product, gate and up another.
+    """
 
     def __init__(self, config: DecoderConfig, index: int, read: ReadTensor) -> None:
         super().__init__()
         self.index = index
         self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-        prefix = f"model.layers.{index}."
-        self.input_norm = RMSNorm(read(f"{prefix}input_layernorm.weight"), config.rms_norm_eps)
-        self.post_attention_norm = RMSNorm(read(f"{prefix}post_attention_layernorm.weight"), config.rms_norm_eps)
-        sources = layer_linear_sources(index)
-        self.qkv_proj = _linear(sources["qkv_proj"], config.attention_bias, read)
-        self.o_proj = _linear(sources["o_proj"], config.attention_bias, read)
-        self.gate_up_proj = _linear(sources["gate_up_proj"], config.mlp_bias, read)
-        self.down_proj = _linear(sources["down_proj"], config.mlp_bias, read)
+        self.num_rotated = config.num_heads + config.num_kv_heads
+        layout, hidden, eps = config.layout, config.hidden_size, config.rms_norm_eps
+        weights = WeightReader(read, f"model.layers.{index}.")
+        self.input_norm = weights.norm(layout.input_norm, hidden, eps)
+        self.attention_output_norm = weights.norm(layout.attention_output_norm, hidden, eps)
+        self.mlp_norm = weights.norm(layout.mlp_norm, hidden, eps)
+        self.mlp_output_norm = weights.norm(layout.mlp_output_norm, hidden, eps)
+        self.normalizes_heads = layout.query_norm is not None
+        self.query_norm = weights.norm(layout.query_norm, config.head_dim, eps)
+        self.key_norm = weights.norm(layout.key_norm, config.head_dim, eps)
+        rows = (self.num_rotated + config.num_kv_heads) * config.head_dim
+        self.qkv_proj = weights.linear(layout.qkv, rows, hidden, label="qkv_proj", bias=config.qkv_bias)
+        width = config.num_heads * config.head_dim
+        self.o_proj = weights.linear((layout.output,), hidden, width, label="o_proj", bias=config.output_bias)
+        self.mlp = _make_mlp(config, index, weights)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[T, hidden_size] → [T, hidden_size]."""
-        qkv = self.qkv_proj(self.input_norm(x)).view(x.shape[0], -1, self.head_dim)
-        num_rotated = self.num_heads + self.num_kv_heads
-        rotated = apply_rotary(qkv[:, :num_rotated], cos, signed_sin)
+        x = x + self.attention_output_norm(self._attention(self.input_norm(x), cos, signed_sin, attend))
+        return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+
+    def _attention(self, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        rotated = heads[:, : self.num_rotated]
+        if self.normalizes_heads:
+            query, key = heads[:, : self.num_heads], heads[:, self.num_heads : self.num_rotated]
+            rotated = torch.cat((self.query_norm(query), self.key_norm(key)), dim=1)
+        rotated = apply_rotary(rotated, cos, signed_sin)
         query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        attended = attend(self.index, query, key, qkv[:, num_rotated:])
-        x = x + self.o_proj(attended.reshape(x.shape[0], -1))
-        gate, up = self.gate_up_proj(self.post_attention_norm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(F.silu(gate) * up)
+        attended = attend(self.index, query, key, heads[:, self.num_rotated :])
+        return self.o_proj(attended.reshape(x.shape[0], -1))
 
 
 class Decoder(nn.Module):
@@ -61,7 +79,13 @@ class Decoder(nn.Module):
     Args:
         config: its shape.
         read: gives each weight by its Hugging Face name; called once per tensor, layer by layer.
+
+    Raises:
+        ModelLoadError: if a tensor is missing or its shape contradicts the configuration.
     """
+
+    exchanges_weights = True
+    """Its linear layers can be given another weight format."""
 
     def __init__(self, config: DecoderConfig, read: ReadTensor) -> None:
         super().__init__()
@@ -73,71 +97,117 @@ class Decoder(nn.Module):
         self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.layer_windows: list[int | None] = list(config.layer_windows)
-        embedding = read("model.embed_tokens.weight")
-        self.embed_tokens = nn.Parameter(embedding, requires_grad=False)
+        weights = WeightReader(read)
+        table = (config.vocab_size, config.hidden_size)
+        embedding = weights.tensor("model.embed_tokens", *table)
+        self.embed_tokens = Linear(ModelDtypeFormat(embedding), None, ("model.embed_tokens.weight",))
+        # In the weights' dtype, as the model was trained with it: sqrt(640) is 25.25 in bfloat16.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=embedding.dtype))
         self.layers = nn.ModuleList(DecoderLayer(config, index, read) for index in range(config.num_layers))
-        self.norm = RMSNorm(read("model.norm.weight"), config.rms_norm_eps)
-        # A tied head is the very tensor of the embedding: one copy in memory.
+        self.norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        # A tied head is the very module of the embedding: one copy in memory, whatever its format.
         self.lm_head = (
             self.embed_tokens
             if config.tie_word_embeddings
-            else nn.Parameter(read("lm_head.weight"), requires_grad=False)
+            else Linear(ModelDtypeFormat(weights.tensor("lm_head", *table)), None, ("lm_head.weight",))
         )
-        self.rotary = RotaryEmbedding(config.inverse_frequencies().to(embedding.device))
+        self.dtype = embedding.dtype
+        ropes = list(dict.fromkeys(config.layer_ropes))
+        self.rotaries = [
+            RotaryEmbedding(rope.inverse_frequencies().to(embedding.device), rope.attention_factor) for rope in ropes
+        ]
+        self.layer_rotaries = [ropes.index(rope) for rope in config.layer_ropes]
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend, run_layer: RunLayer | None = None
+    ) -> torch.Tensor:
         """Hidden states of a step's tokens, final norm applied.
 
         Args:
             token_ids: int64 [T], the ragged batch laid end to end.
             positions: int64 [T], each token's position in its own sequence.
             attend: writes keys and values to the cache and attends; called once per layer, in order.
+            run_layer: runs a layer where it is not simply called (compiled execution).
 
         Returns:
             [T, hidden_size] in the compute dtype.
         """
-        hidden = F.embedding(token_ids, self.embed_tokens)
-        cos, signed_sin = self.rotary(positions)
-        for layer in self.layers:
-            hidden = layer(hidden, cos, signed_sin, attend)
+        hidden = self.embed_tokens.format.rows(token_ids).to(self.dtype)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
+        rotations = [rotary(positions) for rotary in self.rotaries]
+        for layer, rotary_index in zip(self.layers, self.layer_rotaries, strict=True):
+            arguments = (hidden, *rotations[rotary_index], attend)
+            hidden = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return self.norm(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] of the rows to be sampled → [R, vocab_size] in the compute dtype."""
-        return F.linear(hidden, self.lm_head)
+        logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def attention_scale(self, layer_index: int) -> float:
-        """Factor on the attention scores of a layer: head_dim^-0.5."""
-        return float(self.head_dim**-0.5)
+        """Factor on the attention scores of a layer."""
+        return self.config.attention_scale
+
+    def divide_frequencies(self, factors: torch.Tensor) -> None:
+        """Divide every rotary frequency by a factor of its own, float32 [head_dim / 2], as some GGUF files ask."""
+        for rotary in self.rotaries:
+            rotary.inv_freq = rotary.inv_freq / factors.to(rotary.inv_freq.device)
 
     def linears(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
-        """Every exchangeable linear layer: (name, module, checkpoint tensors stacked in its weight), in layer order."""
-        for index, layer in enumerate(self.layers):
-            for name, sources in layer_linear_sources(index).items():
-                yield f"layers.{index}.{name}", layer.get_submodule(name), sources  # type: ignore[misc]
+        """Linear layers of the blocks, in order: (name, module, checkpoint tensors stacked in its weight)."""
+        for name, module in self.layers.named_modules(prefix="layers"):
+            if isinstance(module, Linear):
+                yield name, module, module.sources
+
+    def tables(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
+        """The embedding and the head, as :meth:`linears`; one if they are tied. The head comes last."""
+        yield "embed_tokens", self.embed_tokens, self.embed_tokens.sources
+        if self.lm_head is not self.embed_tokens:
+            yield "lm_head", self.lm_head, self.lm_head.sources
 
     def resident_bytes(self) -> int:
         """Bytes of all weights in their present formats; a tied head is counted once."""
-        own = {parameter.data_ptr(): parameter.nbytes for parameter in self.parameters()}  # norms, embedding, biases
-        return sum(own.values()) + sum(linear.format.nbytes() for _, linear, _ in self.linears())
+        own = {parameter.data_ptr(): parameter.nbytes for parameter in self.parameters()}  # norms, biases, routers
+        weights = sum(linear.format.nbytes() for _, linear, _ in (*self.linears(), *self.tables()))
+        return sum(own.values()) + weights
+
+    def describe_path(self) -> str:
+        """What computes the model, for the page and the record."""
+        return "own decoder"
 
 
-def layer_linear_sources(index: int) -> dict[str, tuple[str, ...]]:
-    """Which checkpoint tensors, stacked by rows, make up each fused linear layer of layer ``index``."""
-    prefix = f"model.layers.{index}."
-    return {
-        "qkv_proj": tuple(f"{prefix}self_attn.{part}_proj.weight" for part in "qkv"),
-        "o_proj": (f"{prefix}self_attn.o_proj.weight",),
-        "gate_up_proj": (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
-        "down_proj": (f"{prefix}mlp.down_proj.weight",),
-    }
+def _make_mlp(config: DecoderConfig, index: int, weights: WeightReader) -> nn.Module:
+    layout = config.layout
+    if config.mixture is not None and index in config.mixture_layers:
+        return _make_mixture(config, config.mixture, weights)
+    return _make_gated_mlp(config, layout.gate_up, layout.down, config.intermediate_size, weights)
 
 
-def read_stacked(sources: tuple[str, ...], read: ReadTensor) -> torch.Tensor:
-    """The checkpoint tensors ``sources`` stacked by rows; a single one as it is."""
-    return read(sources[0]) if len(sources) == 1 else torch.cat([read(name) for name in sources])
+def _make_gated_mlp(
+    config: DecoderConfig, gate_up: tuple[str, ...], down: str, width: int, weights: WeightReader
+) -> GatedMLP:
+    hidden, bias = config.hidden_size, config.mlp_bias
+    return GatedMLP(
+        weights.linear(gate_up, 2 * width, hidden, label="gate_up_proj", bias=bias),
+        weights.linear((down,), hidden, width, label="down_proj", bias=bias),
+        config.activation,
+    )
 
 
-def _linear(sources: tuple[str, ...], has_bias: bool, read: ReadTensor) -> Linear:
-    biases = tuple(name.removesuffix("weight") + "bias" for name in sources)
-    return Linear(ModelDtypeFormat(read_stacked(sources, read)), read_stacked(biases, read) if has_bias else None)
+def _make_mixture(config: DecoderConfig, mixture: MixtureConfig, weights: WeightReader) -> MixtureMLP:
+    layout = config.layout
+    experts = [
+        _make_gated_mlp(
+            config,
+            tuple(name.format(expert=expert) for name in layout.expert_gate_up),
+            layout.expert_down.format(expert=expert),
+            mixture.intermediate_size,
+            weights,
+        )
+        for expert in range(mixture.num_experts)
+    ]
+    router = weights.tensor(layout.router, mixture.num_experts, config.hidden_size)
+    return MixtureMLP(router, experts, mixture.experts_per_token, normalizes=mixture.normalizes)

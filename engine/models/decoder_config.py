@@ -6,11 +6,28 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from engine.layers.mlp import ACTIVATIONS
+from engine.layers.rotary import Rope
+from engine.models.config_fields import bad_field, number, optional_number, positive
+from engine.models.families import Family, LayerLayout, MixtureFields, WindowFields
+from engine.models.rope_config import read_ropes, served_context
 
-from engine.errors import ModelLoadError
-from engine.layers.rotary import Llama3Scaling, inverse_frequencies
-from engine.models.families import Family
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """The experts of a mixture layer.
+
+    Attributes:
+        num_experts: E.
+        experts_per_token: how many of them each token passes through.
+        intermediate_size: width of one expert.
+        normalizes: the weights of the chosen experts are divided by their sum.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalizes: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,10 +35,17 @@ class DecoderConfig:
     """Everything the decoder's construction and forward pass depend on, besides the weights.
 
     Attributes:
+        max_position: tokens of the longest sequence that is served.
+        qkv_bias, output_bias, mlp_bias: which linear layers have one.
+        activation: of the MLP's gate, a name in :data:`~engine.layers.mlp.ACTIVATIONS`.
+        attention_scale: factor on the attention scores.
+        embedding_scale: factor on the token embeddings.
+        final_logit_softcap: logits are bent to ±c by c·tanh(logits / c); None: they are not.
         layer_windows: per layer, how many positions a query sees, itself included; None for all.
-        rope_theta: base of the rotary frequencies.
-        rope_linear_factor: positions are divided by it ("linear" scaling); 1 for none.
-        rope_llama3: Llama 3.1's scaling by frequency, or None.
+        layer_ropes: per layer, its rotary embedding.
+        mixture: experts of the mixture layers; None if there are none.
+        mixture_layers: indices of the layers whose MLP is a mixture.
+        layout: how a checkpoint names the parts of a layer, and which norms there are.
     """
 
     num_layers: int
@@ -34,126 +58,137 @@ class DecoderConfig:
     max_position: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
+    activation: str
+    attention_scale: float
+    embedding_scale: float
+    final_logit_softcap: float | None
     layer_windows: tuple[int | None, ...]
-    rope_theta: float
-    rope_linear_factor: float = 1.0
-    rope_llama3: Llama3Scaling | None = None
-
-    def inverse_frequencies(self) -> torch.Tensor:
-        """Rotary inverse frequencies with the model's scaling, float32 [head_dim / 2]."""
-        inv_freq = inverse_frequencies(self.head_dim, self.rope_theta) / self.rope_linear_factor
-        return inv_freq if self.rope_llama3 is None else self.rope_llama3.apply(inv_freq)
+    layer_ropes: tuple[Rope, ...]
+    mixture: MixtureConfig | None
+    mixture_layers: frozenset[int]
+    layout: LayerLayout
 
 
-def read_decoder_config(config: Mapping[str, Any], family: Family) -> DecoderConfig:
-    """The decoder's shape from the fields of a ``config.json`` of the Llama kind.
+def read_decoder_config(stated: Mapping[str, Any], family: Family) -> DecoderConfig:
+    """The decoder's shape from the fields of a ``config.json``.
 
     Args:
-        config: the parsed file.
-        family: what the fields mean.
+        stated: the parsed file.
+        family: what the fields mean, and what holds where they are absent.
 
     Raises:
         ModelLoadError: naming the field that is missing, malformed or not supported.
     """
-    num_layers = _positive(config, "num_hidden_layers")
-    num_heads = _positive(config, "num_attention_heads")
-    hidden_size = _positive(config, "hidden_size")
-    num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
-    head_dim = _positive(config, "head_dim", hidden_size // num_heads)
-    if num_heads % num_kv_heads:
-        raise _bad("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
-    if head_dim % 2:
-        raise _bad("head_dim", f"{head_dim} is odd, which rotary embeddings cannot split in halves")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise _bad("hidden_act", f"{config['hidden_act']!r} is not supported, only silu")
-    if config.get("quantization_config"):
-        method = str(config["quantization_config"].get("quant_method", "unknown"))
-        raise _bad("quantization_config", f"checkpoints quantized with {method!r} are not supported yet")
-    theta, linear_factor, llama3 = _rope(config)
+    config = family.complete(stated)
+    _refuse_what_is_not_computed(config)
+    num_layers = positive(config, "num_hidden_layers")
+    hidden_size = positive(config, "hidden_size")
+    num_heads, num_kv_heads, head_dim = _heads(config, hidden_size)
+    windows = _windows(config, num_layers, family.windows)
+    everywhere, local = read_ropes(config, family, head_dim)
+    attention_bias = family.biases in ("config", "attention") and bool(config.get("attention_bias", False))
+    scalar = number(config, family.attention_scalar) if family.attention_scalar else float(head_dim)
+    mixture = None if family.mixture is None else _mixture(config, family.mixture)
     return DecoderConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=_positive(config, "intermediate_size"),
-        vocab_size=_positive(config, "vocab_size"),
-        max_position=_positive(config, "max_position_embeddings", 2048),
-        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        intermediate_size=positive(config, "intermediate_size"),
+        vocab_size=positive(config, "vocab_size"),
+        max_position=served_context(config),
+        rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=family.biases and bool(config.get("attention_bias", False)),
-        mlp_bias=family.biases and bool(config.get("mlp_bias", False)),
-        layer_windows=_windows(config, num_layers, family),
-        rope_theta=theta,
-        rope_linear_factor=linear_factor,
-        rope_llama3=llama3,
+        qkv_bias=attention_bias or family.biases == "qkv",
+        output_bias=attention_bias,
+        mlp_bias=family.biases == "config" and bool(config.get("mlp_bias", False)),
+        activation=_activation(config, family.activation),
+        attention_scale=scalar**-0.5,
+        embedding_scale=hidden_size**0.5 if family.scales_embedding else 1.0,
+        final_logit_softcap=optional_number(config, "final_logit_softcapping"),
+        layer_windows=windows,
+        layer_ropes=tuple(everywhere if window is None else local for window in windows),
+        mixture=mixture,
+        mixture_layers=_mixture_layers(config, num_layers, family.mixture),
+        layout=family.layout,
     )
 
 
-def _windows(config: Mapping[str, Any], num_layers: int, family: Family) -> tuple[int | None, ...]:
-    """``layer_types`` names each layer's attention where the file has it; else all layers slide if a window is set."""
-    if not family.slides:
+def _refuse_what_is_not_computed(config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, Mapping) else "unknown"
+        raise bad_field("quantization_config", f"checkpoints quantized with {method!r} are not supported yet")
+    if config.get("attn_logit_softcapping") is not None:
+        raise bad_field("attn_logit_softcapping", "a soft cap on attention scores is not supported")
+    if config.get("use_bidirectional_attention"):
+        raise bad_field("use_bidirectional_attention", "attention to later tokens is not supported")
+
+
+def _heads(config: Mapping[str, Any], hidden_size: int) -> tuple[int, int, int]:
+    """(query heads, key/value heads, head_dim)."""
+    num_heads = positive(config, "num_attention_heads")
+    num_kv_heads = positive(config, "num_key_value_heads", num_heads)
+    head_dim = positive(config, "head_dim", hidden_size // num_heads)
+    if num_heads % num_kv_heads:
+        raise bad_field("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads {num_heads}")
+    if head_dim % 2:
+        raise bad_field("head_dim", f"{head_dim} is odd, which rotary embeddings cannot split in halves")
+    return num_heads, num_kv_heads, head_dim
+
+
+def _activation(config: Mapping[str, Any], field: str) -> str:
+    name = config.get(field) or "silu"
+    if name not in ACTIVATIONS:
+        raise bad_field(field, f"{name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    return str(name)
+
+
+def _windows(config: Mapping[str, Any], num_layers: int, fields: WindowFields | None) -> tuple[int | None, ...]:
+    """``layer_types`` names each layer's attention where the file has it, else the family's own fields do."""
+    if fields is None or (fields.switched and not config.get("use_sliding_window")):
         return (None,) * num_layers
-    window = config.get("sliding_window", family.default_window)
-    if window is not None:
-        window = _positive(config, "sliding_window", window)
+    if config.get("sliding_window") is None:
+        return (None,) * num_layers
+    window = positive(config, "sliding_window")
     kinds = config.get("layer_types")
-    if kinds is None:
-        return (window,) * num_layers
-    known = {"sliding_attention": window, "full_attention": None}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
-        raise _bad("layer_types", f"must name full_attention or sliding_attention for each of {num_layers} layers")
-    return tuple(known[kind] for kind in kinds)
+    if kinds is not None:
+        known = {"sliding_attention": window, "full_attention": None}
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+            raise bad_field(
+                "layer_types", f"must name full_attention or sliding_attention for each of {num_layers} layers"
+            )
+        return tuple(known[kind] for kind in kinds)
+    pattern = positive(config, "sliding_window_pattern") if fields.patterned else num_layers + 1
+    first = int(config.get("max_window_layers", 28)) if fields.after_full_layers else 0
+    return tuple(window if index >= first and (index + 1) % pattern else None for index in range(num_layers))
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, float, Llama3Scaling | None]:
-    """(theta, linear factor, llama3 scaling), from ``rope_parameters`` or the older two fields."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise _bad("rope_scaling", "must be an object")
-    theta = _number(rope, "rope_theta", _number(config, "rope_theta", 10000.0))
-    if _number(rope, "partial_rotary_factor", _number(config, "partial_rotary_factor", 1.0)) != 1.0:
-        raise _bad("partial_rotary_factor", "rotating only a part of each head is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, 1.0, None
-    if kind == "linear":
-        return theta, _number(rope, "factor"), None
-    if kind == "llama3":
-        field = "original_max_position_embeddings"
-        original = {field: rope.get(field, config.get(field))}
-        scaling = Llama3Scaling(
-            factor=_number(rope, "factor"),
-            low_freq_factor=_number(rope, "low_freq_factor"),
-            high_freq_factor=_number(rope, "high_freq_factor"),
-            original_max_position=_positive(original, field),
-        )
-        return theta, 1.0, scaling
-    raise _bad("rope_scaling", f"RoPE scaling {kind!r} is not supported; supported are default, linear and llama3")
+def _mixture(config: Mapping[str, Any], fields: MixtureFields) -> MixtureConfig:
+    name = next((name for name in fields.num_experts if config.get(name) is not None), fields.num_experts[-1])
+    num_experts = positive(config, name)
+    experts_per_token = positive(config, "num_experts_per_tok")
+    if experts_per_token > num_experts:
+        raise bad_field("num_experts_per_tok", f"{experts_per_token} are more than the {num_experts} experts")
+    return MixtureConfig(
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        intermediate_size=positive(config, fields.expert_width),
+        normalizes=fields.normalizes is None or bool(config.get(fields.normalizes, False)),
+    )
 
 
-def _positive(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = config.get(field)
-    value = default if value is None else value
-    if value is None:
-        raise _bad(field, "is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _bad(field, f"{value!r} is not a positive whole number")
-    return value
-
-
-def _number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    value = config.get(field)
-    value = default if value is None else value
-    if value is None:
-        raise _bad(field, "is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise _bad(field, f"{value!r} is not a positive number")
-    return float(value)
-
-
-def _bad(field: str, what: str) -> ModelLoadError:
-    remedy = "Use a model that the engine supports, or mend this field of config.json."
-    return ModelLoadError(f"{what}.", field=field, remedy=remedy)
+def _mixture_layers(config: Mapping[str, Any], num_layers: int, fields: MixtureFields | None) -> frozenset[int]:
+    if fields is None:
+        return frozenset()
+    if not fields.placed:
+        return frozenset(range(num_layers))
+    step = positive(config, "decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise bad_field("mlp_only_layers", "must be a list of layer indices")
+    return frozenset(index for index in range(num_layers) if (index + 1) % step == 0 and index not in dense)

@@ -11,16 +11,20 @@ from typing import Any
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
+from engine.capacity.weights import parameter_count
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_exchange
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint, read_tensor
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
 from engine.models.default import DEFAULT_MODEL, fetch_default_model
+from engine.models.fallback import TransformersDecoder, context_of, load_transformers_decoder, spec_of
+from engine.models.families import Family
 from engine.models.tokenizer import eos_token_ids, load_tokenizer
 from engine.models.weight_exchange import PreparedWeights
 from engine.quantization.error import QuantizationError
 from engine.quantization.formats import dtype_name
+from engine.quantization.registry import WeightChoice
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction done from 0 to 1)."""
@@ -37,13 +41,13 @@ class LoadedModel:
         max_position: the model's own context length, in tokens.
         fingerprint: SHA-256 (hex) over the checkpoint's content.
         source: ``"gguf"`` or ``"safetensors"``.
-        family: ``"llama"``, ``"mistral"`` …
+        family: ``"llama"``, ``"mistral"`` …; the configuration's model type.
         checkpoint: where the weights come from.
     """
 
     name: str
     spec: ModelSpec
-    decoder: Decoder
+    decoder: Decoder | TransformersDecoder
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     max_position: int
@@ -53,7 +57,7 @@ class LoadedModel:
     source: str
     family: str
     checkpoint: Checkpoint
-    _weights_label: str = "model"
+    weights_choice: WeightChoice = dataclasses.field(default_factory=WeightChoice)
 
     def weight_bytes(self) -> int:
         """Resident bytes of all parameters in their present formats."""
@@ -61,14 +65,30 @@ class LoadedModel:
 
     def weights_format(self) -> str:
         """The format in force: ``"model"``, ``"int8"`` or ``"int4-g64"`` …"""
-        return self._weights_label
+        return self.weights_choice.label
 
     def weights_path(self) -> str:
         """What really runs in the linear layers, for the page and the record."""
-        return weight_exchange.describe_path(self.decoder)
+        return weight_exchange.describe_path(self.decoder, self.dtype)
+
+    def decoder_path(self) -> str:
+        """What computes the blocks, for the page and the record: our decoder, or transformers as a fallback."""
+        return self.decoder.describe_path()
+
+    def num_parameters(self) -> int:
+        """Numbers in all weights; tied ones once."""
+        if isinstance(self.decoder, TransformersDecoder):
+            return self.decoder.num_parameters()
+        return parameter_count(self.spec).total
 
     def prepare_weights(
-        self, weights: str, group_size: int, progress: Callable[[float], None] | None = None
+        self,
+        weights: str,
+        group_size: int,
+        progress: Callable[[float], None] | None = None,
+        *,
+        head: str = "model",
+        linear: str = "torch",
     ) -> PreparedWeights:
         """Make another weight format from the checkpoint, in any thread, while the engine keeps running.
 
@@ -76,20 +96,29 @@ class LoadedModel:
             weights: ``"model"``, ``"int8"`` or ``"int4"``.
             group_size: of INT4, in weights; ignored by the others.
             progress: called with the fraction done.
+            head: format of the head, ``"model"`` or ``"int8"``.
+            linear: the kernels that multiply, ``"torch"`` or ``"native"``.
 
         Raises:
-            ConfigError: if the format or group size is unknown.
+            ConfigError: if the format or group size is unknown, or the model keeps the weights it has.
             CapacityError: if the new weights do not fit into free memory beside the present ones.
             ModelLoadError: if the checkpoint is gone or has changed since it was loaded.
         """
+        choice = WeightChoice(weights, group_size, head, linear)
         return weight_exchange.prepare(
-            self.decoder, self.checkpoint, self.spec, weights, group_size, self.device, self.dtype, progress
+            self.decoder, self.checkpoint, self.spec, choice, self.weights_choice, self.device, self.dtype, progress
         )
+
+    def repack_weights(self) -> None:
+        """Bring weights as loaded into the layout of the native kernels, without reading them again."""
+        assert isinstance(self.decoder, Decoder)
+        weight_exchange.repack(self.decoder)
+        self.weights_choice = dataclasses.replace(self.weights_choice, linear="native")
 
     def commit_weights(self, prepared: PreparedWeights) -> None:
         """Put prepared weights in place, between two steps: pointers only."""
         weight_exchange.commit(self.decoder, prepared)
-        self._weights_label = prepared.label
+        self.weights_choice = prepared.choice
 
     def quantization_errors(self) -> dict[str, QuantizationError]:
         """Measured weight error of every linear layer beside the published bound; reads the checkpoint again."""
@@ -145,29 +174,60 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, torch_device)
     report("finding the model", 0.0)
     checkpoint = resolve(name, lambda stage, fraction: report(stage, 0.3 * fraction))
-    config = read_decoder_config(checkpoint.config, checkpoint.family)
-    spec = _read_spec(checkpoint)
-    _check_memory(spec, torch_device, torch_dtype)
-    report("reading the tokenizer", 0.3)
-    tokenizer = load_tokenizer(checkpoint)
-    decoder = _build_decoder(checkpoint, config, torch_device, torch_dtype, report)
+    if checkpoint.family is None:
+        body = _load_fallback(checkpoint, torch_device, torch_dtype, report)
+    else:
+        body = _load_own(checkpoint, checkpoint.family, torch_device, torch_dtype, report)
     report("identifying the checkpoint", 0.97)
     fingerprint = checkpoint.fingerprint()
     report("ready", 1.0)
     return LoadedModel(
         name=name,
-        spec=spec,
-        decoder=decoder,
-        tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids(checkpoint, tokenizer),
-        max_position=config.max_position,
+        spec=body.spec,
+        decoder=body.decoder,
+        tokenizer=body.tokenizer,
+        eos_token_ids=eos_token_ids(checkpoint, body.tokenizer),
+        max_position=body.max_position,
         device=torch_device,
         dtype=torch_dtype,
         fingerprint=fingerprint,
         source=checkpoint.source,
-        family=checkpoint.family.name,
+        family=body.spec.model_type,
         checkpoint=checkpoint,
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Body:
+    """What the two ways of loading have in common."""
+
+    decoder: Decoder | TransformersDecoder
+    spec: ModelSpec
+    tokenizer: Any
+    max_position: int
+
+
+def _load_own(
+    checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype, report: Progress
+) -> _Body:
+    config = read_decoder_config(checkpoint.config, family)
+    spec = _read_spec(checkpoint)
+    _check_memory(weight_bytes(spec, dtype_name(dtype)), device, dtype)
+    report("reading the tokenizer", 0.3)
+    tokenizer = load_tokenizer(checkpoint)
+    decoder = _build_decoder(checkpoint, config, device, dtype, report)
+    return _Body(decoder, spec, tokenizer, config.max_position)
+
+
+def _load_fallback(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Progress) -> _Body:
+    report("reading the weights", 0.3)
+    decoder = load_transformers_decoder(
+        checkpoint, device, dtype, lambda parameters: _check_memory(parameters * dtype.itemsize, device, dtype)
+    )
+    report("reading the tokenizer", 0.9)
+    tokenizer = load_tokenizer(checkpoint)
+    spec = spec_of(decoder, checkpoint)
+    return _Body(decoder, spec, tokenizer, context_of(decoder.model.config))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -255,9 +315,9 @@ def _read_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise ModelLoadError(error.message, field=error.field, remedy=error.remedy) from error
 
 
-def _check_memory(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(needed: int, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse at once what would otherwise end in the out-of-memory killer after minutes of reading."""
-    needed, free = weight_bytes(spec, dtype_name(dtype)), weight_exchange.free_bytes(device)
+    free = weight_exchange.free_bytes(device)
     if needed > free:
         raise CapacityError(
             f"the weights need {needed / 2**30:.2f} GiB in {dtype_name(dtype)}, but {free / 2**30:.2f} GiB are free.",
@@ -281,28 +341,5 @@ def _build_decoder(
 
     decoder = Decoder(config, read)
     if checkpoint.rope_factors is not None:
-        decoder.rotary.inv_freq /= checkpoint.rope_factors.to(device)
-    _check_shapes(decoder, checkpoint)
+        decoder.divide_frequencies(checkpoint.rope_factors)
     return decoder
-
-
-def _check_shapes(decoder: Decoder, checkpoint: Checkpoint) -> None:
-    """Raises ModelLoadError where a tensor's shape contradicts the configuration."""
-    c = decoder.config
-    attention_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    expected = {
-        "qkv_proj": (attention_rows, c.hidden_size),
-        "o_proj": (c.hidden_size, c.num_heads * c.head_dim),
-        "gate_up_proj": (2 * c.intermediate_size, c.hidden_size),
-        "down_proj": (c.hidden_size, c.intermediate_size),
-    }
-    found = [("embed_tokens", tuple(decoder.embed_tokens.shape), (c.vocab_size, c.hidden_size))]
-    found.append(("lm_head", tuple(decoder.lm_head.shape), (c.vocab_size, c.hidden_size)))
-    found += [(name, linear.format.shape, expected[name.rsplit(".")[-1]]) for name, linear, _ in decoder.linears()]
-    for name, shape, wanted in found:
-        if shape != wanted:
-            raise ModelLoadError(
-                f"{checkpoint.path}: {name} has shape {list(shape)} but the configuration asks for {list(wanted)}.",
-                field="model",
-                remedy="The weights and config.json do not belong together: download the model again.",
-            )

@@ -10,12 +10,15 @@ import psutil
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
-from engine.errors import CapacityError
+from engine.errors import CapacityError, ConfigError
 from engine.models.checkpoint import Checkpoint, read_tensor
-from engine.models.decoder import Decoder, read_stacked
+from engine.models.decoder import Decoder
+from engine.models.fallback import TransformersDecoder
+from engine.models.weight_reader import read_stacked
 from engine.quantization.error import QuantizationError, quantization_error
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat, dtype_name
-from engine.quantization.registry import QUANTIZED_FORMATS, format_label
+from engine.quantization.native import to_native
+from engine.quantization.registry import QUANTIZED_FORMATS, WeightChoice
 
 Progress = Callable[[float], None]
 
@@ -25,72 +28,104 @@ class PreparedWeights:
     """New formats of all exchangeable layers, ready to be put in place.
 
     Attributes:
-        label: ``"model"``, ``"int8"``, ``"int4-g64"`` …
-        formats: by layer name, as :meth:`Decoder.linears` names them.
+        choice: what was asked for.
+        formats: by name, as :meth:`Decoder.linears` and :meth:`Decoder.tables` have them.
     """
 
-    label: str
+    choice: WeightChoice
     formats: dict[str, WeightFormat]
 
     def nbytes(self) -> int:
-        """Bytes they occupy, beside the present weights until these are dropped at the commit."""
+        """Bytes they occupy; what is taken over from the present weights is counted too."""
         return sum(format.nbytes() for format in self.formats.values())
 
 
 def prepare(
-    decoder: Decoder,
+    decoder: Decoder | TransformersDecoder,
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    weights: str,
-    group_size: int,
+    choice: WeightChoice,
+    present: WeightChoice,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
 ) -> PreparedWeights:
     """Read every layer's weight again and make its new format; the decoder is only looked at, never changed.
 
+    The layers of the blocks take ``choice.weights``, the head takes ``choice.head``; an embedding follows the head only
+    if the two are one. Where both stay as they are at present they are taken over, not read.
+
     Raises:
-        ConfigError: if the format or group size is unknown.
+        ConfigError: if the decoder keeps the weights it has.
         CapacityError: if the new weights do not fit into free memory beside the present ones.
         ModelLoadError: if the checkpoint is gone or has changed.
     """
-    label = format_label(weights, group_size)
+    if not decoder.exchanges_weights:
+        raise ConfigError(
+            f"{choice.label!r} is not available for {spec.architecture}, which runs through transformers.",
+            field="weights",
+            remedy="Choose model.",
+        )
     checkpoint.check_unchanged()
-    _check_memory(decoder, spec, label, device, dtype)
-    linears = list(decoder.linears())
+    _check_memory(decoder, spec, choice, device, dtype)
+    wanted = [(name, choice.weights, sources) for name, _, sources in decoder.linears()]
     formats: dict[str, WeightFormat] = {}
-    for done, (name, _, sources) in enumerate(linears, start=1):
-        formats[name] = _make(checkpoint, sources, weights, group_size, device, dtype)
+    if (choice.head, choice.linear) == (present.head, present.linear):
+        formats |= {name: table.format for name, table, _ in decoder.tables()}
+    else:
+        *embeddings, head = decoder.tables()
+        wanted += [(name, "model", sources) for name, _, sources in embeddings]
+        wanted.append((head[0], choice.head, head[2]))
+    for done, (name, weights, sources) in enumerate(wanted, start=1):
+        format = _make(checkpoint, sources, weights, choice.group_size, device, dtype)
+        formats[name] = to_native(format) if choice.linear == "native" else format
         if progress is not None:
-            progress(done / len(linears))
-    return PreparedWeights(label, formats)
+            progress(done / len(wanted))
+    return PreparedWeights(choice, formats)
 
 
-def commit(decoder: Decoder, prepared: PreparedWeights) -> None:
+def repack(decoder: Decoder) -> None:
+    """Bring freshly loaded weights into the layout of the native kernels, one layer at a time."""
+    for _, linear, _ in (*decoder.linears(), *decoder.tables()):
+        linear.exchange(to_native(linear.format))
+
+
+def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) -> None:
     """Put the prepared formats in place: pointers only. The former weights are freed as nothing refers to them.
+
+    All layers or none: should one of them fail, those before it get their former weights back.
 
     Raises:
         ValueError: if they were prepared for another decoder; nothing is exchanged then.
     """
-    linears = {name: linear for name, linear, _ in decoder.linears()}
+    linears = {name: linear for name, linear, _ in (*decoder.linears(), *decoder.tables())}
     if linears.keys() != prepared.formats.keys() or any(
         linear.format.shape != prepared.formats[name].shape for name, linear in linears.items()
     ):
         raise ValueError("these weights were prepared for another model")
-    for name, linear in linears.items():
-        linear.exchange(prepared.formats[name])
+    former = {name: linear.format for name, linear in linears.items()}
+    try:
+        for name, linear in linears.items():
+            linear.exchange(prepared.formats[name])
+    except BaseException:
+        for name, linear in linears.items():
+            linear.format = former[name]
+        raise
 
 
-def describe_path(decoder: Decoder) -> str:
+def describe_path(decoder: Decoder | TransformersDecoder, dtype: torch.dtype) -> str:
     """What really runs in the linear layers; where they differ, each path with its number of layers."""
+    if not decoder.exchanges_weights:
+        return f"model: {dtype_name(dtype)} matmul by transformers"
     paths = collections.Counter(linear.format.path for _, linear, _ in decoder.linears())
-    if len(paths) == 1:
-        return next(iter(paths))
     total = sum(paths.values())
-    return "; ".join(f"{path} [{count} of {total} layers]" for path, count in paths.most_common())
+    parts = [f"{path} [{count} of {total} layers]" for path, count in paths.most_common()]
+    *_, (_, head, _) = decoder.tables()
+    text = next(iter(paths)) if len(paths) == 1 else "; ".join(parts)
+    return text if head.format.bits is None else f"{text}; head {head.format.path}"
 
 
-def measure_errors(decoder: Decoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
+def measure_errors(decoder: Decoder | TransformersDecoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
     """Weight error of every layer against the checkpoint, by layer name. Reads the whole checkpoint."""
     return {
         name: quantization_error(read_stacked(sources, lambda source: checkpoint.tensor(source).float()), linear.format)
@@ -119,11 +154,16 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def _check_memory(decoder: Decoder, spec: ModelSpec, label: str, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(
+    decoder: Decoder | TransformersDecoder,
+    spec: ModelSpec,
+    choice: WeightChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """The present weights stay until the commit, so the new ones must fit beside them."""
-    unquantized = decoder.resident_bytes() - sum(linear.format.nbytes() for _, linear, _ in decoder.linears())
     name = dtype_name(dtype)
-    needed = weight_bytes(spec, name if label == "model" else label, dtype=name) - unquantized
+    needed = weight_bytes(spec, name if choice.weights == "model" else choice.format_name, dtype=name)
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(

@@ -7,8 +7,6 @@ import dataclasses
 import torch
 
 from engine.quantization.formats import WeightFormat
-from engine.quantization.int4 import Int4Format
-from engine.quantization.int8 import Int8Format
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,11 +48,8 @@ def quantization_error(weight: torch.Tensor, format: WeightFormat) -> Quantizati
 
 
 def _published_bound(weight: torch.Tensor, format: WeightFormat) -> float:
-    if isinstance(format, Int4Format):
-        bits, groups = 4, weight.view(weight.shape[0], -1, format.group_size)
-    elif isinstance(format, Int8Format):
-        bits, groups = 8, weight.unsqueeze(1)
-    else:
+    if format.bits is None:
         return 0.0
+    groups = weight.view(weight.shape[0], -1, format.group_size or weight.shape[1])
     value_range = groups.amax(dim=2) - groups.amin(dim=2)
-    return float(value_range.max() / (2 ** (bits + 1) - 2))
+    return float(value_range.max() / (2 ** (format.bits + 1) - 2))

@@ -17,10 +17,14 @@ class WeightFormat(abc.ABC):
     Attributes:
         name: as shown to users and in records, e.g. ``"int4-g64"``.
         shape: (out_features, in_features) of the weight it stands for.
+        bits: of one quantized weight; None if it is kept in a float format.
+        group_size: input channels that share a scale; None if a whole row does, or nothing is quantized.
     """
 
     name: str
     shape: tuple[int, int]
+    bits: int | None = None
+    group_size: int | None = None
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -33,6 +37,10 @@ class WeightFormat(abc.ABC):
         Returns:
             [M, out_features] in the dtype of ``x``.
         """
+
+    @abc.abstractmethod
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows ``index`` (int64 [T]) of the weight, [T, in_features], float: the lookup of an embedding."""
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -67,6 +75,9 @@ class ModelDtypeFormat(WeightFormat):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.weight, bias)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return F.embedding(index, self.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight}

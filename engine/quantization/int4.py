@@ -37,6 +37,9 @@ class Int4Format(WeightFormat):
         dtype: the model's compute dtype.
     """
 
+    bits = 4
+    group_size: int
+
     def __init__(self, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
         num_rows, num_columns = weight.shape
         self.shape = (num_rows, num_columns)
@@ -60,11 +63,21 @@ class Int4Format(WeightFormat):
             y = x @ self._unpack(x.dtype)
         return y if bias is None else y + bias
 
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        scales, zeros = self.scales_and_zeros[:, index].float().repeat_interleave(self.group_size, dim=0).unbind(dim=-1)
+        return (self.unpacked()[index].float() - 8) * scales.t() + zeros.t()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.packed, "scales_and_zeros": self.scales_and_zeros}
 
     def dequantize(self) -> torch.Tensor:
         return self._unpack(torch.float32).t().contiguous()
+
+    def unpacked(self) -> torch.Tensor:
+        """q, uint8 [N, K] in 0 … 15."""
+        num_rows, num_columns = self.shape
+        blocks = self.packed.view(num_rows // self.block_rows, num_columns, self.block_rows // 2).transpose(1, 2)
+        return torch.cat((blocks & 15, blocks >> 4), dim=1).reshape(num_rows, num_columns)
 
     def largest_step(self) -> float:
         return float(self.scales_and_zeros[..., 0].max())

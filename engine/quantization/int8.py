@@ -27,6 +27,7 @@ class Int8Format(WeightFormat):
     """
 
     name = "int8"
+    bits = 8
 
     def __init__(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
@@ -42,6 +43,9 @@ class Int8Format(WeightFormat):
         else:
             y = F.linear(x, self.q.to(x.dtype)) * self.scales.to(x.dtype)  # one scale a column: applied to the result
         return y if bias is None else y + bias
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.q[index].float() * self.scales[index].float().unsqueeze(1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.q, "scales": self.scales}

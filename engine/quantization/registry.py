@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -30,18 +31,48 @@ def _make_int4(weight: torch.Tensor, group_size: int, device: torch.device, dtyp
 QUANTIZED_FORMATS: dict[str, MakeFormat] = {"int8": _make_int8, "int4": _make_int4}
 
 
-def format_label(weights: str, group_size: int) -> str:
-    """``("int4", 64)`` → ``"int4-g64"``; formats without groups are their own label.
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightChoice:
+    """In which format the weights of a model are kept, and which kernels multiply with them.
+
+    Attributes:
+        weights: of the blocks' linear layers: ``"model"``, ``"int8"`` or ``"int4"``.
+        group_size: of INT4.
+        head: of the head (and of an embedding tied to it): ``"model"`` or ``"int8"``.
+        linear: ``"torch"`` or ``"native"``.
 
     Raises:
         ConfigError: if there is no such format or group size.
     """
-    if weights not in ("model", *QUANTIZED_FORMATS):
-        choices = ", ".join(("model", *QUANTIZED_FORMATS))
-        raise ConfigError(f"{weights!r} is not available.", field="weights", remedy=f"Choose one of: {choices}.")
-    if weights != "int4":
-        return weights
-    if group_size not in GROUP_SIZES:
-        choices = ", ".join(map(str, sorted(GROUP_SIZES)))
-        raise ConfigError(f"{group_size} is not available.", field="group_size", remedy=f"Choose one of: {choices}.")
-    return f"int4-g{group_size}"
+
+    weights: str = "model"
+    group_size: int = 32
+    head: str = "model"
+    linear: str = "torch"
+
+    def __post_init__(self) -> None:
+        _require("weights", self.weights, ("model", *QUANTIZED_FORMATS))
+        _require("head_weights", self.head, ("model", "int8"))
+        _require("linear", self.linear, ("torch", "native"))
+        if self.weights == "int4":
+            _require("group_size", self.group_size, tuple(sorted(GROUP_SIZES)))
+
+    @property
+    def format_name(self) -> str:
+        """Of the linear layers: ``"model"``, ``"int8"``, ``"int4-g64"`` …"""
+        return f"int4-g{self.group_size}" if self.weights == "int4" else self.weights
+
+    @property
+    def label(self) -> str:
+        """All of it in words, e.g. ``"int4-g64, head int8"``."""
+        return self.format_name + (f", head {self.head}" if self.head != "model" else "")
+
+    def same_as(self, other: WeightChoice) -> bool:
+        """True if nothing has to be exchanged between the two: the group size matters to INT4 only."""
+        return (self.label, self.linear) == (other.label, other.linear)
+
+
+def _require(field: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(map(str, choices))
+        raise ConfigError(f"{value!r} is not available.", field=field, remedy=f"Choose one of: {known}.")

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from engine.config import EngineConfig, schema
+from engine.core import Engine
 from engine.errors import HeadroomError
 from engine.measure import WORKLOADS
 from engine.server.host import EngineHost, NotReadyError
@@ -40,6 +41,12 @@ def require_token(token: str) -> Callable[[Request], None]:
             raise UnauthorizedError("the admin token is wrong.", status=403)
 
     return check
+
+
+def _reset_prefix_cache(engine: Engine) -> int:
+    blocks = engine.reset_prefix_cache()
+    engine.add_event("cache", f"prefix cache reset: {blocks:,} blocks forgotten", {"blocks": blocks})
+    return blocks
 
 
 def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
@@ -86,6 +93,10 @@ def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
     def load(knobs: dict[str, Any]) -> dict[str, Any]:
         host.load(EngineConfig.from_mapping(knobs))
         return {"load": dataclasses.asdict(host.state())}
+
+    @router.post("/reset_prefix_cache")
+    def reset_prefix_cache() -> dict[str, Any]:
+        return {"blocks": host.loop.call(_reset_prefix_cache)}
 
     @router.get("/workloads")
     def workloads() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ from engine.errors import ConfigError, HeadroomError
 from engine.loop import EngineLoop
 from engine.models import resolve
 from engine.outputs import RequestOutput
+from engine.sizing import release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +115,18 @@ class EngineHost:
 
     def _load(self, config: EngineConfig) -> None:
         former = self._loop.engine.config if self._loop is not None else None
+        error: dict[str, str | None] | None = None
         try:
             resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
             self._unload()
             self._start(config)
         except Exception as problem:
             logger.exception("loading %s failed", config.model)
-            self._recover(former, _describe(problem))
+            error = _describe(problem)
+        try:
+            if error is not None:  # only now: the exception held on to what had been loaded of the new model
+                release_memory()
+                self._recover(former, error)
         finally:
             with self._lock:
                 self._loading = False
@@ -138,7 +143,7 @@ class EngineHost:
         if self._loop is not None:
             self._loop.stop()
             self._loop = None
-            gc.collect()
+            release_memory()
 
     def _recover(self, former: EngineConfig | None, error: dict[str, str | None]) -> None:
         """Go on with the former model if there was one; keep the error for people to read either way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from fastapi import APIRouter
@@ -26,6 +26,7 @@ _TOTALS = (
     ("vllm:num_preemptions", "preemptions", "Requests put back because KV blocks ran out."),
     ("vllm:prefix_cache_queries", "prefix_query_tokens", "Tokens looked up in the prefix cache."),
     ("vllm:prefix_cache_hits", "prefix_hit_tokens", "Tokens found in the prefix cache."),
+    ("vllm:spec_decode_num_drafts", "drafts", "Speculative drafts verified."),
     ("vllm:spec_decode_num_draft_tokens", "draft_tokens", "Speculative tokens proposed."),
     ("vllm:spec_decode_num_accepted_tokens", "accepted_tokens", "Speculative tokens accepted."),
 )
@@ -113,6 +114,17 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(metric, text, labels=["model_name"])
             counter.add_metric([name], status.totals[key])
             yield counter
+        yield _accepted_per_position(name, status.speculation["accepted_per_position"])
+
+
+def _accepted_per_position(model: str, accepted: Sequence[int]) -> Metric:
+    text = "Speculative tokens accepted at each position of a draft."
+    family = CounterMetricFamily(
+        "vllm:spec_decode_num_accepted_tokens_per_pos", text, labels=["model_name", "position"]
+    )
+    for position, count in enumerate(accepted):
+        family.add_metric([model, str(position)], count)
+    return family
 
 
 def metrics_router(host: EngineHost, metrics: RequestMetrics) -> APIRouter:

@@ -27,8 +27,13 @@ class NgramProposer(Proposer):
     """Prompt lookup: what followed the last few tokens when they occurred before in the same text.
 
     The longest suffix of at most ``longest`` and at least ``shortest`` tokens that occurred earlier decides, its latest
-    occurrence first. For each length a table of "where did this n-gram last end" grows with the text, so a proposal
-    costs O(longest) whatever the length of the text. (Saxena 2023, prompt lookup decoding; Yang et al. 2023, LLMA.)
+    occurrence first. (Saxena 2023, prompt lookup decoding; Yang et al. 2023, LLMA.)
+
+    Cost: for each length a table of "where did this n-gram last end" grows with the text. A new token adds one entry a
+    length and a proposal looks up at most one a length, so a step takes O(longest) table operations on keys of at most
+    ``longest`` tokens, whatever the length of the text, and a whole request is linear in its tokens. A suffix automaton
+    would find matches of any length in amortized constant time, for a dictionary of transitions for each token of the
+    text; the knob's bound of 16 tokens makes that unnecessary.
     """
 
     def __init__(self, shortest: int, longest: int) -> None:

@@ -10,7 +10,7 @@ from engine.outputs import EngineEvent
 from pages.widgets.messages import seconds_text
 
 _SHOWN = 8
-_KINDS = {"reconfigure": "tune", "load": "deployed_code_update", "error": "error"}
+_KINDS = {"reconfigure": "tune", "load": "deployed_code_update", "error": "error", "cache": "mop", "execution": "bolt"}
 
 
 def event_log(events: Iterable[EngineEvent], now_unix_s: float) -> None:

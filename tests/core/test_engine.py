@@ -271,6 +271,113 @@ def test_two_engines_live_in_one_process(tiny_llama: Path):
                 assert output.token_ids == alone
 
 
+def test_engines_with_different_knobs_step_in_turns_and_do_not_touch_each_other(tiny_llama: Path):
+    knobs: list[dict[str, Any]] = [
+        {"speculation": "ngram", "ngram_min": 1, "block_size": 8, "draft_control": "adaptive"},
+        {"batching": "static", "token_budget": 5, "prefix_cache": False, "max_running": 2},
+        {"attention": "reference", "chunked_prefill": False, "weights": "int8"},
+    ]
+    prompts = [[5, 6, 7, 8] * 3, PROMPT, [*PROMPT, 9, 9], [5, 6, 7, 8] * 5]
+
+    def submit(engine: Engine) -> None:
+        for index, prompt in enumerate(prompts):
+            engine.add_request(str(index), prompt, SamplingParams(max_tokens=12 + index, ignore_eos=True))
+
+    alone = []
+    for chosen in knobs:
+        engine = make_engine(tiny_llama, **chosen)
+        submit(engine)
+        alone.append({name: output.token_ids for name, output in run(engine).items()})
+    assert alone[0] == alone[1] != alone[2], "the third has other weights"
+    engines = [make_engine(tiny_llama, **chosen) for chosen in knobs]
+    for engine in engines:
+        submit(engine)
+    together: list[dict[str, list[int]]] = [{} for _ in engines]
+    while any(engine.has_unfinished() for engine in engines):
+        for engine, results in zip(engines, together, strict=True):
+            results.update({o.request_id: o.token_ids for o in engine.step() if o.finished})
+            engine.check_invariants()
+    assert together == alone
+
+
+def test_fully_cached_prompt_recomputes_only_its_last_token_and_gives_the_same_output(engine: Engine):
+    prompt = [*range(40), 3]
+    first = generate(engine, prompt, max_tokens=20, ignore_eos=True)
+    again = generate(engine, prompt, max_tokens=20, ignore_eos=True)
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 40)
+    assert again.token_ids == first.token_ids
+
+
+def test_prefix_that_ends_inside_a_block_is_copied_and_the_owner_of_the_block_keeps_its_own(tiny_llama: Path):
+    engine, cold = make_engine(tiny_llama), make_engine(tiny_llama, prefix_cache=False)
+    stem = list(range(30))
+    prompts = {"a": [*stem, 200, 201, 202, 203], "b": [*stem, 210, 211], "c": [*stem[:27], 220], "d": [*stem, 200, 9]}
+    expected = {
+        name: generate(cold, prompt, max_tokens=20, ignore_eos=True).token_ids for name, prompt in prompts.items()
+    }
+    engine.add_request("a", prompts["a"], SamplingParams(max_tokens=20, ignore_eos=True))
+    engine.step()
+    for name in "bcd":  # while "a" goes on with the block that the others copy from
+        engine.add_request(name, prompts[name], SamplingParams(max_tokens=20, ignore_eos=True))
+    outputs = run(engine)
+    assert {name: output.token_ids for name, output in outputs.items()} == expected
+    assert {name: output.num_cached_tokens for name, output in outputs.items()} == {"a": 0, "b": 30, "c": 27, "d": 31}
+    assert engine.totals["prefix_hit_tokens"] == 88
+
+
+def test_outputs_keep_what_was_known_when_they_were_made(engine: Engine):
+    engine.add_request("r", PROMPT, SamplingParams(max_tokens=10, ignore_eos=True))
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [len(output.token_ids) for output in outputs] == list(range(1, 11))
+    assert all(output.prompt_token_ids == PROMPT for output in outputs)
+    assert [output.text for output in outputs] == [
+        "".join(earlier.new_text for earlier in outputs[: index + 1]) for index in range(10)
+    ]
+
+
+def test_after_full_acceptance_only_the_newest_token_lacks_keys_and_values(tiny_llama: Path):
+    engine = make_engine(tiny_llama, speculation="ngram", ngram_min=1, draft_length=1)
+    engine.add_request("r", [5, 6, 7, 8] * 6, SamplingParams(max_tokens=150, ignore_eos=True))
+    (request,) = engine.scheduler.waiting
+    all_accepted = 0
+    while engine.has_unfinished():
+        (output,) = engine.step()
+        all_accepted += len(output.new_token_ids) == 2
+        if not output.finished:
+            assert request.num_computed_tokens == request.num_tokens - 1
+    assert all_accepted > 0, "no draft was accepted whole: the test shows nothing"
+
+
+def test_adaptive_drafts_change_no_token_and_what_they_cost_is_shown(tiny_llama: Path):
+    prompt = [5, 6, 7, 8] * 6
+    expected = generate(make_engine(tiny_llama), prompt, max_tokens=120, ignore_eos=True).token_ids
+    engine = make_engine(tiny_llama, speculation="ngram", ngram_min=1, draft_control="adaptive")
+    assert generate(engine, prompt, max_tokens=120, ignore_eos=True).token_ids == expected
+    status = engine.status()
+    assert status.speculation["drafts"] == status.totals["drafts"] > 0
+    assert status.speculation["control"]["1"]["plain_ms"] > 0
+    mean = status.speculation["mean_accepted_length"]
+    assert mean == 1 + status.totals["accepted_tokens"] / status.totals["drafts"]
+
+
+def test_preempted_request_that_returns_through_the_prefix_cache_continues_with_identical_tokens(tiny_llama: Path):
+    """Its cached prefix covers output tokens too: the positions that it reads must stay within its block table."""
+    model = load_model(str(tiny_llama), dtype="float32", device="cpu")
+    roomy = engine_with_blocks(model, 200, block_size=4, max_num_seqs=4)
+    tight = engine_with_blocks(model, 17, block_size=4, max_num_seqs=4)
+    prompts = {name: [index * 20 + i for i in range(9)] for index, name in enumerate("abcd")}
+    results = []
+    for engine in (roomy, tight):
+        for name, prompt in prompts.items():
+            engine.add_request(name, prompt, SamplingParams(max_tokens=30, ignore_eos=True))
+        results.append({name: output.token_ids for name, output in run(engine).items()})
+    assert results[0] == results[1]
+    assert tight.totals["preemptions"] > 0
+    assert tight.totals["prefix_hit_tokens"] > 0
+
+
 def test_steps_account_for_every_token(tiny_llama: Path):
     engine = make_engine(tiny_llama, token_budget=16, speculation="ngram", ngram_min=1, prefix_cache="off")
     prompts = [[i, 1, 2, 3, 1, 2, 3] * (i + 1) for i in range(4)]

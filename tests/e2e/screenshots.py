@@ -107,7 +107,7 @@ def _live(page: Page, url: str, target: Path) -> None:
     _take(page, target)
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("radio", name="off").click()
-    page.get_by_role("radio", name="model", exact=True).click()
+    page.get_by_role("radiogroup", name="Weight precision").get_by_role("radio", name="model").click()
     page.wait_for_timeout(2000)
 
 

@@ -72,7 +72,7 @@ def chat_while_toggling_int4(page):
     expect(page.get_by_text(re.compile("weights int4")).first).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(answer(page)).to_contain_text("stopped")
-    page.get_by_role("radio", name="model", exact=True).click()
+    page.get_by_role("radiogroup", name=re.compile("^Weight precision")).get_by_role("radio", name="model").click()
     expect_change(page, "weights: int4 → model")
 
 

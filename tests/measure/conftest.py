@@ -23,6 +23,7 @@ from engine.outputs import (
     RequestOutput,
     RequestTimes,
     StepStats,
+    Transcript,
 )
 from engine.ring import Ring
 
@@ -167,11 +168,11 @@ class ScriptedEngine:
         job = self._jobs[name]
         return RequestOutput(
             request_id=name,
-            prompt_token_ids=job.prompt,
             new_token_ids=job.tokens[-1:],
             new_text="",
-            token_ids=list(job.tokens),
-            text="",
+            transcript=Transcript(job.prompt + job.tokens, len(job.prompt), []),
+            num_output_tokens=len(job.tokens),
+            num_pieces=0,
             finished=reason is not None,
             finish_reason=reason,
             stop_reason=None,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engine.models.decoder import Attend, Decoder
+from tests.family_cases import save_random_model
 
 SaveModel = Callable[..., Path]
 
@@ -21,16 +20,7 @@ def save_model(tmp_path: Path, tiny_llama: Path) -> SaveModel:
     """(transformers config, **save_pretrained arguments) → folder with a random model and the tiny tokenizer."""
 
     def save(config: Any, **arguments: Any) -> Path:
-        folder = tmp_path / "model"
-        torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "norm.weight")):  # initialised to constants, which would hide mistakes
-                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
-        model.save_pretrained(folder, **arguments)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tiny_llama / name, folder / name)
-        return folder
+        return save_random_model(config, tmp_path / "model", tiny_llama, **arguments)
 
     return save
 

@@ -8,25 +8,27 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from engine.errors import ModelLoadError
 from engine.models import load_model, resolve
 from engine.models.gguf_file import GGUFFile
 
-CONFIG = LlamaConfig(
-    vocab_size=258,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-    eos_token_id=256,
-    bos_token_id=None,
-    tie_word_embeddings=False,
-)
+SHAPE = {
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+CONFIG = LlamaConfig(**SHAPE)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -43,17 +45,27 @@ GGUF_OF_HF = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
 
 
-def gguf_name(name):
+GEMMA_GGUF_OF_HF = GGUF_OF_HF | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name, names=GGUF_OF_HF):
     for hf, short in {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}.items():
         if name.startswith(hf):
             return f"{short}.weight"
     _, _, index, rest = name.split(".", 3)
-    return f"blk.{index}.{GGUF_OF_HF[rest.removesuffix('.weight')]}.weight"
+    rest, _, kind = rest.rpartition(".")
+    return f"blk.{index}.{names[rest]}.{kind}"
 
 
 def permuted(weight, num_heads):
@@ -65,34 +77,22 @@ def permuted(weight, num_heads):
     )
 
 
-def write_gguf(path, checkpoint, *, architecture="llama", quantize=None, rope_factors=None):
+def write_gguf(path, checkpoint, *, architecture="llama", quantize=None, rope_factors=None, names=GGUF_OF_HF):
     """The folder's weights as llama.cpp would convert them, with the tiny byte-level tokenizer."""
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(256)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(16)
-    tokens = [*sorted(_byte_alphabet()), "<|end|>", "!!"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 1])
-    writer.add_token_merges(["! !"])
-    writer.add_eos_token_id(256)
+    add_metadata(writer, checkpoint.config)
+    add_tokenizer(writer)
     for name in sorted(checkpoint.names()):
-        weight = checkpoint.tensor(name).float().numpy()
-        if "q_proj" in name:
+        weight = checkpoint.tensor(name).float().numpy()  # norms of Gemma as 1 + w, which is what a GGUF file has
+        if architecture == "llama" and "q_proj" in name:
             weight = permuted(weight, 4)
-        elif "k_proj" in name:
+        elif architecture == "llama" and "k_proj" in name:
             weight = permuted(weight, 2)
         if quantize is not None and weight.ndim == 2:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, quantize), raw_dtype=quantize)
+            raw = gguf.quants.quantize(weight, quantize)
+            writer.add_tensor(gguf_name(name, names), raw, raw_dtype=quantize)
         else:
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight))
+            writer.add_tensor(gguf_name(name, names), np.ascontiguousarray(weight))
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
     writer.write_header_to_file()
@@ -100,6 +100,36 @@ def write_gguf(path, checkpoint, *, architecture="llama", quantize=None, rope_fa
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_metadata(writer, config):
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    everywhere = config["rope_parameters"].get("full_attention", config["rope_parameters"])
+    writer.add_rope_freq_base(everywhere["rope_theta"])
+    if "factor" in everywhere and everywhere["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(everywhere["factor"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+
+
+def add_tokenizer(writer):
+    tokens = [*sorted(_byte_alphabet()), "<|end|>", "!!"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3, 1])
+    writer.add_token_merges(["! !"])
+    writer.add_eos_token_id(256)
 
 
 def _byte_alphabet():
@@ -121,11 +151,51 @@ def test_gguf_gives_the_logits_of_the_folder_it_was_made_from(save_model, logits
     assert model.tokenizer("ab\n").input_ids == load_model(str(folder), device="cpu").tokenizer("ab\n").input_ids
 
 
+OTHERS = {
+    "qwen2": (Qwen2Config(**SHAPE), GGUF_OF_HF),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=32), GGUF_OF_HF),
+    "gemma3": (
+        Gemma3TextConfig(
+            **{**SHAPE, "num_hidden_layers": 7, "tie_word_embeddings": True},
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            sliding_window=20,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        GEMMA_GGUF_OF_HF,
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_gguf_of_another_family_gives_the_logits_of_the_folder_it_was_made_from(
+    architecture, save_model, logits_of, tmp_path
+):
+    config, names = OTHERS[architecture]
+    folder = save_model(config)
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(folder)), architecture=architecture, names=names)
+    reference = load_model(str(folder), dtype="float32", device="cpu").decoder
+    decoder = load_model(str(path), dtype="float32", device="cpu").decoder
+    assert decoder.layer_windows == reference.layer_windows
+    assert torch.equal(logits_of(decoder, [SEQUENCE]), logits_of(reference, [SEQUENCE]))
+
+
+def test_mixture_in_a_gguf_is_refused_by_name(save_model, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", resolve(str(save_model(CONFIG))))
+    parse = GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self: (parse(self), self.metadata.update({"llama.expert_count": 8})))
+    with pytest.raises(ModelLoadError, match="mixtures of experts are read from safetensors only"):
+        resolve(str(path))
+
+
 def test_rope_factors_of_a_gguf_are_the_llama3_scaling_of_a_folder(save_model, logits_of, tmp_path):
     folder = save_model(LlamaConfig(**{**CONFIG.to_diff_dict(), "rope_parameters": LLAMA3_ROPE}))
     reference = load_model(str(folder), dtype="float32", device="cpu").decoder
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
-    factors = (plain / reference.rotary.inv_freq.numpy()).astype(np.float32)
+    factors = (plain / reference.rotaries[0].inv_freq.numpy()).astype(np.float32)
     assert factors.max() > 7
     path = write_gguf(tmp_path / "m.gguf", resolve(str(folder)), rope_factors=factors)
     found = logits_of(load_model(str(path), dtype="float32", device="cpu").decoder, [SEQUENCE])

@@ -55,7 +55,7 @@ def test_loaded_model_describes_itself(folder):
     assert (model.source, model.family, model.max_position, model.eos_token_ids) == ("safetensors", "llama", 64, (256,))
     assert model.spec.num_kv_heads == model.decoder.num_kv_heads == 1
     assert model.spec.head_dim == model.decoder.head_dim == 16
-    assert model.decoder.embed_tokens.dtype == model.dtype == torch.bfloat16
+    assert model.decoder.embed_tokens.format.rows(torch.tensor([0])).dtype == model.dtype == torch.bfloat16
     assert len(model.fingerprint) == 64
     assert model.weights_format() == "model"
     assert model.weights_path() == "model: bfloat16 matmul"
@@ -92,9 +92,9 @@ def test_broken_config_is_reported_as_such(folder):
         ({"num_hidden_layers": -2}, "num_hidden_layers: -2 is not a positive whole number"),
         ({"num_attention_heads": "many"}, "num_attention_heads: 'many'"),
         ({"num_key_value_heads": 3}, "3 does not divide"),
-        ({"hidden_act": "gelu"}, "'gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn' is not supported"),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
+        ({"hidden_act": "quick_gelu"}, "'quick_gelu' is not supported"),
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4, "factor": 4.0}}, "'ntk' is not supported"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "axial", "factor": 2.0}}, "'axial' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "'awq' are not supported"),
         ({"intermediate_size": 128}, "gate_up_proj has shape"),
         ({"vocab_size": 999}, "embed_tokens has shape"),

@@ -144,3 +144,46 @@ def test_quantization_errors_are_reported_for_every_layer(model):
     errors = model.quantization_errors()
     assert errors.keys() == {name for name, _, _ in model.decoder.linears()}
     assert all(0 < error.max_error <= error.half_step * (1 + 1e-5) for error in errors.values())
+
+
+@pytest.mark.parametrize("weights", ["model", "int8", "int4"])
+def test_native_layout_changes_no_number_and_comes_back_bit_by_bit(default_model_float32, weights):
+    model = default_model_float32
+    before = {name: linear.format.dequantize() for name, linear, _ in model.decoder.linears()}
+    try:
+        model.commit_weights(model.prepare_weights(weights, 32))
+        plain = {name: linear.format.dequantize() for name, linear, _ in model.decoder.linears()}
+        model.commit_weights(model.prepare_weights(weights, 32, linear="native"))
+        for name, linear, _ in model.decoder.linears():
+            assert "native" in linear.format.path
+            assert torch.equal(linear.format.dequantize(), plain[name]), name
+    finally:
+        model.commit_weights(model.prepare_weights("model", 32))
+    assert all(torch.equal(linear.format.dequantize(), before[name]) for name, linear, _ in model.decoder.linears())
+
+
+def test_int8_head_is_shared_with_the_tied_embedding_and_its_bytes_are_counted_once(default_model_float32):
+    model = default_model_float32
+    before = model.weight_bytes()
+    rows, width = model.spec.vocab_size, model.spec.hidden_size
+    try:
+        model.commit_weights(model.prepare_weights("model", 32, head="int8"))
+        assert model.weights_format() == "model, head int8"
+        assert "head int8" in model.weights_path()
+        assert model.weight_bytes() == before - rows * width * 4 + rows * (width + 2)
+        index = torch.tensor([0, 7, rows - 1])
+        looked_up = model.decoder.embed_tokens.format.rows(index)
+        assert torch.equal(looked_up, model.decoder.lm_head.format.dequantize()[index])
+    finally:
+        model.commit_weights(model.prepare_weights("model", 32))
+    assert model.weight_bytes() == before
+
+
+def test_embedding_and_head_that_stay_are_taken_over_not_read_again(default_model_float32):
+    model = default_model_float32
+    table = model.decoder.embed_tokens.format
+    prepared = model.prepare_weights("int8", 64)
+    assert prepared.formats["embed_tokens"] is table
+    other = model.prepare_weights("int8", 64, head="int8")
+    assert other.formats["embed_tokens"].name == "int8"
+    assert model.decoder.embed_tokens.format is table

@@ -15,6 +15,7 @@ from engine import config as engine_config
 from engine.config import EngineConfig
 from engine.measure.results import Provenance, RequestRecord, RunResult
 from engine.outputs import EngineEvent, EngineStatus, MemoryReport, ReconfigureResult, StepStats
+from pages.widgets.messages import value_text
 from storage import StorageError
 
 PAGES = Path(__file__).parents[2] / "pages"
@@ -130,10 +131,12 @@ class FakeClient:
         self.events: list[EngineEvent] = []
         self.jobs: dict[str, dict[str, Any]] = {}
         self.token_s, self.num_blocks = token_s, num_blocks
+        self.execution: dict[str, Any] = {}
         self.phase: dict[str, Any] = {"status": "ready"}
         self.running = 0
         self.patches: list[dict[str, Any]] = []
         self.loads: list[dict[str, Any]] = []
+        self.prefix_resets = 0
         self.job_polls = 3
         self.hold_after = 1 << 30
         self.release = threading.Event()
@@ -163,9 +166,16 @@ class FakeClient:
             memory=memory, block_size=16, num_blocks=self.num_blocks, max_model_len=2048,
             blocks=blocks[: self.num_blocks].ljust(self.num_blocks, "."),
             running=self.running, waiting=0,
-            totals={"output_tokens": sum(step.output_tokens for step in self.steps), "preemptions": 0},
+            totals={"output_tokens": sum(step.output_tokens for step in self.steps), "preemptions": 0,
+                    "prefix_query_tokens": 400, "prefix_hit_tokens": 100},
+            execution=self.execution,
         )  # fmt: skip
         return {"worker": {"pid": 1, "uptime_s": 1.0}, "engine": dataclasses.asdict(engine), "telemetry": {}}
+
+    def reset_prefix_cache(self) -> int:
+        self._check()
+        self.prefix_resets += 1
+        return 17
 
     def config(self) -> dict[str, Any]:
         return {"config": self.config_now.to_dict(), "hash": self.config_now.hash(), "knobs": engine_config.schema()}
@@ -176,7 +186,9 @@ class FakeClient:
         before, self.config_now = self.config_now, self.config_now.with_changes(changes)
         changed = before.difference(self.config_now)
         detail = {"changed": {name: list(pair) for name, pair in changed.items()}}
-        self.events.append(EngineEvent(len(self.events), time.time(), "reconfigure", f"{changed}", detail))
+        summary = ", ".join(f"{name}: {value_text(old)} → {value_text(new)}" for name, (old, new) in changed.items())
+        summary = f"{summary} (paused 0.4 ms)"
+        self.events.append(EngineEvent(len(self.events), time.time(), "reconfigure", summary, detail))
         return ReconfigureResult(changed, "live", 0.4, 0.0, self.running, [])
 
     def series(self, *, steps_since: int = -1, events_since: int = -1) -> dict[str, Any]:

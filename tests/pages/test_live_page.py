@@ -52,6 +52,23 @@ def test_toggling_a_knob_changes_the_engine_and_tells_the_outcome(page, client):
     assert any("prefix_cache" in toast.value and "paused" in toast.value for toast in page.toast)
 
 
+def test_prefix_hits_are_shown_and_the_cache_can_be_reset(page, client):
+    page.run()
+    assert "25 % of 400 prompt tokens" in texts(page.markdown)
+    page.button(key="reset-prefix-cache").click().run()
+    assert not page.exception
+    assert client.prefix_resets == 1
+    assert any("17 blocks" in toast.value for toast in page.toast)
+
+
+def test_a_reset_that_the_worker_does_not_answer_is_told(page, client):
+    page.run()
+    client.alive = False
+    page.button(key="reset-prefix-cache").click().run()
+    assert not page.exception
+    assert any("could not be reset" in toast.value for toast in page.toast)
+
+
 def test_a_change_stays_in_the_log_with_its_pause_after_the_toast_has_gone(page, client, services):
     page.run()
     assert "appear here" in texts(page.caption)
@@ -188,3 +205,25 @@ def test_a_dead_worker_leaves_a_page_that_can_be_read(page, worker):
     page.run()
     assert not page.exception
     assert page.chat_input(key="chat-input").disabled
+
+
+def test_execution_mode_and_what_is_prepared_are_among_the_facts(page, client):
+    client.execution = {
+        "asked": "compiled", "last": "compiled", "reason": "prepared for 1 tokens", "prepared": ["1"], "failed": [],
+        "preparing": {"done": 1, "total": 2, "current": "2–2048", "seconds": 12.5},
+    }  # fmt: skip
+    page.run()
+    assert not page.exception
+    facts = page.table[0].value.to_string()
+    assert "compiled, prepared for 1 tokens; the last step ran compiled" in facts
+    progress = page.get("progress")[0].proto
+    assert "1 of 2 shapes, now 2–2048 tokens" in progress.text
+    assert progress.value == 50
+
+
+def test_a_shape_that_could_not_be_prepared_is_shown_with_its_reason(page, client):
+    failure = {"tokens": "2–2048", "error": "CppCompileError: no space left"}
+    client.execution = {"asked": "compiled", "last": "eager", "reason": "", "prepared": [], "failed": [failure]}
+    page.run()
+    assert not page.exception
+    assert "2–2048 tokens stay eager: CppCompileError: no space left" in texts(page.warning)

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
 
 from engine.config import EngineConfig, Tier, knobs
 from engine.core import Engine
 from engine.sampling import SamplingParams
-from tests.support import engine_with_blocks
+from tests.core.toggles import pairwise_rows
+from tests.support import engine_with_blocks, transformers_greedy, wait_until_prepared
 
 pytestmark = pytest.mark.model
 
@@ -65,17 +65,7 @@ def prompts(default_model_float32: Any) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(hf_default_model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """What transformers generates for each prompt alone."""
-    outputs = []
-    for prompt in prompts:
-        generated = hf_default_model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=OUTPUT_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        outputs.append(generated[0, len(prompt) :].tolist())
-    return outputs
+    return transformers_greedy(hf_default_model, prompts, OUTPUT_TOKENS)
 
 
 def engine_for(model: Any, knob_values: Mapping[str, Any]) -> Engine:
@@ -86,11 +76,16 @@ def engine_for(model: Any, knob_values: Mapping[str, Any]) -> Engine:
         "max_num_batched_tokens": 512,
         "max_model_len": 1024,
     }
-    return Engine(model, EngineConfig.from_mapping({**base, **knob_values}))
+    return wait_until_prepared(Engine(model, EngineConfig.from_mapping({**base, **knob_values})))
 
 
 def generate(
-    engine: Engine, prompts: list[list[int]], *, at_once: int, toggle: Mapping[str, Any] | None = None
+    engine: Engine,
+    prompts: list[list[int]],
+    *,
+    at_once: int,
+    toggle: Mapping[str, Any] | None = None,
+    output_tokens: int = OUTPUT_TOKENS,
 ) -> list[list[int]]:
     """Generate ``at_once`` prompts at a time; apply ``toggle`` when half of the tokens of the first batch are out."""
     results: dict[int, list[int]] = {}
@@ -99,14 +94,15 @@ def generate(
     while pending or engine.has_unfinished():
         while pending and len(engine.scheduler.running) + engine.scheduler.num_waiting < at_once:
             index, prompt = pending.pop(0)
-            engine.add_request(str(index), prompt, SamplingParams(max_tokens=OUTPUT_TOKENS))
+            engine.add_request(str(index), prompt, SamplingParams(max_tokens=output_tokens))
         for output in engine.step():
             produced += len(output.new_token_ids)
             if output.finished:
                 results[int(output.request_id)] = output.token_ids
         engine.check_invariants()
-        if toggle is not None and produced > at_once * OUTPUT_TOKENS // 2:
+        if toggle is not None and produced > at_once * output_tokens // 2:
             engine.reconfigure(toggle)
+            wait_until_prepared(engine)
             toggle = None
     assert toggle is None, "the toggle was never reached"
     return [results[index] for index in range(len(prompts))]
@@ -141,7 +137,10 @@ TOGGLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"speculation": "ngram"}, {"draft_length": 9}),
     ({"speculation": "ngram"}, {"ngram_max": 6, "ngram_min": 1}),
     ({"speculation": "ngram"}, {"ngram_min": 1}),
-    ({"attention": "sdpa"}, {"attention": "reference"}),
+    ({"speculation": "ngram"}, {"draft_control": "adaptive"}),
+    ({"execution": "eager"}, {"execution": "compiled"}),
+    ({"execution": "compiled", "speculation": "ngram"}, {"execution": "eager"}),
+    ({"attention": "auto"}, {"attention": "reference"}),
     ({"attention": "reference"}, {"attention": "sdpa"}),
 ]
 
@@ -156,6 +155,23 @@ def test_toggle_in_the_middle_of_a_generation_changes_no_token(
 ):
     engine = engine_for(default_model_float32, before)
     assert generate(engine, prompts, at_once=16, toggle=after) == expected
+    if "execution" in after:
+        assert {step.execution for step in engine.steps.since(0)} == {"eager", "compiled"}
+
+
+PAIRWISE = pairwise_rows()
+
+
+@pytest.mark.parametrize("index", range(len(PAIRWISE)))
+def test_every_pair_of_lossless_toggles_changes_no_token(
+    default_model_float32: Any, prompts: list[list[int]], expected: list[list[int]], index: int
+):
+    """A covering array of all lossless live knobs; in mid-flight the next row's settings take over."""
+    chosen = [2, 4, 12, 14]  # counting, code, a repetition, a chat
+    engine = engine_for(default_model_float32, PAIRWISE[index])
+    then = PAIRWISE[(index + 1) % len(PAIRWISE)]
+    outputs = generate(engine, [prompts[i] for i in chosen], at_once=len(chosen), toggle=then, output_tokens=8)
+    assert outputs == [expected[i][:8] for i in chosen]
 
 
 def test_every_lossless_live_knob_is_among_the_toggles():

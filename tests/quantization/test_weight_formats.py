@@ -13,7 +13,7 @@ from engine.quantization.error import quantization_error
 from engine.quantization.formats import ModelDtypeFormat
 from engine.quantization.int4 import Int4Format, largest_group_size
 from engine.quantization.int8 import Int8Format
-from engine.quantization.registry import QUANTIZED_FORMATS, format_label
+from engine.quantization.registry import QUANTIZED_FORMATS, WeightChoice
 
 CPU = torch.device("cpu")
 
@@ -166,6 +166,6 @@ def test_linear_refuses_a_weight_of_another_shape_and_keeps_its_own():
 )
 def test_unknown_format_or_group_size_names_the_knob(weights, group_size, field):
     with pytest.raises(ConfigError) as caught:
-        format_label(weights, group_size)
+        WeightChoice(weights, group_size)
     assert caught.value.field == field
     assert caught.value.remedy

@@ -60,6 +60,20 @@ def test_config_carries_every_knob_and_can_be_changed(server: Any):
     server.client.patch_config({"batching": "continuous"})
 
 
+def test_reset_forgets_the_prefixes_and_is_in_the_event_log(server: Any):
+    prompt = list(range(40))
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in _complete_twice(server, prompt)]
+    assert cached[1] == 39
+    assert server.client.reset_prefix_cache() >= 10
+    assert server.client.status()["engine"]["blocks"].count("c") == 0
+    assert server.client.series()["events"][-1]["kind"] == "cache"
+    assert next(iter(_complete_twice(server, prompt)))["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def _complete_twice(server: Any, prompt: list[int]) -> list[dict[str, Any]]:
+    return [server.client.complete(prompt, max_tokens=2, temperature=0, ignore_eos=True) for _ in range(2)]
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [({"nonsense": 1}, "nonsense"), ({"token_budget": -4}, "token_budget"), ({"dtype": "float16"}, "dtype")],

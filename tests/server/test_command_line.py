@@ -19,6 +19,7 @@ import pytest
 from engine import cli, console
 from engine.measure.metrics import METRICS
 from tests.conftest import DEFAULT_MODEL
+from tests.server.conftest import TOKEN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GENERATE_KEYS = {"text", "token_ids", "prompt_token_ids", "finish_reason", "config", "path", "metrics"}
@@ -92,7 +93,7 @@ def test_json_is_all_there_is_on_standard_output(tiny_llama: Path):
     assert document["finish_reason"] == "length"
     assert document["config"]["speculation"] == "ngram"
     assert document["path"]["dtype"] == "float32"
-    assert document["path"]["attention"].startswith("sdpa")
+    assert document["path"]["attention"].startswith(("native", "sdpa"))
 
 
 def test_what_libraries_and_children_print_does_not_reach_standard_output(capfd: pytest.CaptureFixture[str]):
@@ -532,3 +533,15 @@ def test_interrupted_run_is_still_printed_and_recorded(run: Run, tiny_llama: Pat
     assert signal.getsignal(signal.SIGINT) is before
     listed = in_subprocess("-m", "storage", "list", "--db", database, "--json")
     assert [row["status"] for row in json.loads(listed.stdout)] == ["cancelled"]
+
+
+def test_prefix_cache_of_a_running_worker_is_reset_from_the_command_line(
+    run: Run, served: Any, monkeypatch: pytest.MonkeyPatch
+):
+    served.client.complete(list(range(40)), max_tokens=2, temperature=0)
+    monkeypatch.setenv("HEADROOM_ADMIN_TOKEN", TOKEN)
+    code, out, _ = run("reset-prefix-cache", "--url", served.url, "--json")
+    assert code == 0
+    assert json.loads(out)["blocks"] >= 10
+    monkeypatch.setenv("HEADROOM_ADMIN_TOKEN", "wrong")
+    assert run("reset-prefix-cache", "--url", served.url)[0] == 2

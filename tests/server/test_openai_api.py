@@ -240,10 +240,33 @@ def test_metrics_carry_vllms_names(server: Any):
         "vllm:request_success_total",
         "vllm:num_preemptions_total",
         "vllm:prefix_cache_hits_total",
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_draft_tokens_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
     ):
         assert name in text, name
     line = next(line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total"))
     assert float(line.rsplit(" ", 1)[1]) >= 6
+
+
+def test_draft_acceptance_is_counted_for_each_position(server: Any):
+    server.client.patch_config({"speculation": "ngram", "ngram_min": 1, "draft_length": 3})
+    try:
+        post(server, "/v1/completions", prompt=[5, 6, 7, 8] * 6, max_tokens=60, temperature=0, ignore_eos=True)
+    finally:
+        server.client.patch_config({"speculation": "off", "ngram_min": 2, "draft_length": 4})
+    time.sleep(0.3)  # a status may be a quarter of a second old
+    engine = server.client.status()["engine"]
+    counted = engine["speculation"]
+    assert counted["drafts"] == engine["totals"]["drafts"] > 0
+    assert sum(counted["accepted_per_position"]) == engine["totals"]["accepted_tokens"] > 0
+    assert sum(counted["proposed_per_position"]) == engine["totals"]["draft_tokens"]
+    text = httpx.get(server.url + "/metrics", trust_env=False).text
+    lines = [
+        line for line in text.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_per_pos_total")
+    ]
+    assert [float(line.rsplit(" ", 1)[1]) for line in lines] == counted["accepted_per_position"]
+    assert 'position="0"' in lines[0]
 
 
 def test_stream_events_are_well_formed(server: Any):

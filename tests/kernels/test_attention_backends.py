@@ -1,4 +1,4 @@
-"""The sdpa and reference backends against a dense oracle."""
+"""The backends that run on a CPU against a dense oracle."""
 
 import dataclasses
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import AWKWARD, attend, make_case, oracle
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.layers.attention import get_backend
+from kernels.cpu.build import native
 
-BACKENDS = ["sdpa", "reference"]
+BACKENDS = ["sdpa", "reference", "native"]
+NO_HALF = ("native", torch.float16)  # refused: no CPU computes in it at speed
 
 
 def backend_named(name):
@@ -38,6 +40,7 @@ def test_attention_matches_dense_oracle_on_awkward_shapes(name, shape):
     seed=st.integers(0, 1000),
 )
 def test_attention_matches_dense_oracle_on_any_ragged_batch(name, sequences, window, block_size, heads, head_dim, seed):
+    assume(name != "native" or head_dim % native().lanes == 0)
     query_lens = [query_len for query_len, _ in sequences]
     context_lens = [query_len + past for query_len, past in sequences]
     case = make_case(
@@ -84,8 +87,10 @@ def test_keys_and_values_of_the_step_are_in_the_cache_afterwards_and_no_other_sl
         assert torch.equal(flat[untouched], old_flat[untouched])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in BACKENDS for dtype in (torch.bfloat16, torch.float16) if (name, dtype) != NO_HALF],
+)
 def test_half_precision_stays_within_its_rounding(name, dtype):
     case = make_case([1, 5, 33, 20], [70, 40, 33, 50], dtype=dtype, head_dim=64)
     output = attend(backend_named(name), case)
@@ -102,6 +107,26 @@ def test_strided_views_of_a_fused_projection_are_accepted(name):
     assert not query.is_contiguous()
     strided = dataclasses.replace(case, query=query, key=key, value=value)
     torch.testing.assert_close(attend(backend_named(name), strided).double(), oracle(case), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_heads_that_interleave_query_key_and_value_are_accepted(name):
+    """As GPT-NeoX projects them: each head's query, key and value lie side by side, not the heads of one kind."""
+    case = make_case([1, 5, 12, 40], [70, 40, 12, 60], num_heads=4, num_kv_heads=4)
+    fused = torch.cat([case.query, case.key, case.value], dim=2)
+    query, key, value = fused.chunk(3, dim=2)
+    assert query.stride(1) != query.shape[2]
+    strided = dataclasses.replace(case, query=query, key=key, value=value)
+    torch.testing.assert_close(attend(backend_named(name), strided).double(), oracle(case), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("window", [None, 700])
+def test_long_contexts_are_split_and_merged_without_changing_the_result(name, window):
+    """A lone long decode is cut into parts for the threads; a long chunk takes many tiles of rows and positions."""
+    for query_lens, context_lens in (([1], [1500]), ([3], [1300]), ([300], [800])):
+        case = make_case(query_lens, context_lens, window=window, num_heads=6, num_kv_heads=2, head_dim=64)
+        torch.testing.assert_close(attend(backend_named(name), case).double(), oracle(case), atol=1e-5, rtol=0)
 
 
 def test_sdpa_splits_many_long_sequences_into_tiles_without_changing_the_result(monkeypatch):

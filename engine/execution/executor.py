@@ -1,0 +1,273 @@
+"""An engine's executor: asks the dispatcher at every step, prepares what is asked for, tells how far it is.
+
+Everything here runs in the stepping thread, except :meth:`Executor.check`, which only looks.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.cache.kv_cache import KVCache
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.execution.attend_op import AttendContext
+from engine.execution.base import Answer, Step, TokenRange
+from engine.execution.compiler import check_compiler
+from engine.execution.dispatcher import GRAPHS_ATTENTION, Dispatcher, bucket_ranges
+from engine.execution.eager import EagerExecution
+from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecution, StaticBuffers
+from engine.execution.preparation import Preparation, ShapeNews
+from engine.layers.attention import AttentionBackend
+from engine.models.decoder import Decoder
+from engine.models.fallback import TransformersDecoder
+
+AnyDecoder = Decoder | TransformersDecoder
+AddEvent = Callable[[str, str, dict[str, Any]], None]
+
+
+class Executor:
+    """How the forward passes of one engine run.
+
+    Args:
+        decoder: of the model; its weights may be exchanged between two steps.
+        cache: of the engine. For graphs its last block is scratch: the pool must not know it.
+        device: where both live.
+        max_tokens: the largest step.
+        max_num_seqs: the largest decode batch.
+        max_model_len: the longest context.
+        add_event: writes into the engine's event log.
+    """
+
+    def __init__(
+        self,
+        decoder: AnyDecoder,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        max_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        add_event: AddEvent,
+    ) -> None:
+        self.decoder, self.cache, self.device = decoder, cache, device
+        scales = [decoder.attention_scale(layer) for layer in range(decoder.num_layers)]
+        self.context = AttendContext(scales, decoder.layer_windows)
+        self.dispatcher = Dispatcher()
+        self.last = Answer("eager", None, "asked for")
+        self._max_tokens, self._max_num_seqs, self._max_model_len = max_tokens, max_num_seqs, max_model_len
+        self._add_event = add_event
+        self._eager = EagerExecution(decoder)
+        self._weights = WeightsWatch(decoder)
+        self._attention: AttentionBackend | None = None
+        self._preparation: Preparation | None = None
+        self._began = time.perf_counter()
+        self._to_capture: list[TokenRange] = []
+        self.make_capture: Callable[[], GraphCapture] = CudaGraphCapture
+        self._capture: GraphCapture | None = None
+
+    # -- the knob --------------------------------------------------------------------------------------
+
+    def check(self, config: EngineConfig, attention: AttentionBackend) -> None:
+        """Refuse what this machine or model cannot do; any thread.
+
+        Raises:
+            ConfigError: naming the remedy.
+        """
+        if config.execution == "eager":
+            return
+        if not isinstance(self.decoder, Decoder):
+            raise ConfigError(
+                f"{config.execution!r} needs a family of our own decoder; this model runs through a fallback.",
+                field="execution",
+                remedy="Choose eager.",
+            )
+        if config.execution == "compiled":
+            check_compiler()
+            return
+        if self.device.type != "cuda":
+            raise ConfigError(
+                f"'graphs' are CUDA graphs, and the model is on {self.device}.",
+                field="execution",
+                remedy="Choose compiled or eager, or load the model on a CUDA device.",
+            )
+        if attention.name != GRAPHS_ATTENTION:
+            raise ConfigError(
+                f"'graphs' need attention={GRAPHS_ATTENTION}: {attention.name} plans on the host at every step.",
+                field="execution",
+                remedy=f"Set attention to {GRAPHS_ATTENTION} in the same change.",
+            )
+
+    def configure(self, config: EngineConfig, attention: AttentionBackend) -> None:
+        """Put knobs into force between two steps. Returns at once; shapes take over as they become ready."""
+        same_attention = self._attention is not None and self._attention.name == attention.name
+        self._attention = attention
+        changed = config.execution != self.dispatcher.mode
+        if changed or (config.execution == "graphs" and not same_attention):
+            self._start_over(config.execution)
+
+    def close(self) -> None:
+        """Cancel what is being prepared and drop what is."""
+        self._start_over("eager")
+
+    def _start_over(self, mode: str) -> None:
+        """Cancel, forget, and begin to prepare for ``mode`` and the present weights."""
+        self._cancel()
+        self.dispatcher.forget()
+        self.dispatcher.mode = mode
+        self._weights.changed()  # whatever was exchanged before is what will be prepared for
+        self._prepare()
+
+    def _cancel(self) -> None:
+        if self._preparation is not None and self._preparation.running:
+            self._preparation.cancel()
+            self._add_event("execution", "preparation cancelled", {})
+        self._preparation, self._to_capture, self._capture = None, [], None
+
+    def _prepare(self) -> None:
+        self._began = time.perf_counter()
+        if self.dispatcher.mode == "eager":
+            return
+        assert isinstance(self.decoder, Decoder), "checked before"
+        if self.dispatcher.mode == "compiled":
+            wanted = [TokenRange(1, 1)]
+            if self._max_tokens > 1:
+                wanted.append(TokenRange(2, self._max_tokens))
+            self._preparation = Preparation(self.decoder, self.context, self.device, wanted)
+            weakref.finalize(self, self._preparation.cancel)  # an engine that is dropped leaves no compiler behind
+            self._preparation.start()
+        else:
+            self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
+            self._capture = self.make_capture()
+
+    # -- stepping --------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Between two steps: take over what has become ready, begin anew after an exchange of weights."""
+        if self._weights.changed() and self.dispatcher.mode != "eager":
+            self._cancel()
+            self.dispatcher.forget()
+            self._prepare()
+        if self._preparation is not None:
+            while not self._preparation.news.empty():
+                self._take_over(self._preparation.news.get())
+        if self._to_capture:
+            self._capture_next(self._to_capture.pop(0))
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """Hidden states [T, hidden_size] of a step, by what the dispatcher says; :attr:`last` tells what that was.
+
+        Asks for the weights' state first: nothing prepared for other weights can run.
+        """
+        weights = self._weights.label()
+        self.last = self.dispatcher.answer(
+            step.num_tokens, pure_decode=step.pure_decode, attention=step.context.backend.name, weights=weights
+        )
+        return (self.last.shape or self._eager).forward(step)
+
+    def _take_over(self, news: ShapeNews) -> None:
+        weights = self._weights.label()
+        detail = {"low": news.tokens.low, "high": news.tokens.high, "seconds": round(news.seconds, 2)}
+        if news.shape is None:
+            self.dispatcher.fail(weights, news.tokens, news.error)
+            summary = f"{self.dispatcher.mode}: {news.tokens} tokens stay eager: {news.error}"
+            self._add_event("execution", summary, {**detail, "error": news.error})
+            return
+        self.dispatcher.add(weights, news.shape)
+        summary = f"{self.dispatcher.mode}: {news.tokens} tokens ready ({news.origin}, {news.seconds:.1f} s)"
+        self._add_event("execution", summary, {**detail, "origin": news.origin})
+
+    def _capture_next(self, tokens: TokenRange) -> None:
+        began = time.perf_counter()
+        assert self._capture is not None
+        assert self._attention is not None
+        assert isinstance(self.decoder, Decoder), "checked before"
+        size = self.cache.block_size
+        try:
+            buffers = StaticBuffers(
+                tokens.high, -(-self._max_model_len // size), self.cache.num_blocks - 1, size, self.device
+            )
+            shape = GraphExecution(
+                self.decoder, self.context, self._attention, self.cache, buffers, self._capture, tokens
+            )
+        except Exception as problem:  # out of memory, or an operation that cannot be captured
+            words = f"{type(problem).__name__}: {problem}"
+            self._take_over(ShapeNews(tokens, None, time.perf_counter() - began, error=words))
+            return
+        self._take_over(ShapeNews(tokens, shape, time.perf_counter() - began, "captured"))
+
+    # -- looking at it ---------------------------------------------------------------------------------
+
+    @property
+    def preparing(self) -> bool:
+        """True while shapes are still to come."""
+        return bool(self._to_capture) or (self._preparation is not None and self._preparation.running)
+
+    def path(self) -> str:
+        """What runs, for the record: the mode, the token counts it is prepared for, what failed."""
+        mode, weights = self.dispatcher.mode, self._weights.label()
+        if mode == "eager":
+            return "eager"
+        ready = ", ".join(map(str, self.dispatcher.prepared(weights)))
+        parts = [f"{mode} ({ready} tokens)" if ready else "eager"]
+        if self.preparing:
+            parts.append(f"preparing {mode}")
+        parts += [f"{tokens} tokens eager: {error}" for tokens, error in self.dispatcher.failed(weights)]
+        return "; ".join(parts)
+
+    def status(self) -> dict[str, Any]:
+        """For :class:`engine.outputs.EngineStatus`, JSON-ready; see there."""
+        weights = self._weights.label()
+        prepared = [str(tokens) for tokens in self.dispatcher.prepared(weights)]
+        failed = [{"tokens": str(tokens), "error": error} for tokens, error in self.dispatcher.failed(weights)]
+        return {
+            "asked": self.dispatcher.mode,
+            "last": self.last.mode,
+            "reason": self.last.reason,
+            "prepared": prepared,
+            "failed": failed,
+            "preparing": self._progress(len(prepared) + len(failed)),
+        }
+
+    def _progress(self, done: int) -> dict[str, Any] | None:
+        if not self.preparing:
+            return None
+        if self._preparation is None:
+            current, left = str(self._to_capture[0]), len(self._to_capture)
+        else:
+            tokens = self._preparation.current
+            current, left = str(tokens or ""), self._preparation.num_left + (tokens is not None)
+        seconds = round(time.perf_counter() - self._began, 1)
+        return {"done": done, "total": done + left, "current": current, "seconds": seconds}
+
+
+class WeightsWatch:
+    """Knows when the weights of a decoder are no longer the ones they were.
+
+    A prepared shape holds the very tensors it computes with. Who exchanges them need not tell: two engines may share a
+    model. So the layers are looked at, at every step (some 10 µs for 120 of them).
+    """
+
+    def __init__(self, decoder: AnyDecoder) -> None:
+        self._linears = [linear for _, linear, _ in (*decoder.linears(), *decoder.tables())]
+        self._formats = [linear.format for linear in self._linears]
+        self._generation = 0
+        self._seen = 0
+
+    def label(self) -> str:
+        """Names the weights in force now: another name after every exchange."""
+        if any(linear.format is not known for linear, known in zip(self._linears, self._formats, strict=True)):
+            self._formats = [linear.format for linear in self._linears]
+            self._generation += 1
+        names = dict.fromkeys(format.name for format in self._formats)
+        return f"{'+'.join(names)}#{self._generation}"
+
+    def changed(self) -> bool:
+        """True once after every exchange."""
+        self.label()
+        changed, self._seen = self._generation != self._seen, self._generation
+        return changed

@@ -1,0 +1,60 @@
+"""Mixture of experts: a router gives each token to its k best of E experts, each a gated MLP of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.layers.mlp import GatedMLP
+
+
+class MixtureMLP(nn.Module):
+    """y = Σ over the k chosen experts of weight · expert(x) (Shazeer et al. 2017; routing as Mixtral, eq. 1 and 2).
+
+    Tokens are sorted by expert, so that each expert which has any computes all of them in one dense product:
+
+        chosen experts   token 0: [3, 1]   token 1: [1, 0]   token 2: [3, 2]
+        sorted pairs     0: token 1 | 1: tokens 0, 1 | 2: token 2 | 3: tokens 0, 2
+        products         one per |  |, on the rows gathered for it
+
+    Which experts have tokens is known on the host only after a copy from the device, one a layer.
+
+    Args:
+        router: [E, hidden_size], never quantized.
+        experts: the E experts.
+        experts_per_token: k.
+        normalizes: the k weights are divided by their sum.
+    """
+
+    def __init__(
+        self, router: torch.Tensor, experts: Iterable[GatedMLP], experts_per_token: int, *, normalizes: bool
+    ) -> None:
+        super().__init__()
+        self.router = nn.Parameter(router, requires_grad=False)
+        self.experts = nn.ModuleList(experts)
+        self.experts_per_token = experts_per_token
+        self.normalizes = normalizes
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, hidden_size] → each token's k weights (float32) and experts (int64), [T, k], best first."""
+        probabilities = F.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32)
+        weights, chosen = torch.topk(probabilities, self.experts_per_token, dim=-1)
+        if self.normalizes:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, chosen
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] → the same."""
+        weights, chosen = self.route(x)
+        order = torch.argsort(chosen.flatten(), stable=True)  # of the T · k pairs, by expert
+        rows = x.index_select(0, order // self.experts_per_token)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        pieces = rows.split(counts)
+        outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True) if piece.shape[0]]
+        # Back in the order of tokens and summed there: the same sum whatever else is in the batch, on every device.
+        pairs = torch.empty_like(rows).index_copy_(0, order, torch.cat(outputs))
+        pairs = pairs.view(*chosen.shape, -1) * weights.to(x.dtype).unsqueeze(-1)
+        return pairs.sum(dim=1)

@@ -1,0 +1,69 @@
+"""The weight formats as the C++ kernels of the CPU read them: the same numbers in another order of memory."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.quantization.formats import ModelDtypeFormat, WeightFormat, dtype_name
+from engine.quantization.int4 import Int4Format
+from engine.quantization.int8 import Int8Format
+from kernels.cpu.build import native
+from kernels.cpu.linear import PackedWeight, linear, pack_float, pack_int4, pack_int8
+
+
+class NativeFormat(WeightFormat):
+    """A weight in panels, multiplied by :func:`kernels.cpu.linear.linear`.
+
+    Args:
+        name: of the format whose numbers these are, e.g. ``"int4-g64"``.
+        packed: the weight.
+        bits, group_size, step: of that format, see :class:`WeightFormat`.
+    """
+
+    def __init__(self, name: str, packed: PackedWeight, bits: int | None, group_size: int | None, step: float) -> None:
+        self.name = name
+        self.packed = packed
+        self.shape = (packed.outputs, packed.inputs)
+        self.bits = bits
+        self.group_size = group_size
+        self._step = step
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, self.packed, bias)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.packed.rows(index)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        parts = {"weight": self.packed.panels, "scales": self.packed.scales, "grids": self.packed.grids}
+        return {role: tensor for role, tensor in parts.items() if tensor is not None}
+
+    def dequantize(self) -> torch.Tensor:
+        return self.packed.dequantize()
+
+    def largest_step(self) -> float:
+        return self._step
+
+    @property
+    def path(self) -> str:
+        kind = dtype_name(self.packed.panels.dtype) if self.name == "model" else self.name.replace("-", " ")
+        prefix = "model: " if self.name == "model" else ""
+        return f"{prefix}{kind}, native {native().isa}, float32 sums"
+
+
+def to_native(format: WeightFormat) -> WeightFormat:
+    """The same weight for the native kernels; it takes not a byte more.
+
+    Formats that they do not know come back as they are, and so do weights whose outputs fill no whole panels.
+    """
+    if format.shape[0] % native().panel:
+        return format
+    if isinstance(format, ModelDtypeFormat):
+        return NativeFormat("model", pack_float(format.weight), None, None, 0.0)
+    if isinstance(format, Int8Format):
+        return NativeFormat("int8", pack_int8(format.q, format.scales), 8, None, format.largest_step())
+    if isinstance(format, Int4Format):
+        scales, zeros = (part.t().contiguous() for part in format.scales_and_zeros.unbind(dim=-1))
+        packed = pack_int4(format.unpacked(), scales, zeros)
+        return NativeFormat(format.name, packed, 4, format.group_size, format.largest_step())
+    return format

@@ -1,0 +1,114 @@
+"""The tensors of a step: computed with numpy on the host, brought to the device in one copy.
+
+Measured against lists and one tensor for each (2 cores, torch 2.13): see the README, "Execution modes".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.layers.attention import AttentionBatch
+
+_WORD = 8  # bytes; every array of a packed buffer begins at a multiple
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepTensors:
+    """What a forward pass reads.
+
+    Attributes:
+        token_ids, positions: int64 [T], the ragged batch laid end to end.
+        sampled: int64 [R], rows of the batch whose logits are wanted.
+        batch: layout for attention.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sampled: torch.Tensor
+    batch: AttentionBatch
+
+
+def build_step_tensors(
+    *,
+    token_ids: list[int],
+    starts: list[int],
+    query_lens: list[int],
+    tables: Sequence[list[int]],
+    sampled: list[int],
+    block_size: int,
+    device: torch.device,
+) -> StepTensors:
+    """Lay out a step.
+
+    Args:
+        token_ids: T tokens, sequence after sequence.
+        starts: position of each sequence's first token computed now.
+        query_lens: tokens each sequence computes now, T in all.
+        tables: block ids of each sequence, in order; at least as many as its context needs.
+        sampled: rows whose logits are wanted.
+        block_size: tokens a block.
+        device: where the tensors are to be.
+    """
+    first, lengths = np.array(starts, np.int64), np.array(query_lens, np.int64)
+    context_lens = first + lengths
+    query_start = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=query_start[1:])
+    # A request may hold more blocks than this step reads: cut, so that backends gather no more than they need.
+    used = (context_lens + (block_size - 1)) // block_size
+    padded = _pad_tables(tables, used.tolist())
+    if len(token_ids) == len(lengths):  # every sequence decodes
+        sequence, positions = np.arange(len(lengths)), first
+    else:
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.arange(len(token_ids)) + (first - query_start[:-1])[sequence]
+    slots = padded[sequence, positions // block_size] * np.int64(block_size) + positions % block_size
+    wide = [np.array(token_ids, np.int64), positions, slots, np.array(sampled, np.int64)]
+    narrow = [query_start, context_lens.astype(np.int32), padded]
+    tokens, places, mapping, rows, start, context, block_tables = to_device([*wide, *narrow], device)
+    batch = AttentionBatch(query_lens, context_lens.tolist(), start, context, block_tables, mapping)
+    return StepTensors(tokens, places, rows, batch)
+
+
+def _pad_tables(tables: Sequence[list[int]], used: list[int]) -> np.ndarray:
+    """int32 [B, W], each table cut to the blocks it uses, 0 behind."""
+    padded = np.zeros((len(used), max(used)), np.int32)
+    for row, table, count in zip(padded, tables, used, strict=True):
+        row[:count] = table[:count]
+    return padded
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays as tensors: on the CPU in place, elsewhere by one copy that the host does not wait for."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    # From torch's own pinned allocator, which reuses the memory only when the copy is done.
+    host = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True)
+    pack(arrays, host.numpy())
+    return unpack(host.to(device, non_blocking=True), arrays)
+
+
+def packed_bytes(arrays: Sequence[np.ndarray]) -> int:
+    """Bytes that :func:`pack` fills."""
+    return sum(-(-array.nbytes // _WORD) * _WORD for array in arrays)
+
+
+def pack(arrays: Sequence[np.ndarray], buffer: np.ndarray) -> None:
+    """Write the arrays one behind the other into a buffer of bytes."""
+    offset = 0
+    for array in arrays:
+        buffer[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        offset += -(-array.nbytes // _WORD) * _WORD
+
+
+def unpack(buffer: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Views of a packed uint8 buffer with the shapes and dtypes of ``arrays``."""
+    tensors, offset = [], 0
+    for array in arrays:
+        dtype = torch.int64 if array.dtype == np.int64 else torch.int32
+        tensors.append(buffer[offset : offset + array.nbytes].view(dtype).view(array.shape))
+        offset += -(-array.nbytes // _WORD) * _WORD
+    return tensors

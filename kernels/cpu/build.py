@@ -1,0 +1,150 @@
+"""Builds ``native.cpp`` for this machine and loads it.
+
+The library is compiled for the instruction set at hand (``-march=native``), kept below ``HEADROOM_HOME`` under a name
+that hashes its source, the compiler, the flags and the processor, and loaded through :mod:`ctypes`. It shares the
+OpenMP runtime that torch has loaded, hence torch's threads: two thread pools would fight for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fopenmp")
+_COMPILERS = ("c++", "g++", "clang++")
+_PATIENCE_S = 300.0
+
+
+class NativeBuildError(RuntimeError):
+    """The kernels cannot be had on this machine; the message says why, in a sentence."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Native:
+    """The loaded library.
+
+    Attributes:
+        functions: of the loaded library, argument types declared.
+        panel: outputs that lie side by side in the packed weights.
+        lanes: floats of a vector register; head dimensions must be a multiple of it.
+    """
+
+    functions: ctypes.CDLL
+    panel: int
+    lanes: int
+
+    @property
+    def isa(self) -> str:
+        """The width of its vectors in words, for the record."""
+        return {16: "avx512", 8: "avx2"}.get(self.lanes, f"{32 * self.lanes}-bit vectors")
+
+
+@functools.cache
+def native() -> Native:
+    """The kernels of this machine, built if need be (a few seconds, once).
+
+    Raises:
+        NativeBuildError: if there is no compiler, or it fails.
+    """
+    library = ctypes.CDLL(str(_built()))
+    _declare(library)
+    return Native(library, int(library.headroom_panel()), int(library.headroom_lanes()))
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None if :func:`native` works here, else the reason in a sentence."""
+    try:
+        native()
+    except (NativeBuildError, OSError) as problem:
+        return str(problem)
+    return None
+
+
+def _built() -> Path:
+    compiler = _compiler()
+    target = _folder() / f"native-{_digest(compiler)}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / "native.so"
+            _run([compiler, *_FLAGS, "-c", str(SOURCE), "-o", f"{scratch}/native.o"])
+            _run([compiler, "-shared", f"{scratch}/native.o", *_openmp(), "-o", str(made)])
+            os.replace(made, target)  # at once: another process may be building the same file
+    return target
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else _COMPILERS:
+        if path := shutil.which(name):
+            return path
+    raise NativeBuildError(f"there is no C++ compiler ({wanted or ', '.join(_COMPILERS)}) on this machine.")
+
+
+def _folder() -> Path:
+    home = os.environ.get("HEADROOM_HOME") or "~/.cache/headroom"
+    return Path(home).expanduser() / "cache" / "native"
+
+
+def _digest(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    facts = (SOURCE.read_text(encoding="utf-8"), version, " ".join(_FLAGS), _processor(), str(torch.__version__))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a home on a shared disk may be used by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _openmp() -> list[str]:
+    """The OpenMP runtime that came with torch, else the compiler's own."""
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    return [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        raise NativeBuildError(f"{command[0]} could not be run: {problem}.") from problem
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise NativeBuildError(f"{command[0]} failed: {last}.")
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    signatures: dict[str, list[type]] = {
+        "headroom_panel": [],
+        "headroom_lanes": [],
+        "headroom_linear": [
+            *(pointer, integer, number, integer, pointer, pointer, pointer, pointer),
+            *(number, number, number, pointer, integer),
+        ],
+        "headroom_kv_write": [pointer, pointer, number, number, pointer, pointer, pointer, number, number],
+        "headroom_attention": [
+            *(pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer),
+            *(number, number, number, number, number, number, number, number, ctypes.c_float, integer),
+        ],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = integer if not arguments else None

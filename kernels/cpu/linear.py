@@ -1,0 +1,147 @@
+"""Weight-only linear layers on the CPU: packing into panels, and the product. See ``native.cpp`` for the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+from kernels.cpu.attention import DTYPES
+from kernels.cpu.build import native
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [N, K] in panels of P outputs, which divides N.
+
+    Attributes:
+        panels: [N / P, K, P] in float32, bfloat16 or int8; uint8 [N / P, K, P / 2] for INT4: byte j of a row holds
+            output j in its low half and output j + P / 2 in its high half, both as q = 0 … 15.
+        scales: INT8: bfloat16 [N]. None otherwise.
+        grids: INT4: bfloat16 [N / P, K / group, 2, P]: scales, then zero points; w = (q - 8) · scale + zero.
+        outputs, inputs: N and K.
+        group: K per grid of INT4, 0 otherwise.
+    """
+
+    panels: torch.Tensor
+    scales: torch.Tensor | None
+    grids: torch.Tensor | None
+    outputs: int
+    inputs: int
+    group: int = 0
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows ``index`` (int64 [T]) of the weight as floats, [T, K]: the lookup of an embedding tied to a head."""
+        width = native().panel
+        panel, lane = index // width, index % width
+        if self.grids is None:
+            values = self.panels[panel, :, lane]
+            return values if self.scales is None else values.float() * self.scales[index].float().unsqueeze(1)
+        half = width // 2
+        bytes_ = self.panels[panel, :, lane % half]
+        q = torch.where((lane < half).unsqueeze(1), bytes_ & 15, bytes_ >> 4).float()
+        grid = self.grids[panel, :, :, lane].float().repeat_interleave(self.group, dim=1)  # [T, K, 2]
+        return (q - 8) * grid[..., 0] + grid[..., 1]
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight that is multiplied with, float32 [N, K]."""
+        return self.rows(torch.arange(self.outputs)).float()
+
+
+def to_panels(values: torch.Tensor) -> torch.Tensor:
+    """[N, …] → [N / P, …, P]: P rows side by side."""
+    return values.view(-1, native().panel, *values.shape[1:]).movedim(1, -1).contiguous()
+
+
+def pack_float(weight: torch.Tensor) -> PackedWeight:
+    """A float32 or bfloat16 weight [N, K] as it is."""
+    return PackedWeight(to_panels(weight), None, None, *weight.shape)
+
+
+def pack_int8(q: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+    """w = q · scale: q int8 [N, K], scales bfloat16 [N]."""
+    return PackedWeight(to_panels(q), scales, None, *q.shape)
+
+
+def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:
+    """w = (q - 8) · scale + zero: q uint8 [N, K] in 0 … 15; scales and zeros bfloat16 [N, K / group]."""
+    values = to_panels(q)
+    half = values.shape[-1] // 2
+    grids = torch.stack((to_panels(scales), to_panels(zeros)), dim=2)
+    panels = (values[..., :half] | (values[..., half:] << 4)).contiguous()
+    outputs, inputs = q.shape
+    return PackedWeight(panels, None, grids.contiguous(), outputs, inputs, inputs // scales.shape[1])
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + bias, summed in float32 in a fixed order whatever the number of threads.
+
+    Args:
+        x: float32 or bfloat16 [M, K].
+        weight: as packed here.
+        bias: [N] or None.
+
+    Returns:
+        [M, N] in the dtype of ``x``.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.headroom.cpu_linear(
+            *(x, weight.panels, weight.scales, weight.grids, bias),
+            *(weight.outputs, weight.group),
+        )
+    return _linear(x, weight.panels, weight.scales, weight.grids, bias, weight.outputs, weight.group)
+
+
+def linear_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same in plain torch."""
+    return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _linear(
+    x: torch.Tensor,
+    panels: torch.Tensor,
+    scales: torch.Tensor | None,
+    grids: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    group: int,
+) -> torch.Tensor:
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], outputs, dtype=x.dtype)
+    if not x.shape[0]:
+        return y
+    wide = None if bias is None else bias.float()  # bound to a name: its memory must outlive the call
+    native().functions.headroom_linear(
+        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], _TYPES[panels.dtype], panels.data_ptr()),
+        *(_pointer(grids), _pointer(scales), _pointer(wide), outputs, x.shape[1], group or 1),
+        *(y.data_ptr(), torch.get_num_threads()),
+    )
+    return y
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+# The same call as an operator that torch.compile can keep as one opaque step of its graph.
+_OPS = torch.library.Library("headroom", "FRAGMENT")
+_OPS.define(
+    "cpu_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? grids, Tensor? bias, int outputs, int group) -> Tensor"
+)
+_OPS.impl("cpu_linear", _linear, "CPU")
+
+
+@torch.library.register_fake("headroom::cpu_linear")
+def _linear_fake(
+    x: torch.Tensor,
+    panels: torch.Tensor,
+    scales: torch.Tensor | None,
+    grids: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    outputs: int,
+    group: int,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], outputs)

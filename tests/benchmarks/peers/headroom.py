@@ -1,0 +1,105 @@
+"""Our engine, stepped directly (no HTTP), as one peer among the others."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import time
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.provenance import versions
+from engine.sampling import SamplingParams
+from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
+
+PREPARATION_TIMEOUT_S = 300.0
+
+
+class Headroom:
+    """An engine with one setting; a workload's variant changes live knobs for one run.
+
+    Options are knobs of ``engine/config.py``.
+    """
+
+    def __init__(self, order: Order) -> None:
+        knobs = {
+            "model": order.gguf or order.checkpoint,
+            "device": order.device,
+            "threads": order.threads if order.device == "cpu" else None,
+            "max_num_seqs": 64,
+            "memory_limit_gib": 4.0 if order.device == "cpu" else None,
+        }
+        self.engine = Engine.load(EngineConfig.from_mapping(knobs | order.options))
+        self._indices: dict[str, int] = {}
+        self._count = 0
+
+    def versions(self) -> dict[str, str]:
+        return versions()
+
+    def path(self) -> dict[str, str]:
+        return self.engine.path() | {"weights_bytes": str(self.engine.status().memory.weights)}
+
+    def warm_up(self, work: Work) -> None:
+        """Run the warm-up requests with the execution mode ready; keep only a prefix that is meant to be kept."""
+        self._await_preparation()
+        self._run_with(work, work.warmup, one_by_one=False)
+        self.engine.reset_prefix_cache()
+        if shared_prefix(work):
+            self._run_with(work, work.warmup[:1], one_by_one=True)
+
+    def run(self, work: Work) -> list[Timing]:
+        return self._run_with(work, work.requests, one_by_one=work.one_by_one)
+
+    def _run_with(self, work: Work, requests: list[Request], *, one_by_one: bool) -> list[Timing]:
+        former = {name: getattr(self.engine.config, name) for name in work.changes}
+        self.engine.reconfigure(work.changes)
+        try:
+            return drive(self, requests, one_by_one=one_by_one)
+        finally:
+            self.engine.reconfigure(former)
+
+    def _await_preparation(self) -> None:
+        """Wait for what an execution mode prepares beside the running engine; the path tells what became of it."""
+        deadline = time.monotonic() + PREPARATION_TIMEOUT_S
+        while self._preparing() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _preparing(self) -> bool:
+        execution: Any = getattr(self.engine.status(), "execution", None)
+        return isinstance(execution, dict) and execution.get("preparing") is not None
+
+    # -- Stepper -----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        self._count += 1
+        name = str(self._count)
+        self._indices[name] = request.index
+        params = SamplingParams(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
+        self.engine.add_request(name, request.prompt_token_ids, params)
+
+    def step(self) -> list[tuple[int, int]]:
+        news = []
+        for output in self.engine.step():
+            if output.finish_reason == "error":
+                raise RuntimeError(output.error)
+            news.append((self._indices[output.request_id], len(output.new_token_ids)))
+        return news
+
+    def unfinished(self) -> bool:
+        return self.engine.has_unfinished()
+
+
+def load(order: Order) -> Headroom:
+    """Load the model."""
+    if order.device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("there is no CUDA device")
+    return Headroom(order)
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,187 @@
+"""llama.cpp as a peer, through the low-level functions of llama-cpp-python.
+
+The binding's high-level class and server run one sequence at a time; ``llama_decode`` itself takes batches of several
+sequences, which is how llama.cpp's own server works. :class:`LlamaCpp` steps as that server does: one token of every
+sequence past its prompt, then as many prompt tokens as fit the batch.
+
+Options: unified (one KV buffer for all sequences instead of one each), flash_attention.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import deque
+from typing import Any
+
+from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
+
+BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 512
+PREFIX_SLOT = 0
+"""The sequence that holds a shared prefix; requests use the others."""
+
+
+class _Sequence:
+    """One request in flight."""
+
+    def __init__(self, request: Request, slot: int, num_cached: int) -> None:
+        self.request = request
+        self.slot = slot
+        self.computed = num_cached
+        self.produced = 0
+        self.next_token: int | None = None
+
+
+class LlamaCpp:
+    """A context with a slot for each sequence, stepped in batches."""
+
+    def __init__(self, order: Order) -> None:
+        import llama_cpp
+        import numpy
+
+        self._lib: Any = llama_cpp
+        self._numpy: Any = numpy
+        self.options = {"unified": False, "flash_attention": "auto", "slots": 65, "slot_tokens": 1024} | order.options
+        self.threads = order.threads
+        llama_cpp.llama_backend_init()
+        model_parameters = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(order.gguf.encode(), model_parameters)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.context: Any = None
+        self._shape: tuple[int, int] | None = None
+        self.batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self.waiting: deque[Request] = deque()
+        self.running: list[_Sequence] = []
+        self.prefix: list[int] = []
+
+    def versions(self) -> dict[str, str]:
+        return {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
+
+    def path(self) -> dict[str, str]:
+        system = self._lib.llama_print_system_info().decode()
+        size = self._lib.llama_model_size(self.model)
+        options = {name: str(value) for name, value in self.options.items()}
+        return options | {"system": system.strip(), "threads": str(self.threads), "weights_bytes": str(size)}
+
+    def warm_up(self, work: Work) -> None:
+        """A context as large as the workload needs, and the shared prefix in it where there is one."""
+        tokens = max(
+            len(request.prompt_token_ids) + request.output_tokens for request in (*work.requests, *work.warmup)
+        )
+        slots = 1 if len(work.requests) == 1 or work.one_by_one else min(64, len(work.requests))
+        self._open_context(slots + 1, tokens)
+        drive(self, work.warmup, one_by_one=slots == 1)
+        self._lib.llama_memory_clear(self._memory(), True)
+        self.prefix = shared_prefix(work)
+        if self.prefix:
+            self._compute_prefix()
+
+    def run(self, work: Work) -> list[Timing]:
+        if work.changes:
+            raise UnsupportedError("its settings are fixed when it is loaded")
+        return drive(self, work.requests, one_by_one=work.one_by_one)
+
+    # -- Stepper -----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def step(self) -> list[tuple[int, int]]:
+        self._admit()
+        self.batch.n_tokens = 0
+        sampling: list[tuple[_Sequence, int]] = []  # sequence, row of the batch whose logits it needs
+        for sequence in self.running:
+            if sequence.next_token is not None:
+                sampling.append((sequence, self._put(sequence.next_token, sequence.computed, sequence.slot, True)))
+                sequence.computed += 1
+        for sequence in self.running:
+            if sequence.next_token is None:
+                row = self._put_prompt(sequence)
+                if row is not None:
+                    sampling.append((sequence, row))
+        self._decode()
+        return [self._take(sequence, row) for sequence, row in sampling]
+
+    def _admit(self) -> None:
+        used = {sequence.slot for sequence in self.running}
+        for slot in range(1, self._slots):
+            if slot not in used and self.waiting:
+                request = self.waiting.popleft()
+                self.running.append(_Sequence(request, slot, self._reuse_prefix(request, slot)))
+
+    def _put_prompt(self, sequence: _Sequence) -> int | None:
+        """As much of the prompt as fits; the row of its last token once that is in."""
+        prompt = sequence.request.prompt_token_ids
+        count = min(BATCH_TOKENS - self.batch.n_tokens, len(prompt) - sequence.computed)
+        row = None
+        for position in range(sequence.computed, sequence.computed + count):
+            last = position == len(prompt) - 1
+            placed = self._put(prompt[position], position, sequence.slot, last)
+            row = placed if last else None
+        sequence.computed += count
+        return row
+
+    def _take(self, sequence: _Sequence, row: int) -> tuple[int, int]:
+        logits = self._lib.llama_get_logits_ith(self.context, row)
+        sequence.next_token = int(self._numpy.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
+        sequence.produced += 1
+        if sequence.produced == sequence.request.output_tokens:
+            self.running.remove(sequence)
+            self._lib.llama_memory_seq_rm(self._memory(), sequence.slot, -1, -1)
+        return sequence.request.index, 1
+
+    # -- llama.cpp ---------------------------------------------------------------------------------------------
+
+    def _open_context(self, slots: int, tokens: int) -> None:
+        if self._shape == (slots, tokens):
+            self._lib.llama_memory_clear(self._memory(), True)
+            return
+        if self.context is not None:
+            self._lib.llama_free(self.context)
+        parameters = self._lib.llama_context_default_params()
+        parameters.n_ctx = slots * (-(-tokens // 256) * 256)
+        parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = BATCH_TOKENS, MICRO_BATCH_TOKENS, slots
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.kv_unified = self.options["unified"]
+        parameters.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[self.options["flash_attention"]]
+        self.context = self._lib.llama_init_from_model(self.model, parameters)
+        if not self.context:
+            raise RuntimeError(f"no context of {slots} sequences of {tokens} tokens")
+        self._shape, self._slots = (slots, tokens), slots
+
+    def _memory(self) -> Any:
+        return self._lib.llama_get_memory(self.context)
+
+    def _put(self, token: int, position: int, slot: int, wants_logits: bool) -> int:
+        row, batch = self.batch.n_tokens, self.batch
+        batch.token[row], batch.pos[row] = token, position
+        batch.n_seq_id[row], batch.seq_id[row][0] = 1, slot
+        batch.logits[row] = wants_logits
+        batch.n_tokens = row + 1
+        return row
+
+    def _decode(self) -> None:
+        status = self._lib.llama_decode(self.context, self.batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode: {status}")
+
+    def _compute_prefix(self) -> None:
+        self.batch.n_tokens = 0
+        for position, token in enumerate(self.prefix):
+            self._put(token, position, PREFIX_SLOT, position == len(self.prefix) - 1)
+        self._decode()
+
+    def _reuse_prefix(self, request: Request, slot: int) -> int:
+        """Prompt tokens that the slot has already, copied from the shared prefix."""
+        count = len(self.prefix)
+        if not count or request.prompt_token_ids[:count] != self.prefix or count == len(request.prompt_token_ids):
+            return 0
+        self._lib.llama_memory_seq_cp(self._memory(), PREFIX_SLOT, slot, -1, -1)
+        return count
+
+
+if __name__ == "__main__":
+    serve(LlamaCpp)

