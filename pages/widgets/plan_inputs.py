@@ -27,6 +27,8 @@ from engine.errors import ConfigError, HeadroomError
 from pages.widgets.messages import show_error
 from pages.widgets.plan_machine import PREFIX, machine_gpus
 
+NGRAM = "n-gram look-up"
+EXPERTS = {"split": "split like the rest", "whole": "whole, spread over the GPUs"}
 UPLOAD = "Another model: upload its config.json"
 WEIGHTS = {
     "bf16": "BF16",
@@ -63,7 +65,9 @@ DEFAULTS: dict[str, Any] = {
     "burst": 1.0,
     "hit": 0,
     "draft": 0,
+    "drafter": NGRAM,
     "acceptance": 70,
+    "experts": "split",
     "lora": 0,
 }
 _USUAL_PROMPT, _USUAL_ANSWER = 2000, 300
@@ -112,7 +116,7 @@ def plan_inputs() -> PlanInputs | None:
         st.markdown("**with**")
         options = _engine(goal["concurrency"])
     with st.expander("Traffic, speculation, adapters, price", icon=":material/tune:"):
-        work, extra, price = _details(goal["prompt"], goal["answer"], gpu)
+        work, extra, price = _details(spec, goal["prompt"], goal["answer"], gpu)
     request = PlanRequest(
         spec,
         gpu,
@@ -280,9 +284,17 @@ def _hardware(spec: ModelSpec) -> tuple[Gpu, dict[str, Any]]:
         if isinstance(st.session_state.get(key("pp")), int):
             st.session_state[key("pp")] = min(st.session_state[key("pp")], longest)
         pp = _number("Pipeline stages", "pp", 1, longest, "Pipeline parallel: each stage of GPUs holds some layers.")
-    gpu = devices[str(chosen)]
+    gpu, tp = devices[str(chosen)], int(tp or 1)
     st.caption(f"{gpu.usable_gib:,.2f} GiB usable each ({gpu.usable_source})")
-    return gpu, {"tp": int(tp or 1), "pp": pp, "dp": dp}
+    return gpu, {"tp": tp, "pp": pp, "dp": dp, "ep": _experts(spec, tp)}
+
+
+def _experts(spec: ModelSpec, tp: int) -> int:
+    """GPUs that a mixture's experts are spread over, whole; 1 where they are split, or there is no choice."""
+    if not spec.is_mixture or tp == 1:
+        return 1
+    help_text = "Tensor parallel: each GPU holds a part of every expert. Expert parallel: each holds some experts whole."
+    return tp if _choice("Experts", "experts", EXPERTS, help_text) == "whole" else 1
 
 
 def _number(label: str, name: str, least: int, most: int, help_text: str, step: int = 1) -> int:
@@ -419,7 +431,7 @@ def _milliseconds(label: str, name: str, help_text: str) -> float | None:
     return None if value is None else float(value) / 1e3
 
 
-def _details(prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, Any], float | None]:
+def _details(spec: ModelSpec, prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, Any], float | None]:
     variation = _choice(
         "Lengths of requests",
         "lengths",
@@ -436,9 +448,10 @@ def _details(prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, An
         **_widget("burst"),
     )
     hit = _number("Prefix cache hits (% of prompt tokens)", "hit", 0, 99, "Prompt tokens that need no computing.", 5)
+    drafter = _drafter(spec)
     left, right = st.columns(2)
     with left:
-        draft = _number("Draft length (tokens)", "draft", 0, 16, "Speculation by n-gram look-up; 0: off.")
+        draft = _number("Draft length (tokens)", "draft", 0, 16, "Tokens drafted a round of speculation; 0: off.")
     with right:
         accepted = _number("Accepted drafts (%)", "acceptance", 0, 100, "Probability that a drafted token is right.", 5)
     left, right = st.columns(2)
@@ -456,8 +469,29 @@ def _details(prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, An
             **_widget("price"),
         )
     cvs = VARIATIONS[variation]
-    work = Workload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, 0.0)
-    return work, {"lora_adapters": lora}, None if price is None else float(price)
+    work = Workload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, None)
+    extra = {"lora_adapters": lora, "draft": drafter if draft else None}
+    return work, extra, None if price is None else float(price)
+
+
+def _drafter(spec: ModelSpec) -> ModelSpec | None:
+    """The model that drafts; None for n-gram look-up."""
+    count = parameter_count(spec).total
+    smaller = [
+        name
+        for name in sorted(model_names(), key=str.lower)
+        if model_spec(name).vocab_size == spec.vocab_size and parameter_count(model_spec(name)).total < count / 2
+    ]
+    if st.session_state.get(key("drafter"), NGRAM) not in (NGRAM, *smaller):  # chosen for another model
+        st.session_state[key("drafter")] = NGRAM
+    chosen = _choice(
+        "Drafts come from",
+        "drafter",
+        {name: name for name in (NGRAM, *smaller)},
+        "What proposes tokens for speculation: a search in the text itself, which costs nothing, or a smaller model with "
+        "the same vocabulary, which lives on the same GPUs. It counts where the draft length is above 0.",
+    )
+    return None if chosen == NGRAM else model_spec(chosen)
 
 
 def _engine(concurrency: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from engine.capacity import (
     sensitivity,
 )
 from engine.errors import HeadroomError
-from pages.widgets.plan_inputs import UPLOAD, key, read_config
+from pages.widgets.plan_inputs import NGRAM, UPLOAD, key, read_config
 from pages.widgets.plan_memory import segments
 from pages.widgets.plan_roofline import operator_table
 
@@ -81,10 +81,26 @@ def test_answer_gives_latency_cost_and_headroom_in_one_sentence(page):
     for part in ("TTFT p95", "ms a token", "per million output tokens", "headroom"):
         assert part in headline(page)
     request = PlanRequest(model_spec("Llama-3.1-70B"), find_gpu("H100 SXM 80GB"), tp=4, context=8192, concurrency=32)
-    work = Workload(2000, 300, 0.5, 0.5, draft_cost=0.0)
+    work = Workload(2000, 300, 0.5, 0.5)
     found = deploy(request, work, Objectives(1.0, 0.05))
     assert metric(page, "First token, p95") == f"{1e3 * found.point.ttft_p95_s:,.0f} ms"
     assert metric(page, "Output tokens a second") == f"{found.point.output_tokens_s:,.0f}"
+
+
+def test_draft_model_shares_the_gpus_and_experts_can_stay_whole(page):
+    page.run()
+    alone = metric(page, "Largest concurrency")
+    page.selectbox(key=key("drafter")).select("Llama-3.2-1B").run()
+    assert metric(page, "Largest concurrency") == alone  # no draft length, no draft
+    page.number_input(key=key("draft")).set_value(4).run()
+    assert not page.exception
+    assert int(metric(page, "Largest concurrency").replace(",", "")) < int(alone.replace(",", ""))
+    page.selectbox(key=key("model")).select("Qwen3-30B-A3B").run()
+    assert not page.exception
+    assert page.selectbox(key=key("drafter")).value == NGRAM
+    page.selectbox(key=key("experts")).select("whole").run()
+    assert not page.exception
+    assert any("enable-expert-parallel" in code.value for code in page.code)
 
 
 def test_missed_objective_is_marked_and_told(page):
