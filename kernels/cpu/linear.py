@@ -1,4 +1,4 @@
-"""Weight-only linear layers on the CPU: packing into panels, and the product. See ``native.cpp`` for the layout."""
+"""Weight-only linear layers on the CPU: packing into panels, and the product; ``native/linear.h`` has the layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from kernels.cpu.attention import DTYPES
 from kernels.cpu.build import native
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _linear(
         return y
     wide = None if bias is None else bias.float()  # bound to a name: its memory must outlive the call
     native().functions.headroom_linear(
-        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], _TYPES[panels.dtype], panels.data_ptr()),
+        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], WEIGHT_TYPES[panels.dtype], panels.data_ptr()),
         *(_pointer(grids), _pointer(scales), _pointer(wide), outputs, x.shape[1], group or 1),
         *(y.data_ptr(), torch.get_num_threads()),
     )
