@@ -24,6 +24,7 @@ from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecuti
 from engine.execution.native import NativeExecution, linear_kernels, obstacle
 from engine.execution.preparation import Preparation, ShapeNews
 from engine.layers.attention import AttentionBackend
+from engine.layers.linear import Linear
 from engine.models.decoder import Decoder
 from engine.models.fallback import TransformersDecoder
 from kernels.dispatch import choose
@@ -278,20 +279,29 @@ class WeightsWatch:
     """Knows when the weights of a decoder are no longer the ones they were.
 
     A prepared shape holds the very tensors it computes with. Who exchanges them need not tell: two engines may share a
-    model. So the layers are looked at, at every step (some 10 µs for 120 of them).
+    model. So the layers are looked at whenever any layer of the process was given another format.
     """
 
     def __init__(self, decoder: AnyDecoder) -> None:
         self._linears = [linear for _, linear, _ in (*decoder.linears(), *decoder.tables())]
         self._formats = [linear.format for linear in self._linears]
+        self._exchanges = Linear.exchanges
         self._generation = 0
         self._seen = 0
+        self._label = self._make_label()
 
     def label(self) -> str:
         """Names the weights in force now: another name after every exchange."""
-        if any(linear.format is not known for linear, known in zip(self._linears, self._formats, strict=True)):
-            self._formats = [linear.format for linear in self._linears]
-            self._generation += 1
+        if self._exchanges != Linear.exchanges:
+            self._exchanges = Linear.exchanges
+            formats = [linear.format for linear in self._linears]
+            if any(format is not known for format, known in zip(formats, self._formats, strict=True)):
+                self._formats = formats
+                self._generation += 1
+                self._label = self._make_label()
+        return self._label
+
+    def _make_label(self) -> str:
         names = dict.fromkeys(format.name for format in self._formats)
         return f"{'+'.join(names)}#{self._generation}"
 

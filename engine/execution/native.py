@@ -20,7 +20,7 @@ from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.fallback import TransformersDecoder
 from engine.quantization.native import NativeFormat
 from kernels.cpu.build import native, why_not
-from kernels.cpu.decoder import ACTIVATIONS, DecoderShape, LayerWeights, NativeDecoder
+from kernels.cpu.decoder import ACTIVATIONS, DecoderShape, LayerWeights, NativeDecoder, RotaryAngles
 from kernels.cpu.linear import PackedWeight
 
 
@@ -54,15 +54,17 @@ class NativeExecution(PreparedShape):
         ]
         final_norm = _norm(decoder.norm)
         assert final_norm is not None
-        self._native = NativeDecoder(shape, layers, final_norm, cache.keys, cache.values)
+        rotaries = [
+            RotaryAngles(rotary.inv_freq.float().contiguous(), rotary.attention_factor) for rotary in decoder.rotaries
+        ]
+        self._native = NativeDecoder(shape, layers, rotaries, final_norm, cache.keys, cache.values)
 
     def forward(self, step: Step) -> torch.Tensor:
         """As :meth:`Execution.forward`; between the layers all is kept in float32."""
         batch = step.context.batch
         hidden = self._decoder.embed(step.token_ids).float()  # of its own: embed never gives a view of the table
-        rotations = [rotary(step.positions) for rotary in self._decoder.rotaries]
         self._native.step(
-            hidden, rotations, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens_tensor
+            hidden, step.positions, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens_tensor
         )
         return hidden.to(self._decoder.dtype)
 

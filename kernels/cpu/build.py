@@ -139,6 +139,9 @@ def _declare(library: ctypes.CDLL) -> None:
             *(pointer, integer, number, integer, pointer, pointer, pointer, pointer),
             *(number, number, number, pointer, integer),
         ],
+        "headroom_rows": [
+            *(integer, pointer, pointer, pointer, number, number, number, pointer, number, pointer),
+        ],
         "headroom_kv_write": [pointer, pointer, number, number, pointer, pointer, pointer, number, number],
         "headroom_decode_step": [pointer, pointer, integer],
         "headroom_attention": [

@@ -46,6 +46,17 @@ class LayerWeights:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class RotaryAngles:
+    """Attributes:
+    frequencies: float32 [pairs], radians a position; a head's leading 2 · pairs dimensions turn.
+    factor: on cos and sin.
+    """
+
+    frequencies: torch.Tensor
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class DecoderShape:
     """Attributes:
     hidden_size, num_heads, num_kv_heads, head_dim: of the model.
@@ -67,6 +78,7 @@ class NativeDecoder:
     Args:
         shape: of the model; hidden_size and head_dim are multiples of the vector width.
         layers: in order.
+        rotaries: the rotary embeddings that layers refer to.
         final_norm: float32 [hidden_size].
         keys, values: of each layer, [num_blocks, block_size, num_kv_heads, head_dim], float32 or bfloat16.
     """
@@ -75,16 +87,26 @@ class NativeDecoder:
         self,
         shape: DecoderShape,
         layers: Sequence[LayerWeights],
+        rotaries: Sequence[RotaryAngles],
         final_norm: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
     ) -> None:
-        self._kept = (tuple(layers), final_norm, tuple(keys), tuple(values))  # what the structures point into
+        self._kept = (
+            tuple(layers),
+            tuple(rotaries),
+            final_norm,
+            tuple(keys),
+            tuple(values),
+        )  # what the structures point into
         self._layers = (_Layer * len(layers))(*map(_layer, layers, keys, values))
+        self._rotaries = (_Rotary * len(rotaries))(*map(_rotary, rotaries))
         self._model = _Model(
             layers=ctypes.addressof(self._layers),
+            rotaries=ctypes.addressof(self._rotaries),
             final_norm=final_norm.data_ptr(),
             num_layers=len(layers),
+            num_rotaries=len(rotaries),
             hidden=shape.hidden_size,
             heads=shape.num_heads,
             kv_heads=shape.num_kv_heads,
@@ -98,7 +120,7 @@ class NativeDecoder:
     def step(
         self,
         hidden: torch.Tensor,
-        rotations: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        positions: torch.Tensor,
         slot_mapping: torch.Tensor,
         block_tables: torch.Tensor,
         query_start: torch.Tensor,
@@ -108,7 +130,7 @@ class NativeDecoder:
 
         Args:
             hidden: float32 [T, hidden_size], contiguous: the embeddings; overwritten by the normalized result.
-            rotations: cos and signed sin of each rotary embedding, float32 [T, 1, rotated], contiguous.
+            positions: int64 [T], each token's position in its own sequence.
             slot_mapping: int64 [T], block · block_size + offset; a negative slot is not written.
             block_tables: int32 [B, max_blocks].
             query_start: int32 [B + 1]; sequence i owns rows query_start[i] : query_start[i + 1].
@@ -117,9 +139,9 @@ class NativeDecoder:
         if not hidden.shape[0]:
             return
         tables, starts, lens = (table.contiguous() for table in (block_tables, query_start, context_lens))
-        count = len(rotations)
         step = _Step(
             x=hidden.data_ptr(),
+            positions=positions.data_ptr(),
             slots=slot_mapping.data_ptr(),
             tables=tables.data_ptr(),
             query_start=starts.data_ptr(),
@@ -127,9 +149,6 @@ class NativeDecoder:
             tokens=hidden.shape[0],
             batch=tables.shape[0],
             table_width=tables.shape[1],
-            cos=(ctypes.c_void_p * count)(*(cos.data_ptr() for cos, _ in rotations)),
-            sin=(ctypes.c_void_p * count)(*(sin.data_ptr() for _, sin in rotations)),
-            rotated=(ctypes.c_int64 * count)(*(cos.shape[-1] for cos, _ in rotations)),
         )
         native().functions.headroom_decode_step(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
 
@@ -156,10 +175,17 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _Rotary(ctypes.Structure):
+    _fields_ = [("frequencies", ctypes.c_void_p), ("pairs", ctypes.c_int64), ("factor", ctypes.c_double)]
+
+
 class _Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("layers", "final_norm")),
-        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "heads", "kv_heads", "dim", "block")),
+        *((name, ctypes.c_void_p) for name in ("layers", "rotaries", "final_norm")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_layers", "num_rotaries", "hidden", "heads", "kv_heads", "dim", "block")
+        ),
         *((name, ctypes.c_int64) for name in ("activation", "cache_type")),
         ("eps", ctypes.c_double),
     ]
@@ -167,15 +193,17 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "slots", "tables", "query_start", "context_lens")),
+        *((name, ctypes.c_void_p) for name in ("x", "positions", "slots", "tables", "query_start", "context_lens")),
         *((name, ctypes.c_int64) for name in ("tokens", "batch", "table_width")),
-        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("cos", "sin")),
-        ("rotated", ctypes.POINTER(ctypes.c_int64)),
     ]
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _rotary(rotary: RotaryAngles) -> _Rotary:
+    return _Rotary(rotary.frequencies.data_ptr(), rotary.frequencies.numel(), rotary.factor)
 
 
 def _affine(weight: PackedWeight, bias: torch.Tensor | None) -> _Affine:

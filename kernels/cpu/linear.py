@@ -34,21 +34,18 @@ class PackedWeight:
     group: int = 0
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``index`` (int64 [T]) of the weight as floats, [T, K]: the lookup of an embedding tied to a head."""
-        width = native().panel
-        panel, lane = index // width, index % width
-        if self.grids is None:
-            values = self.panels[panel, :, lane]
-            return values if self.scales is None else values.float() * self.scales[index].float().unsqueeze(1)
-        half = width // 2
-        bytes_ = self.panels[panel, :, lane % half]
-        q = torch.where((lane < half).unsqueeze(1), bytes_ & 15, bytes_ >> 4).float()
-        grid = self.grids[panel, :, :, lane].float().repeat_interleave(self.group, dim=1)  # [T, K, 2]
-        return (q - 8) * grid[..., 0] + grid[..., 1]
+        """Rows ``index`` (int64 [T], each below N) of the weight, float32 [T, K]: the lookup of a tied embedding."""
+        index = index.contiguous()
+        out = torch.empty(index.shape[0], self.inputs)
+        native().functions.headroom_rows(
+            *(WEIGHT_TYPES[self.panels.dtype], self.panels.data_ptr(), _pointer(self.grids), _pointer(self.scales)),
+            *(self.outputs, self.inputs, self.group or 1, index.data_ptr(), index.shape[0], out.data_ptr()),
+        )
+        return out
 
     def dequantize(self) -> torch.Tensor:
         """The weight that is multiplied with, float32 [N, K]."""
-        return self.rows(torch.arange(self.outputs)).float()
+        return self.rows(torch.arange(self.outputs))
 
 
 def to_panels(values: torch.Tensor) -> torch.Tensor:

@@ -38,21 +38,26 @@ struct Layer {
     double scale;
 };
 
+struct Rotary {
+    const float* frequencies;  // [pairs]: radians a position
+    int64_t pairs;             // a head's leading 2 · pairs dimensions turn
+    double factor;             // on cos and sin
+};
+
 struct Model {
     const Layer* layers;
+    const Rotary* rotaries;
     const float* final_norm;
-    int64_t num_layers, hidden, heads, kv_heads, dim, block, activation, cache_type;
+    int64_t num_layers, num_rotaries, hidden, heads, kv_heads, dim, block, activation, cache_type;
     double eps;
 };
 
 // What changes from step to step.
 struct Step {
     float* x;  // [tokens, hidden], in and out
-    const int64_t* slots;
+    const int64_t *positions, *slots;
     const int32_t *tables, *query_start, *context_lens;
     int64_t tokens, batch, table_width;
-    const float *const *cos, *const *sin;  // by rotary embedding: [tokens, rotated]; the sine signed (-, +)
-    const int64_t* rotated;                // dimensions of a head that each turns
 };
 
 inline Vec divide_by_one_plus_exp(Vec numerator, Vec exponent) { return numerator / (exp_vec(exponent) + 1.0f); }
@@ -85,12 +90,11 @@ inline void norm_row(const float* x, const float* weight, float eps, int64_t siz
 }
 
 // One head by its token's angles, in place: (a, b) → (a · cos - b · sin, b · cos + a · sin), a and b its halves.
-inline void rotate(float* head, const float* cos, const float* sin, int64_t rotated) {
-    const int64_t half = rotated / 2;
-    for (int64_t i = 0; i < half; ++i) {
-        const float a = head[i], b = head[i + half];
-        head[i] = a * cos[i] + b * sin[i];
-        head[i + half] = b * cos[i + half] + a * sin[i + half];
+inline void rotate(float* head, const float* cos, const float* sin, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; ++i) {
+        const float a = head[i], b = head[i + pairs];
+        head[i] = a * cos[i] - b * sin[i];
+        head[i + pairs] = b * cos[i] + a * sin[i];
     }
 }
 
@@ -107,17 +111,34 @@ class Walk {
         qkv = normed + s.tokens * m.hidden;
         attended = qkv + s.tokens * heads * m.dim;
         gated = attended + s.tokens * m.heads * m.dim;
-        partial = gated + s.tokens * width;
+        angles = gated + s.tokens * width;
+        partial = angles + s.tokens * angle_floats(m);
         own_normed = own;
         memory = own + ALONE * m.hidden;
     }
 
     static int64_t shared_floats(const Model& m, const Step& s) {  // without the parts of attention
-        return s.tokens * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.dim + m.layers[0].down.inputs);
+        return s.tokens * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.dim + m.layers[0].down.inputs + angle_floats(m));
     }
     static int64_t own_floats(const Model& m, const Step& s, int64_t attention) {
         const int64_t widest = std::max({m.hidden, m.heads * m.dim, m.layers[0].down.inputs});
         return ALONE * m.hidden + std::max(attention, product_scratch(s.tokens, widest));
+    }
+
+    // cos and sin of every token's angles, [rotaries][tokens, 2, pairs].
+    void turn() {
+        float* out = angles;
+        for (int64_t index = 0; index < m.num_rotaries; ++index) {
+            const Rotary& rotary = m.rotaries[index];
+            for (int64_t t = begin(s.tokens); t < end(s.tokens); ++t)
+                for (int64_t i = 0; i < rotary.pairs; ++i) {
+                    const float angle = float(s.positions[t]) * rotary.frequencies[i];
+                    out[(2 * t) * rotary.pairs + i] = std::cos(angle) * float(rotary.factor);
+                    out[(2 * t + 1) * rotary.pairs + i] = std::sin(angle) * float(rotary.factor);
+                }
+            out += s.tokens * 2 * rotary.pairs;
+        }
+        wait();
     }
 
     void layer(const Layer& layer, const Attention<E, float>& attention, const Plan& plan) {
@@ -146,9 +167,14 @@ class Walk {
     const Model& m;
     const Step& s;
     const int64_t team, me;
-    float *normed, *qkv, *attended, *gated, *partial;  // of the team
+    float *normed, *qkv, *attended, *gated, *angles, *partial;  // of the team
     float *own_normed, *memory;                        // of this thread
 
+    static int64_t angle_floats(const Model& m) {  // of one token
+        int64_t floats = 0;
+        for (int64_t index = 0; index < m.num_rotaries; ++index) floats += 2 * m.rotaries[index].pairs;
+        return floats;
+    }
     int64_t begin(int64_t count) const { return count * me / team; }
     int64_t end(int64_t count) const { return count * (me + 1) / team; }
     static void wait() {
@@ -174,15 +200,16 @@ class Walk {
     }
 
     void rotate_and_cache(const Layer& layer) {
-        const float *cos = s.cos[layer.rotary], *sin = s.sin[layer.rotary];
-        const int64_t rotated = s.rotated[layer.rotary], heads = m.heads + 2 * m.kv_heads;
+        const float* turned = angles;
+        for (int64_t index = 0; index < layer.rotary; ++index) turned += s.tokens * 2 * m.rotaries[index].pairs;
+        const int64_t pairs = m.rotaries[layer.rotary].pairs, heads = m.heads + 2 * m.kv_heads;
         for (int64_t i = begin(s.tokens * heads); i < end(s.tokens * heads); ++i) {
             const int64_t token = i / heads, head = i % heads;
             float* values = qkv + i * m.dim;
             const bool is_query = head < m.heads, is_value = head >= m.heads + m.kv_heads;
             const float* norm = is_query ? layer.query_norm : is_value ? nullptr : layer.key_norm;
             if (norm) norm_row<false>(values, norm, float(m.eps), m.dim, values);
-            if (!is_value) rotate(values, cos + token * rotated, sin + token * rotated, rotated);
+            if (!is_value) rotate(values, turned + 2 * token * pairs, turned + (2 * token + 1) * pairs, pairs);
             if (is_query || s.slots[token] < 0) continue;
             const int64_t kv_head = (head - m.heads) % m.kv_heads;
             E* to = static_cast<E*>(is_value ? layer.values : layer.keys);
@@ -247,6 +274,7 @@ void decode_step(const Model& m, const Step& s, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Walk<E> walk(m, s, memory, scratch(Walk<E>::own_floats(m, s, own)));
+        walk.turn();
         for (int64_t index = 0; index < m.num_layers; ++index) {
             const Layer& layer = m.layers[index];
             walk.layer(layer, walk.attention(layer), plans[size_t(plan_of[size_t(index)])]);

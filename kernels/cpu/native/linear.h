@@ -248,6 +248,26 @@ inline void put_pair(uint16_t* to, Pair value) {
     for (int i = 0; i < LANES; ++i) to[i] = narrow(value.low[i]), to[LANES + i] = narrow(value.high[i]);
 }
 
+// Row `output` of the weight as floats, [inputs].
+inline void weight_row(const Weight& w, int64_t output, float* out) {
+    const int64_t panel = output / PANEL, lane = output % PANEL, half = PANEL / 2;
+    const float scale = w.type == INT8 ? widen(w.scales[output]) : 1.0f;
+    const uint16_t* grids = w.type == INT4 ? w.parameters + panel * w.num_groups() * 2 * PANEL + lane : nullptr;
+    for (int64_t k = 0; k < w.inputs; ++k) {
+        const int64_t row = panel * w.inputs + k;
+        switch (w.type) {
+            case F32: out[k] = reinterpret_cast<const float*>(w.panels)[row * PANEL + lane]; break;
+            case BF16: out[k] = widen(reinterpret_cast<const uint16_t*>(w.panels)[row * PANEL + lane]); break;
+            case INT8: out[k] = float(reinterpret_cast<const int8_t*>(w.panels)[row * PANEL + lane]) * scale; break;
+            case INT4: {
+                const uint8_t byte = w.panels[row * half + lane % half];
+                const uint16_t* grid = grids + k / w.group * 2 * PANEL;
+                out[k] = float((lane < half ? byte & 15 : byte >> 4) - 8) * widen(grid[0]) + widen(grid[PANEL]);
+            }
+        }
+    }
+}
+
 // y [rows, outputs] = x [rows, inputs] · Wᵀ + bias.
 template <class Out>
 void linear(const float* x, int64_t rows, const Weight& w, Out* y, int threads) {

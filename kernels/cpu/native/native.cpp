@@ -32,6 +32,20 @@ void headroom_linear(const void* x, int activation, int64_t m, int type, const v
     linear(wide.data(), m, w, static_cast<uint16_t*>(y), threads);
 }
 
+// out [count, inputs] float32 = rows `index` of a weight: the lookup of an embedding tied to a head.
+void headroom_rows(int type, const void* panels, const void* parameters, const void* scales, int64_t outputs,
+                   int64_t inputs, int64_t group, const int64_t* index, int64_t count, float* out) {
+    const Weight w{Type(type),
+                   static_cast<const uint8_t*>(panels),
+                   static_cast<const uint16_t*>(parameters),
+                   static_cast<const uint16_t*>(scales),
+                   nullptr,
+                   outputs,
+                   inputs,
+                   group};
+    for (int64_t i = 0; i < count; ++i) weight_row(w, index[i], out + i * inputs);
+}
+
 // Copies the step's keys and values to their slots (block · block_size + offset; negative: nowhere).
 void headroom_kv_write(const void* key, const void* value, int64_t key_stride, int64_t value_stride, void* keys,
                        void* values, const int64_t* slots, int64_t tokens, int64_t row_bytes) {
