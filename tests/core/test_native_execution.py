@@ -69,7 +69,8 @@ def test_quantized_weights_and_bfloat16_give_what_eager_gives(tiny_llama: Path, 
     knobs = {"weights": weights, "head_weights": "int8"}
     native = hidden_states(make_engine(model, execution="native", **knobs), prompts, 4)
     eager = hidden_states(make_engine(model, execution="eager", **knobs), prompts, 4)
-    bound = 1e-5 if dtype == "float32" else 0.1  # eager rounds to bfloat16 after every operation
+    # The last digit of an activation decides how it is rounded to 16 bits; eager rounds to bfloat16 everywhere.
+    bound = 3e-4 if dtype == "float32" else 0.1
     for ours, theirs in zip(native, eager, strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours.float() - theirs.float()).norm() < bound * theirs.float().norm()

@@ -151,8 +151,8 @@ void product(const float* x, int64_t ldx, int64_t rows, const float* panels, int
                 float* target = out + (row + r) * ldo + first;
                 sums[r] = add ? Pair{load<Vec>(target), load<Vec>(target + LANES)} : Pair{Vec{}, Vec{}};
             }
-            multiply_rows<F32>(int(m), x + row * ldx, ldx, reinterpret_cast<const uint8_t*>(panels + first * count),
-                               count, {}, sums);
+            multiply_rows<F32>(m, x + row * ldx, ldx, reinterpret_cast<const uint8_t*>(panels + first * count), count,
+                               sums);
             for (int64_t r = 0; r < m; ++r) {
                 float* target = out + (row + r) * ldo + first;
                 store(target, sums[r].low);

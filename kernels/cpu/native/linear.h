@@ -1,10 +1,15 @@
 // Weight-only linear layers.
 //
-// Layout of a weight [N, K], "panels": PANEL outputs lie side by side for each k, so that one load feeds PANEL sums.
+// Layout of a weight [N, K], "panels": PANEL outputs lie side by side for each k, so that one load feeds many sums.
 //
-//     panel p:   k = 0   | w[p·PANEL + 0, 0]  w[p·PANEL + 1, 0] … w[p·PANEL + PANEL-1, 0] |
-//                k = 1   | w[p·PANEL + 0, 1]  …
-//     INT4: byte j of a row holds output j in its low and output j + PANEL/2 in its high half.
+//     float32, bfloat16:  row k of a panel: w[0, k] w[1, k] … w[PANEL-1, k]
+//     INT8:  row of two columns k, k + 1:   w[0, k] w[0, k+1] w[1, k] w[1, k+1] …
+//     INT4:  row of four columns, in 16-bit words: word 2j + i (i = 0, 1; j < PANEL/2) holds, from its low bits up,
+//            w[j, k+i]  w[j + PANEL/2, k+i]  w[j, k+2+i]  w[j + PANEL/2, k+2+i]
+//
+// Floats are multiplied as floats. Integers are multiplied as integers: x is rounded to 16 bits in groups of columns
+// (by 1.5e-5 of the group's largest value, a 250th of what bfloat16 rounds), and pairs of products are summed in 32
+// bits, exactly; so the result of a row has the same bits whatever other rows come with it.
 //
 // Few rows of x (up to ROWS): weights are decoded in registers and used at once; the cost is reading them. More rows: a
 // piece of a panel is decoded into the first-level cache and used for all rows; the cost is the multiplications.
@@ -12,34 +17,145 @@
 
 #include <omp.h>
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace {
 
 constexpr int K_PIECE = 256;  // columns of a panel that are decoded at a time: PANEL · 256 · 4 bytes stay in L1
+constexpr int WORD_ROWS = LANES == 8 ? 5 : ROWS;  // of integers: 10 of 16 registers are sums
+constexpr int MOST_GROUP = 128;  // columns: 127 · 32767 · 128 fits into 32 bits, and K_PIECE holds whole groups
 
-template <Type T>
-constexpr int row_bytes() {
-    return T == F32 ? PANEL * 4 : T == BF16 ? PANEL * 2 : T == INT8 ? PANEL : PANEL / 2;
-}
+struct Weight {
+    Type type;
+    const uint8_t* panels;           // [panels, K, PANEL]
+    const uint16_t* parameters;      // INT4: bfloat16 [panels, K / group, 2, PANEL]: scales, then zero points
+    const uint16_t* scales;          // INT8: bfloat16 [outputs], applied to the sums
+    const float* bias;               // [outputs] or null
+    int64_t outputs, inputs, group;  // outputs: a multiple of PANEL; group: of integer types, divides inputs
+
+    bool integers() const { return type == INT8 || type == INT4; }
+    int64_t num_panels() const { return outputs / PANEL; }
+    int64_t num_groups() const { return integers() ? inputs / group : 0; }
+    const uint8_t* panel(int64_t index) const {
+        const int64_t bits = type == F32 ? 32 : type == BF16 ? 16 : type == INT8 ? 8 : 4;
+        return panels + index * inputs * PANEL * bits / 8;
+    }
+};
+
+// Rows of x as a product reads them: floats, or 16-bit integers with a scale for each row and group of columns.
+struct Input {
+    int64_t rows, inputs;
+    const float* x;        // [rows, inputs]
+    const int16_t* words;  // [rows, inputs]
+    const float* scales;   // [rows, groups]
+    const float* sums;     // [rows, groups]: of the rounded x
+};
+
+// ---- floats ---------------------------------------------------------------------------------------------------------
 
 template <Type T>
 inline Pair decode(const uint8_t* row) {
     if constexpr (T == F32) return {load<Vec>(row), load<Vec>(row + LANES * 4)};
-    if constexpr (T == BF16) {
-        const uint16_t* values = reinterpret_cast<const uint16_t*>(row);
-        return {load_widened(values), load_widened(values + LANES)};
-    }
-    if constexpr (T == INT8) {
-        const int8_t* values = reinterpret_cast<const int8_t*>(row);
-        return {__builtin_convertvector(load_bytes(values), Vec),
-                __builtin_convertvector(load_bytes(values + LANES), Vec)};
-    }
-    const IntVec both = load_bytes(row);
-    return {__builtin_convertvector(both & 15, Vec), __builtin_convertvector(both >> 4, Vec)};
+    const uint16_t* values = reinterpret_cast<const uint16_t*>(row);
+    return {load_widened(values), load_widened(values + LANES)};
 }
 
-// Scale and zero point of a panel's group; w = q · scale + offset with offset = zero - 8 · scale.
+// sums[r] += x[r, 0:count] · panel rows, the panel being decoded on the way. UNROLL sums run side by side where R is
+// small, since one chain of dependent multiply-adds is several cycles a link.
+template <Type T, int R>
+inline void multiply(const float* x, int64_t ldx, const uint8_t* panel, int64_t count, Pair* sums) {
+    constexpr int UNROLL = R == 1 ? 4 : R == 2 ? 2 : 1, ROW_BYTES = PANEL * (T == F32 ? 4 : 2);
+    Pair part[UNROLL][R];
+    for (int u = 0; u < UNROLL; ++u)
+        for (int r = 0; r < R; ++r) part[u][r] = u == 0 ? sums[r] : Pair{Vec{}, Vec{}};
+    auto step = [&](int64_t k, int u) __attribute__((always_inline)) {
+        const Pair w = decode<T>(panel + k * ROW_BYTES);
+        for (int r = 0; r < R; ++r) {
+            const Vec value = splat(x[r * ldx + k]);
+            part[u][r].low += value * w.low;
+            part[u][r].high += value * w.high;
+        }
+    };
+    int64_t k = 0;
+    for (; k + UNROLL <= count; k += UNROLL)
+        for (int u = 0; u < UNROLL; ++u) step(k + u, u);
+    for (; k < count; ++k) step(k, 0);
+    for (int r = 0; r < R; ++r) {
+        sums[r] = part[0][r];
+        for (int u = 1; u < UNROLL; ++u) sums[r] = {sums[r].low + part[u][r].low, sums[r].high + part[u][r].high};
+    }
+}
+
+// run(std::integral_constant<int, R>) with R = rows, which is known only now.
+template <class Run>
+inline void with_rows(int64_t rows, Run run) {
+    switch (rows) {
+#define HEADROOM_CASE(R) \
+    case R: return run(std::integral_constant<int, R>{});
+        HEADROOM_CASE(1) HEADROOM_CASE(2) HEADROOM_CASE(3) HEADROOM_CASE(4) HEADROOM_CASE(5) HEADROOM_CASE(6)
+#if defined(HEADROOM_AVX512)
+        HEADROOM_CASE(7) HEADROOM_CASE(8) HEADROOM_CASE(9) HEADROOM_CASE(10) HEADROOM_CASE(11) HEADROOM_CASE(12)
+#endif
+#undef HEADROOM_CASE
+        default: __builtin_unreachable();
+    }
+}
+
+template <Type T>
+inline void multiply_rows(int64_t rows, const float* x, int64_t ldx, const uint8_t* panel, int64_t count, Pair* sums) {
+    with_rows(rows, [&](auto r) { multiply<T, decltype(r)::value>(x, ldx, panel, count, sums); });
+}
+
+// share(first row, end) over shares of equal size, at most `most` each: 7 rows as 3 + 4, not as 6 + 1.
+template <class Share>
+inline void in_shares(int64_t rows, int64_t most, Share share) {
+    const int64_t shares = (rows + most - 1) / most;
+    for (int64_t i = 0; i < shares; ++i) share(rows * i / shares, rows * (i + 1) / shares);
+}
+
+// The sums of one panel for all rows of x, into sums [rows].
+template <Type T>
+void sum_floats(const Weight& w, int64_t index, const Input& in, Pair* sums, float* buffer) {
+    std::fill(sums, sums + in.rows, Pair{Vec{}, Vec{}});
+    const uint8_t* panel = w.panel(index);
+    if (in.rows <= ROWS) return multiply_rows<T>(in.rows, in.x, w.inputs, panel, w.inputs, sums);
+    constexpr int ROW_BYTES = PANEL * (T == F32 ? 4 : 2);
+    for (int64_t begin = 0; begin < w.inputs; begin += K_PIECE) {
+        const int64_t count = std::min<int64_t>(K_PIECE, w.inputs - begin);
+        const uint8_t* piece = panel + begin * ROW_BYTES;
+        if constexpr (T != F32) {
+            for (int64_t k = 0; k < count; ++k) {
+                const Pair column = decode<T>(piece + k * ROW_BYTES);
+                store(buffer + k * PANEL, column.low);
+                store(buffer + k * PANEL + LANES, column.high);
+            }
+            piece = reinterpret_cast<const uint8_t*>(buffer);
+        }
+        in_shares(in.rows, ROWS, [&](int64_t row, int64_t end) {
+            multiply_rows<F32>(end - row, in.x + row * w.inputs + begin, w.inputs, piece, count, sums + row);
+        });
+    }
+}
+
+// ---- integers -------------------------------------------------------------------------------------------------------
+
+// Two columns of a panel (the first pair of four, or the second) as words: of the outputs of its lower and of its upper
+// half; `packed` is where the four lie.
+template <Type T>
+inline void decode_pair(const uint8_t* packed, int pair, WordVec& low, WordVec& high) {
+    if constexpr (T == INT8) {
+        const int8_t* bytes = reinterpret_cast<const int8_t*>(packed) + pair * 2 * PANEL;
+        low = load_words(bytes), high = load_words(bytes + PANEL);
+    } else {
+        const UnsignedWordVec words = load<UnsignedWordVec>(packed) >> (pair == 0 ? 0 : 8);
+        low = same_bits<WordVec>(words & 15);
+        high = same_bits<WordVec>(pair == 0 ? (words >> 4) & 15 : words >> 4);
+    }
+}
+
+// What a group of columns of a panel is scaled with: w = q · scale + offset, of INT4 offset = zero - 8 · scale.
 struct Grid {
     Pair scale, offset;
     explicit Grid(const uint16_t* parameters) {
@@ -50,135 +166,107 @@ struct Grid {
     }
 };
 
-// The grids of a panel's groups: bfloat16 [count / group, 2, PANEL]. Only INT4 has them.
-struct Grids {
-    const uint16_t* parameters;
-    int64_t group;
-    const float* row_sums;  // of x, by group: [rows, ld_sums]; for few rows only
-    int64_t ld_sums;
-    Grid of(int64_t k) const { return Grid(parameters + k / group * 2 * PANEL); }
-};
-
-// sums[r] += x[r, 0:count] · panel rows, the panel being decoded on the way. UNROLL sums run side by side where R is
-// small, since one chain of dependent multiply-adds is several cycles a link. INT4 sums q · x over a group and applies
-// the grid to the sum: Σ (q · scale + offset) · x = scale · Σ q · x + offset · Σ x.
-template <Type T, int R>
-inline void multiply(const float* x, int64_t ldx, const uint8_t* panel, int64_t count, Grids grids, Pair* sums) {
-    constexpr int UNROLL = R == 1 ? 4 : R == 2 ? 2 : 1;
-    const int64_t span = T == INT4 ? grids.group : count;
-    for (int64_t begin = 0; begin < count; begin += span) {
-        Pair part[UNROLL][R];
-        for (int u = 0; u < UNROLL; ++u)
-            for (int r = 0; r < R; ++r) part[u][r] = Pair{Vec{}, Vec{}};
-        auto step = [&](int64_t k, int u) __attribute__((always_inline)) {
-            const Pair w = decode<T>(panel + k * row_bytes<T>());
-            for (int r = 0; r < R; ++r) {
-                const Vec value = splat(x[r * ldx + k]);
-                part[u][r].low += value * w.low;
-                part[u][r].high += value * w.high;
+// sums[r] += x[r, columns of the groups first … last - 1] · those columns; columns(quad, pair, low, high) gives two of
+// them, the quads counted from the first group's.
+template <Type T, int R, class Columns>
+inline void multiply_words(const Weight& w, const Input& in, int64_t row, int64_t first, int64_t last,
+                           const uint16_t* parameters, Columns columns, Pair* sums) {
+    const int64_t groups = w.num_groups(), quads = w.group / 4, ldx = w.inputs;
+    const int16_t* x = in.words + row * ldx + first * w.group;
+    size_t quad = 0;
+    for (int64_t group = first; group < last; ++group) {
+        IntVec low[R] = {}, high[R] = {};
+        for (const size_t end = quad + size_t(quads); quad < end; ++quad, x += 4)
+            for (int pair = 0; pair < 2; ++pair) {
+                WordVec two_low, two_high;
+                columns(quad, pair, two_low, two_high);
+                for (int r = 0; r < R; ++r) {
+                    const WordVec value = splat_pair(x + r * ldx + 2 * pair);
+                    low[r] = add_products(low[r], two_low, value);
+                    high[r] = add_products(high[r], two_high, value);
+                }
             }
-        };
-        int64_t k = begin;
-        for (; k + UNROLL <= begin + span; k += UNROLL)
-            for (int u = 0; u < UNROLL; ++u) step(k + u, u);
-        for (; k < begin + span; ++k) step(k, 0);
         for (int r = 0; r < R; ++r) {
-            Pair total = part[0][r];
-            for (int u = 1; u < UNROLL; ++u) total = {total.low + part[u][r].low, total.high + part[u][r].high};
+            const float scale = in.scales[(row + r) * groups + group];
+            Pair part{__builtin_convertvector(low[r], Vec) * scale, __builtin_convertvector(high[r], Vec) * scale};
             if constexpr (T == INT4) {
-                const Grid grid = grids.of(begin);
-                const Vec x_sum = splat(grids.row_sums[r * grids.ld_sums + begin / grids.group]);
-                total = {total.low * grid.scale.low + x_sum * grid.offset.low,
-                         total.high * grid.scale.high + x_sum * grid.offset.high};
+                const Grid grid(parameters + group * 2 * PANEL);
+                const Vec sum = splat(in.sums[(row + r) * groups + group]);
+                part = {part.low * grid.scale.low + sum * grid.offset.low,
+                        part.high * grid.scale.high + sum * grid.offset.high};
             }
-            sums[r] = {sums[r].low + total.low, sums[r].high + total.high};
+            sums[r] = {sums[r].low + part.low, sums[r].high + part.high};
         }
     }
 }
 
-// multiply() with the number of rows known only now.
 template <Type T>
-inline void multiply_rows(int64_t rows, const float* x, int64_t ldx, const uint8_t* panel, int64_t count, Grids grids,
-                          Pair* sums) {
-    switch (rows) {
-        case 1: return multiply<T, 1>(x, ldx, panel, count, grids, sums);
-        case 2: return multiply<T, 2>(x, ldx, panel, count, grids, sums);
-        case 3: return multiply<T, 3>(x, ldx, panel, count, grids, sums);
-        case 4: return multiply<T, 4>(x, ldx, panel, count, grids, sums);
-        case 5: return multiply<T, 5>(x, ldx, panel, count, grids, sums);
-        case 6: return multiply<T, 6>(x, ldx, panel, count, grids, sums);
-#if defined(__AVX512F__)
-        case 7: return multiply<T, 7>(x, ldx, panel, count, grids, sums);
-        case 8: return multiply<T, 8>(x, ldx, panel, count, grids, sums);
-        case 9: return multiply<T, 9>(x, ldx, panel, count, grids, sums);
-        case 10: return multiply<T, 10>(x, ldx, panel, count, grids, sums);
-        case 11: return multiply<T, 11>(x, ldx, panel, count, grids, sums);
-        case 12: return multiply<T, 12>(x, ldx, panel, count, grids, sums);
-#endif
-        default: __builtin_unreachable();
-    }
-}
-
-struct Weight {
-    Type type;
-    const uint8_t* panels;         // [panels, K, row_bytes]
-    const uint16_t* parameters;    // INT4: bfloat16 [panels, K / group, 2, PANEL]: scales, then zero points
-    const uint16_t* scales;        // INT8: bfloat16 [outputs], applied to the sums
-    const float* bias;             // [outputs] or null
-    int64_t outputs, inputs, group;  // outputs: a multiple of PANEL
-
-    int64_t num_panels() const { return outputs / PANEL; }
-    int64_t num_groups() const { return type == INT4 ? inputs / group : 0; }
-};
-
-// Columns begin … begin + count of a panel as floats, [count, PANEL].
-template <Type T>
-void decode_piece(const uint8_t* panel, int64_t begin, int64_t count, Grids grids, float* out) {
-    for (int64_t k = begin, end = begin + count; k < end;) {
-        const int64_t stop = T == INT4 ? std::min(end, k / grids.group * grids.group + grids.group) : end;
-        Pair scale, offset;
-        if constexpr (T == INT4) {
-            const Grid grid = grids.of(k);
-            scale = grid.scale, offset = grid.offset;
-        }
-        for (; k < stop; ++k, out += PANEL) {
-            Pair w = decode<T>(panel + k * row_bytes<T>());
-            if constexpr (T == INT4) w = {w.low * scale.low + offset.low, w.high * scale.high + offset.high};
-            store(out, w.low);
-            store(out + LANES, w.high);
-        }
-    }
-}
-
-// Rows of x as one product reads them, and what a thread needs to multiply them.
-struct Input {
-    const float* x;         // [rows, inputs]
-    int64_t rows, inputs;
-    const float* row_sums;  // [rows, groups] of an INT4 weight if rows ≤ ROWS, else unused
-};
-
-// The sums of one panel for all rows of x, into sums [rows].
-template <Type T>
-void panel_sums(const Weight& w, int64_t index, const Input& in, Pair* sums, float* buffer) {
+void sum_integers(const Weight& w, int64_t index, const Input& in, Pair* sums, float* buffer) {
     std::fill(sums, sums + in.rows, Pair{Vec{}, Vec{}});
-    const uint8_t* panel = w.panels + index * w.inputs * row_bytes<T>();
+    constexpr int PACKED = T == INT8 ? PANEL * 4 : PANEL * 2;  // bytes of four columns
+    const uint8_t* panel = w.panel(index);
     const uint16_t* parameters = T == INT4 ? w.parameters + index * w.num_groups() * 2 * PANEL : nullptr;
-    const Grids grids{parameters, w.group, in.row_sums, w.num_groups()};
-    if (in.rows <= ROWS) return multiply_rows<T>(in.rows, in.x, w.inputs, panel, w.inputs, grids, sums);
-    const int64_t shares = (in.rows + ROWS - 1) / ROWS;  // of equal size: 7 rows as 4 + 3, not as 6 + 1
-    for (int64_t k = 0; k < w.inputs; k += K_PIECE) {
-        const int64_t count = std::min<int64_t>(K_PIECE, w.inputs - k);
-        const uint8_t* piece = panel + k * row_bytes<T>();
-        if constexpr (T != F32) {
-            decode_piece<T>(panel, k, count, grids, buffer);
-            piece = reinterpret_cast<const uint8_t*>(buffer);
-        }
-        for (int64_t share = 0; share < shares; ++share) {
-            const int64_t row = in.rows * share / shares, end = in.rows * (share + 1) / shares;
-            multiply_rows<F32>(end - row, in.x + row * w.inputs + k, w.inputs, piece, count, {}, sums + row);
-        }
+    if (in.rows <= WORD_ROWS) {
+        const auto columns = [panel](size_t quad, int pair, WordVec& low, WordVec& high)
+                                 __attribute__((always_inline)) {
+            decode_pair<T>(panel + quad * PACKED, pair, low, high);
+        };
+        return with_rows(in.rows, [&](auto r) {
+            multiply_words<T, decltype(r)::value>(w, in, 0, 0, w.num_groups(), parameters, columns, sums);
+        });
+    }
+    WordVec* decoded = reinterpret_cast<WordVec*>(buffer);
+    const auto columns = [decoded](size_t quad, int pair, WordVec& low, WordVec& high) __attribute__((always_inline)) {
+        low = decoded[4 * quad + 2 * size_t(pair)], high = decoded[4 * quad + 2 * size_t(pair) + 1];
+    };
+    const int64_t groups = K_PIECE / w.group;  // of a piece
+    for (int64_t first = 0; first < w.num_groups(); first += groups) {
+        const int64_t last = std::min(w.num_groups(), first + groups);
+        const uint8_t* packed = panel + first * w.group / 4 * PACKED;
+        for (int64_t pair = 0; pair < (last - first) * w.group / 2; ++pair)
+            decode_pair<T>(packed + pair / 2 * PACKED, int(pair % 2), decoded[2 * pair], decoded[2 * pair + 1]);
+        in_shares(in.rows, WORD_ROWS, [&](int64_t row, int64_t end) {
+            with_rows(end - row, [&](auto r) {
+                multiply_words<T, decltype(r)::value>(w, in, row, first, last, parameters, columns, sums + row);
+            });
+        });
     }
 }
+
+// One group of a row: x ≈ words · scale. Values that are not finite make the scale, and so the outputs, NaN.
+inline void round_group(const float* x, int64_t count, int16_t* words, float* scale, float* sum) {
+    const int64_t whole = count / LANES * LANES;
+    Vec most{}, nothing{};
+    for (int64_t k = 0; k < whole; k += LANES) {
+        const Vec value = load<Vec>(x + k), size = value < Vec{} ? -value : value;
+        most = size > most ? size : most;
+        nothing += value * 0.0f;
+    }
+    float largest = 0, not_finite = sum_lanes(nothing);
+    for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
+    for (int64_t k = whole; k < count; ++k) largest = std::max(largest, std::fabs(x[k])), not_finite += x[k] * 0.0f;
+    const float factor = largest > 0 ? 32767.0f / largest : 0.0f;
+    constexpr float MAGIC = 12582912.0f;  // 1.5 · 2²³: what is added to it is rounded to an integer in its low bits
+    constexpr int32_t MAGIC_BITS = 0x4b400000;
+    using HalfVec = int16_t __attribute__((vector_size(LANES * 2)));
+    IntVec total{};
+    for (int64_t k = 0; k < whole; k += LANES) {
+        const IntVec rounded = same_bits<IntVec>(load<Vec>(x + k) * factor + MAGIC) - MAGIC_BITS;
+        store(words + k, __builtin_convertvector(rounded, HalfVec));
+        total += rounded;
+    }
+    int32_t words_sum = 0;
+    for (int i = 0; i < LANES; ++i) words_sum += total[i];
+    for (int64_t k = whole; k < count; ++k) {
+        const int32_t rounded = same_bits<int32_t>(x[k] * factor + MAGIC) - MAGIC_BITS;
+        words[k] = int16_t(rounded);
+        words_sum += rounded;
+    }
+    *scale = largest / 32767.0f + not_finite;
+    *sum = float(words_sum) * *scale;
+}
+
+// ---- the product ----------------------------------------------------------------------------------------------------
 
 inline Pair scaled_and_biased(const Weight& w, int64_t panel, Pair sum) {
     const int64_t first = panel * PANEL;
@@ -196,38 +284,32 @@ inline Pair scaled_and_biased(const Weight& w, int64_t panel, Pair sum) {
 // Outputs [rows, PANEL] of one panel, scales and bias applied.
 inline void panel_outputs(const Weight& w, int64_t index, const Input& in, Pair* out, float* buffer) {
     switch (w.type) {
-        case F32: panel_sums<F32>(w, index, in, out, buffer); break;
-        case BF16: panel_sums<BF16>(w, index, in, out, buffer); break;
-        case INT8: panel_sums<INT8>(w, index, in, out, buffer); break;
-        case INT4: panel_sums<INT4>(w, index, in, out, buffer); break;
+        case F32: sum_floats<F32>(w, index, in, out, buffer); break;
+        case BF16: sum_floats<BF16>(w, index, in, out, buffer); break;
+        case INT8: sum_integers<INT8>(w, index, in, out, buffer); break;
+        case INT4: sum_integers<INT4>(w, index, in, out, buffer); break;
     }
     if (w.type == INT8 || w.bias)
         for (int64_t r = 0; r < in.rows; ++r) out[r] = scaled_and_biased(w, index, out[r]);
 }
 
-// Floats of scratch that a thread needs for products of so many rows and inputs; see multiply_panels.
+// Floats of scratch that a thread needs for a product of so many rows and inputs; see multiply_panels.
 constexpr int64_t BUFFER = K_PIECE * PANEL;
-inline int64_t product_scratch(int64_t rows, int64_t inputs) { return BUFFER + 2 * rows * PANEL + ROWS * inputs; }
+inline int64_t product_scratch(int64_t rows, int64_t inputs) { return BUFFER + 2 * rows * PANEL + 2 * rows * inputs; }
 
 // Every thread of a team computes its share of the panels: finish(panel, outputs [rows] of pairs).
 // With `paired`, panel p and p + half the panels come together: finish(p, outputs of p, outputs of its partner).
 template <bool paired, class Finish>
 void multiply_panels(const Weight& w, const float* x, int64_t rows, float* memory, Finish finish) {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), groups = w.num_groups();
     float* buffer = memory;
     Pair* outputs = reinterpret_cast<Pair*>(memory + BUFFER);
-    float* row_sums = memory + BUFFER + 2 * rows * PANEL;
-    if (w.type == INT4 && rows <= ROWS)
-        for (int64_t i = 0; i < rows * w.num_groups(); ++i) {
-            Vec sum{};
-            float rest = 0;
-            const float* from = x + i * w.group;
-            int64_t k = 0;
-            for (; k + LANES <= w.group; k += LANES) sum += load<Vec>(from + k);
-            for (; k < w.group; ++k) rest += from[k];
-            row_sums[i] = sum_lanes(sum) + rest;
-        }
-    const Input in{x, rows, w.inputs, row_sums};
+    float *scales = memory + BUFFER + 2 * rows * PANEL, *sums = scales + rows * groups;
+    int16_t* words = reinterpret_cast<int16_t*>(sums + rows * groups);
+    // Every thread rounds all of x for itself: that is less than waiting for each other.
+    for (int64_t i = 0; i < rows * groups; ++i)
+        round_group(x + i * w.group, w.group, words + i * w.group, scales + i, sums + i);
+    const Input in{rows, w.inputs, x, words, scales, sums};
     const int64_t panels = paired ? w.num_panels() / 2 : w.num_panels();
     for (int64_t panel = panels * me / team; panel < panels * (me + 1) / team; ++panel) {
         panel_outputs(w, panel, in, outputs, buffer);
@@ -250,22 +332,24 @@ inline void put_pair(uint16_t* to, Pair value) {
 
 // Row `output` of the weight as floats, [inputs].
 inline void weight_row(const Weight& w, int64_t output, float* out) {
-    const int64_t panel = output / PANEL, lane = output % PANEL, half = PANEL / 2;
+    const int64_t lane = output % PANEL, half = PANEL / 2;
+    const uint8_t* panel = w.panel(output / PANEL);
     const float scale = w.type == INT8 ? widen(w.scales[output]) : 1.0f;
-    const uint16_t* grids = w.type == INT4 ? w.parameters + panel * w.num_groups() * 2 * PANEL + lane : nullptr;
-    for (int64_t k = 0; k < w.inputs; ++k) {
-        const int64_t row = panel * w.inputs + k;
-        switch (w.type) {
-            case F32: out[k] = reinterpret_cast<const float*>(w.panels)[row * PANEL + lane]; break;
-            case BF16: out[k] = widen(reinterpret_cast<const uint16_t*>(w.panels)[row * PANEL + lane]); break;
-            case INT8: out[k] = float(reinterpret_cast<const int8_t*>(w.panels)[row * PANEL + lane]) * scale; break;
+    const uint16_t* grids = w.type == INT4 ? w.parameters + output / PANEL * w.num_groups() * 2 * PANEL + lane : nullptr;
+    for (int64_t k = 0; k < w.inputs; ++k) switch (w.type) {
+            case F32: out[k] = reinterpret_cast<const float*>(panel)[k * PANEL + lane]; break;
+            case BF16: out[k] = widen(reinterpret_cast<const uint16_t*>(panel)[k * PANEL + lane]); break;
+            case INT8: {
+                const int8_t* row = reinterpret_cast<const int8_t*>(panel) + k / 2 * 2 * PANEL;
+                out[k] = float(row[2 * lane + k % 2]) * scale;
+                break;
+            }
             case INT4: {
-                const uint8_t byte = w.panels[row * half + lane % half];
+                const uint8_t byte = panel[k / 4 * 2 * PANEL + 2 * (2 * (lane % half) + k % 2) + k % 4 / 2];
                 const uint16_t* grid = grids + k / w.group * 2 * PANEL;
                 out[k] = float((lane < half ? byte & 15 : byte >> 4) - 8) * widen(grid[0]) + widen(grid[PANEL]);
             }
         }
-    }
 }
 
 // y [rows, outputs] = x [rows, inputs] · Wᵀ + bias.

@@ -4,7 +4,7 @@
 // number of threads.
 #pragma once
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -16,7 +16,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define HEADROOM_AVX512
 constexpr int LANES = 16, ROWS = 12;  // 24 accumulators of 32 registers
 #elif defined(__AVX2__)
 constexpr int LANES = 8, ROWS = 6;  // 12 accumulators of 16 registers
@@ -28,6 +29,8 @@ constexpr int PANEL = 2 * LANES;
 using Vec = float __attribute__((vector_size(LANES * 4)));
 using IntVec = int32_t __attribute__((vector_size(LANES * 4)));
 using ShortVec = uint16_t __attribute__((vector_size(LANES * 2)));
+using WordVec = int16_t __attribute__((vector_size(LANES * 4)));  // 2 · LANES of them
+using UnsignedWordVec = uint16_t __attribute__((vector_size(LANES * 4)));
 
 enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
@@ -59,25 +62,45 @@ inline uint16_t narrow(float value) {  // round to nearest, ties to even
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// LANES bytes as integers. Spelled out where compilers turn the conversion into a loop over elements.
-template <class Byte>
-inline IntVec load_bytes(const Byte* from) {
-    constexpr bool is_signed = Byte(-1) < Byte(0);
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return same_bits<IntVec>(is_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+// 2 · LANES signed bytes as 16-bit integers. Spelled out where compilers turn the conversion into a loop over elements.
+inline WordVec load_words(const int8_t* from) {
+#if defined(HEADROOM_AVX512)
+    return same_bits<WordVec>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return same_bits<IntVec>(is_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+    return same_bits<WordVec>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
-    using Bytes = Byte __attribute__((vector_size(LANES)));
-    return __builtin_convertvector(load<Bytes>(from), IntVec);
+    using Bytes = int8_t __attribute__((vector_size(LANES * 2)));
+    return __builtin_convertvector(load<Bytes>(from), WordVec);
 #endif
+}
+
+// sum + a · b, the products of each two neighbours added up: lane i gets words 2i and 2i + 1.
+inline IntVec add_products(IntVec sum, WordVec a, WordVec b) {
+#if defined(HEADROOM_AVX512) && defined(__AVX512VNNI__)
+    return same_bits<IntVec>(
+        _mm512_dpwssd_epi32(same_bits<__m512i>(sum), same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(HEADROOM_AVX512)
+    return sum + same_bits<IntVec>(_mm512_madd_epi16(same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return sum + same_bits<IntVec>(_mm256_madd_epi16(same_bits<__m256i>(a), same_bits<__m256i>(b)));
+#elif defined(__SSE2__)
+    return sum + same_bits<IntVec>(_mm_madd_epi16(same_bits<__m128i>(a), same_bits<__m128i>(b)));
+#else
+    const IntVec x = same_bits<IntVec>(a), y = same_bits<IntVec>(b);
+    return sum + (x >> 16) * (y >> 16) + ((x << 16) >> 16) * ((y << 16) >> 16);
+#endif
+}
+
+// Two neighbouring words in every pair of lanes.
+inline WordVec splat_pair(const int16_t* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof(pair));
+    return same_bits<WordVec>(pair - IntVec{});
 }
 
 // LANES bfloat16 values as floats.
 inline Vec load_widened(const uint16_t* from) {
-#if defined(__AVX512F__)
+#if defined(HEADROOM_AVX512)
     return same_bits<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(same_bits<__m256i>(load<ShortVec>(from))), 16));
 #elif defined(__AVX2__)
     return same_bits<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(same_bits<__m128i>(load<ShortVec>(from))), 16));
@@ -116,7 +139,7 @@ inline float sum_lanes(Vec v) {
 }
 // Lane i: the sum of the lanes of v[i].
 inline Vec sum_each(const Vec* v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(HEADROOM_AVX512)
     const auto pairs = [](Vec a, Vec b) { return same_bits<Vec>(_mm256_hadd_ps(same_bits<__m256>(a), same_bits<__m256>(b))); };
     const __m256 low = same_bits<__m256>(pairs(pairs(v[0], v[1]), pairs(v[2], v[3])));
     const __m256 high = same_bits<__m256>(pairs(pairs(v[4], v[5]), pairs(v[6], v[7])));
