@@ -383,6 +383,7 @@ class Engine:
         params = request.params
         first_that_may_end = request.num_prompt_tokens + params.min_tokens
         reason: FinishReason | None = None
+        last_length = request.num_prompt_tokens + params.max_tokens
         for taken, token in enumerate(tokens, start=1):
             token_ids.append(token)
             token_times.append(now)
@@ -392,7 +393,7 @@ class Engine:
                 reason, request.stop_reason = "stop", stop_string
             elif token in request.end_token_ids and length > first_that_may_end:
                 reason, request.stop_reason = "stop", token
-            elif length >= request.num_prompt_tokens + params.max_tokens:
+            elif length >= last_length:
                 reason = "length"
             if reason is not None:
                 # What was accepted beyond the end is no part of the text: its keys and values are not reusable.

@@ -47,12 +47,13 @@ class Runner:
             Logits [R, vocab] of the positions at which a token is to be chosen, in row order: for a row that
             samples, its newest known token and every draft (``num_drafts + 1`` positions); none for other rows.
         """
+        token_ids, sampled = _flatten(rows)
         tensors = build_step_tensors(
-            token_ids=_token_ids(rows),
+            token_ids=token_ids,
             starts=[row.start for row in rows],
             query_lens=[row.num_tokens for row in rows],
             tables=[row.request.block_ids for row in rows],
-            sampled=_sampled_positions(rows),
+            sampled=sampled,
             block_size=self.cache.block_size,
             device=self.model.device,
         )
@@ -62,7 +63,9 @@ class Runner:
         hidden = self.executor.forward(Step(tensors.token_ids, tensors.positions, context, pure_decode))
         if not tensors.sampled.shape[0]:  # a chunk in the middle of a prompt: the head has nothing to do
             return hidden.new_empty(0, self.model.decoder.vocab_size)
-        return self.model.decoder.logits(hidden.index_select(0, tensors.sampled))
+        if tensors.sampled.shape[0] != hidden.shape[0]:  # else every position, in order
+            hidden = hidden.index_select(0, tensors.sampled)
+        return self.model.decoder.logits(hidden)
 
     @torch.inference_mode()
     def prompt_logits(self, token_ids: Sequence[int], attention: AttentionBackend) -> torch.Tensor:
@@ -99,21 +102,18 @@ class Runner:
         return decoder.logits(decoder(tensors.token_ids, tensors.positions, context.attend)).float()
 
 
-def _token_ids(rows: Sequence[ScheduledRequest]) -> list[int]:
+def _flatten(rows: Sequence[ScheduledRequest]) -> tuple[list[int], list[int]]:
+    """The batch's tokens laid end to end, and the places among them whose logits are wanted."""
     token_ids: list[int] = []
+    sampled: list[int] = []
     for row in rows:
-        known_end = row.start + row.num_tokens - row.num_drafts
-        token_ids.extend(row.request.token_ids[row.start : known_end])
-        token_ids.extend(row.request.draft_token_ids[: row.num_drafts])
-    return token_ids
-
-
-def _sampled_positions(rows: Sequence[ScheduledRequest]) -> list[int]:
-    """Rows of the flattened batch whose logits are wanted."""
-    wanted: list[int] = []
-    end = 0
-    for row in rows:
-        end += row.num_tokens
+        start, count, drafts = row.start, row.num_tokens, row.num_drafts
+        if count == 1:  # decode without a draft: most rows of most steps
+            token_ids.append(row.request.token_ids[start])
+        else:
+            token_ids += row.request.token_ids[start : start + count - drafts]
+            token_ids += row.request.draft_token_ids[:drafts]
         if row.samples:
-            wanted.extend(range(end - row.num_drafts - 1, end))
-    return wanted
+            end = len(token_ids)
+            sampled.extend(range(end - drafts - 1, end))
+    return token_ids, sampled

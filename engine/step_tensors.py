@@ -53,23 +53,28 @@ def build_step_tensors(
         block_size: tokens a block.
         device: where the tensors are to be.
     """
-    first, lengths = np.array(starts, np.int64), np.array(query_lens, np.int64)
-    context_lens = first + lengths
-    query_start = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=query_start[1:])
+    # Plain integers for what is one a sequence: numpy costs a microsecond and more for each operation.
+    context_lens = [start + length for start, length in zip(starts, query_lens, strict=True)]
     # A request may hold more blocks than this step reads: cut, so that backends gather no more than they need.
-    used = (context_lens + (block_size - 1)) // block_size
-    padded = _pad_tables(tables, used.tolist())
-    if len(token_ids) == len(lengths):  # every sequence decodes
-        sequence, positions = np.arange(len(lengths)), first
+    padded = _pad_tables(tables, [-(-length // block_size) for length in context_lens])
+    if len(token_ids) == len(starts):  # every sequence decodes
+        query_start = np.arange(len(starts) + 1, dtype=np.int32)
+        positions = np.array(starts, np.int64)
+        slots = np.array(
+            [table[at // block_size] * block_size + at % block_size for table, at in zip(tables, starts, strict=True)],
+            np.int64,
+        )
     else:
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        first, lengths = np.array(starts, np.int64), np.array(query_lens, np.int64)
+        query_start = np.zeros(len(starts) + 1, np.int32)
+        np.cumsum(lengths, out=query_start[1:])
+        sequence = np.repeat(np.arange(len(starts)), lengths)
         positions = np.arange(len(token_ids)) + (first - query_start[:-1])[sequence]
-    slots = padded[sequence, positions // block_size] * np.int64(block_size) + positions % block_size
+        slots = padded[sequence, positions // block_size] * np.int64(block_size) + positions % block_size
     wide = [np.array(token_ids, np.int64), positions, slots, np.array(sampled, np.int64)]
-    narrow = [query_start, context_lens.astype(np.int32), padded]
+    narrow = [query_start, np.array(context_lens, np.int32), padded]
     tokens, places, mapping, rows, start, context, block_tables = to_device([*wide, *narrow], device)
-    batch = AttentionBatch(query_lens, context_lens.tolist(), start, context, block_tables, mapping)
+    batch = AttentionBatch(query_lens, context_lens, start, context, block_tables, mapping)
     return StepTensors(tokens, places, rows, batch)
 
 

@@ -33,8 +33,8 @@ VOCABULARY = 257
 CONTEXT = 256
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
+    "hidden_size": 96,  # and 160: whole panels of the native kernels on every machine
+    "intermediate_size": 160,
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
@@ -63,8 +63,8 @@ def rope(kind: str, theta: float = 10000.0, **fields: Any) -> dict[str, Any]:
 
 LONGROPE = rope(
     "longrope",
-    short_factor=[1.0, 1.1, 1.3, 1.9, 2.5, 3.0],
-    long_factor=[1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    short_factor=[1.0, 1.1, 1.3, 1.9, 2.5, 3.0, 3.0, 3.1, 3.1, 3.2, 3.5, 4.0],
+    long_factor=[1.0, 2.0, 4.0, 8.0, 16.0, 32.0] * 2,
     original_max_position_embeddings=CONTEXT,
     partial_rotary_factor=0.75,
 )

@@ -74,6 +74,14 @@ class AttendContext:
             window=self._windows[layer],
         )
 
+    def scale(self, layer: int) -> float:
+        """Factor on the attention scores of a layer."""
+        return self._scales[layer]
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a query of a layer sees, itself included; None for all."""
+        return self._windows[layer]
+
     def where(self, layer: int) -> torch.Tensor:
         """int64 [2] on the CPU, the operator's address of a layer of this engine: handle, layer."""
         return torch.tensor([self.handle, layer], dtype=torch.int64)

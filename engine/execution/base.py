@@ -70,7 +70,7 @@ class Answer:
     """What the dispatcher says about one step.
 
     Attributes:
-        mode: ``"eager"``, ``"compiled"`` or ``"graphs"``.
+        mode: ``"eager"``, ``"native"``, ``"compiled"`` or ``"graphs"``.
         shape: the prepared shape to run, None for eager.
         reason: why this one.
     """

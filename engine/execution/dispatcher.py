@@ -53,13 +53,13 @@ class Dispatcher:
                 return Answer("eager", None, f"a graph needs attention {GRAPHS_ATTENTION}, not {attention}")
         for shape in self._shapes.get(weights, ()):
             if num_tokens in shape.tokens:
-                return Answer(self.mode, shape, f"prepared for {shape.tokens} tokens")
+                return Answer(shape.mode, shape, f"prepared for {shape.tokens} tokens")
         return Answer("eager", None, self._why_not(num_tokens, weights))
 
     def _why_not(self, num_tokens: int, weights: str) -> str:
         for tokens, error in self._failed.get(weights, ()):
             if num_tokens in tokens:
-                return f"preparing {tokens} tokens failed: {error}"
+                return error if self.mode == "auto" else f"preparing {tokens} tokens failed: {error}"
         if self._shapes and weights not in self._shapes:
             return "the weights were exchanged; nothing is prepared for the new ones yet"
         return f"{num_tokens} tokens are not prepared"

@@ -21,10 +21,13 @@ from engine.execution.compiler import check_compiler
 from engine.execution.dispatcher import GRAPHS_ATTENTION, Dispatcher, bucket_ranges
 from engine.execution.eager import EagerExecution
 from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecution, StaticBuffers
+from engine.execution.native import NativeExecution, linear_kernels, obstacle
 from engine.execution.preparation import Preparation, ShapeNews
 from engine.layers.attention import AttentionBackend
+from engine.layers.linear import Linear
 from engine.models.decoder import Decoder
 from engine.models.fallback import TransformersDecoder
+from kernels.dispatch import choose
 
 AnyDecoder = Decoder | TransformersDecoder
 AddEvent = Callable[[str, str, dict[str, Any]], None]
@@ -78,17 +81,27 @@ class Executor:
         Raises:
             ConfigError: naming the remedy.
         """
-        if config.execution == "eager":
+        if config.execution in ("auto", "eager"):
             return
         if not isinstance(self.decoder, Decoder):
             raise ConfigError(
                 f"{config.execution!r} needs a family of our own decoder; this model runs through a fallback.",
                 field="execution",
-                remedy="Choose eager.",
+                remedy="Choose auto or eager.",
             )
         if config.execution == "compiled":
             check_compiler()
             return
+        if config.execution == "native":
+            linear = choose("linear", config.linear, device=self.device, dtype=self.decoder.dtype).path or "none"
+            reason = obstacle(self.decoder, self.device, attention.name, linear.partition(" ")[0])
+            if reason is None:
+                return
+            raise ConfigError(
+                f"'native' execution cannot run here: {reason}",
+                field="execution",
+                remedy="Choose auto or eager, or set attention and linear to native in the same change.",
+            )
         if self.device.type != "cuda":
             raise ConfigError(
                 f"'graphs' are CUDA graphs, and the model is on {self.device}.",
@@ -107,7 +120,7 @@ class Executor:
         same_attention = self._attention is not None and self._attention.name == attention.name
         self._attention = attention
         changed = config.execution != self.dispatcher.mode
-        if changed or (config.execution == "graphs" and not same_attention):
+        if changed or (config.execution in ("auto", "native", "graphs") and not same_attention):
             self._start_over(config.execution)
 
     def close(self) -> None:
@@ -132,6 +145,9 @@ class Executor:
         self._began = time.perf_counter()
         if self.dispatcher.mode == "eager":
             return
+        if self.dispatcher.mode in ("auto", "native"):
+            self._go_native()
+            return
         assert isinstance(self.decoder, Decoder), "checked before"
         if self.dispatcher.mode == "compiled":
             wanted = [TokenRange(1, 1)]
@@ -143,6 +159,17 @@ class Executor:
         else:
             self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
             self._capture = self.make_capture()
+
+    def _go_native(self) -> None:
+        """Nothing to wait for: the kernels take the weights as they lie. `auto` is eager where they cannot."""
+        assert self._attention is not None
+        reason = obstacle(self.decoder, self.device, self._attention.name, linear_kernels(self.decoder))
+        weights = self._weights.label()
+        if reason is None:
+            assert isinstance(self.decoder, Decoder), "said obstacle"
+            self.dispatcher.add(weights, NativeExecution(self.decoder, self.context, self.cache, self._max_tokens))
+        else:
+            self.dispatcher.fail(weights, TokenRange(1, self._max_tokens), f"native execution is not had: {reason}")
 
     # -- stepping --------------------------------------------------------------------------------------
 
@@ -212,6 +239,8 @@ class Executor:
         mode, weights = self.dispatcher.mode, self._weights.label()
         if mode == "eager":
             return "eager"
+        if mode in ("auto", "native"):
+            return "native" if self.dispatcher.prepared(weights) else "eager"
         ready = ", ".join(map(str, self.dispatcher.prepared(weights)))
         parts = [f"{mode} ({ready} tokens)" if ready else "eager"]
         if self.preparing:
@@ -224,6 +253,7 @@ class Executor:
         weights = self._weights.label()
         prepared = [str(tokens) for tokens in self.dispatcher.prepared(weights)]
         failed = [{"tokens": str(tokens), "error": error} for tokens, error in self.dispatcher.failed(weights)]
+        failed = [] if self.dispatcher.mode == "auto" else failed  # auto has no wish that could fail
         return {
             "asked": self.dispatcher.mode,
             "last": self.last.mode,
@@ -249,20 +279,29 @@ class WeightsWatch:
     """Knows when the weights of a decoder are no longer the ones they were.
 
     A prepared shape holds the very tensors it computes with. Who exchanges them need not tell: two engines may share a
-    model. So the layers are looked at, at every step (some 10 µs for 120 of them).
+    model. So the layers are looked at whenever any layer of the process was given another format.
     """
 
     def __init__(self, decoder: AnyDecoder) -> None:
         self._linears = [linear for _, linear, _ in (*decoder.linears(), *decoder.tables())]
         self._formats = [linear.format for linear in self._linears]
+        self._exchanges = Linear.exchanges
         self._generation = 0
         self._seen = 0
+        self._label = self._make_label()
 
     def label(self) -> str:
         """Names the weights in force now: another name after every exchange."""
-        if any(linear.format is not known for linear, known in zip(self._linears, self._formats, strict=True)):
-            self._formats = [linear.format for linear in self._linears]
-            self._generation += 1
+        if self._exchanges != Linear.exchanges:
+            self._exchanges = Linear.exchanges
+            formats = [linear.format for linear in self._linears]
+            if any(format is not known for format, known in zip(formats, self._formats, strict=True)):
+                self._formats = formats
+                self._generation += 1
+                self._label = self._make_label()
+        return self._label
+
+    def _make_label(self) -> str:
         names = dict.fromkeys(format.name for format in self._formats)
         return f"{'+'.join(names)}#{self._generation}"
 

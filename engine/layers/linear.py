@@ -17,15 +17,24 @@ class Linear(nn.Module):
         sources: names of the checkpoint's tensors that the weight consists of, stacked by rows.
     """
 
+    exchanges = 0
+    """How often any linear layer of the process was given a format: who keeps what it derived from formats looks here
+    first."""
+
     def __init__(self, format: WeightFormat, bias: torch.Tensor | None = None, sources: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.format = format
+        self._format = format
         self.sources = sources
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def format(self) -> WeightFormat:
+        """The weight in its present format."""
+        return self._format
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[M, in_features] → [M, out_features] in the dtype of ``x``."""
-        return self.format.forward(x, self.bias)
+        return self._format.forward(x, self.bias)
 
     def exchange(self, format: WeightFormat) -> None:
         """Use another format of the same weight from the next call on; the former one is dropped.
@@ -35,7 +44,8 @@ class Linear(nn.Module):
         """
         if format.shape != self.format.shape:
             raise ValueError(f"weight of shape {format.shape} cannot replace {self.format.shape}")
-        self.format = format
+        self._format = format
+        Linear.exchanges += 1
 
     def nbytes(self) -> int:
         """Resident bytes of weight and bias."""

@@ -132,14 +132,17 @@ class Decoder(nn.Module):
         Returns:
             [T, hidden_size] in the compute dtype.
         """
-        hidden = self.embed_tokens.format.rows(token_ids).to(self.dtype)
-        if self.embedding_scale != 1.0:
-            hidden = hidden * self.embedding_scale
+        hidden = self.embed(token_ids)
         rotations = [rotary(positions) for rotary in self.rotaries]
         for layer, rotary_index in zip(self.layers, self.layer_rotaries, strict=True):
             arguments = (hidden, *rotations[rotary_index], attend)
             hidden = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return self.norm(hidden)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] → [T, hidden_size] in the compute dtype."""
+        hidden = self.embed_tokens.format.rows(token_ids).to(self.dtype)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] of the rows to be sampled → [R, vocab_size] in the compute dtype."""

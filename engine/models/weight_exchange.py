@@ -109,7 +109,7 @@ def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) ->
             linear.exchange(prepared.formats[name])
     except BaseException:
         for name, linear in linears.items():
-            linear.format = former[name]
+            linear.exchange(former[name])
         raise
 
 

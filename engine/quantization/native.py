@@ -48,15 +48,17 @@ class NativeFormat(WeightFormat):
     def path(self) -> str:
         kind = dtype_name(self.packed.panels.dtype) if self.name == "model" else self.name.replace("-", " ")
         prefix = "model: " if self.name == "model" else ""
-        return f"{prefix}{kind}, native {native().isa}, float32 sums"
+        arithmetic = "float32 sums" if self.bits is None else "16-bit activations"
+        return f"{prefix}{kind}, native {native().isa}, {arithmetic}"
 
 
 def to_native(format: WeightFormat) -> WeightFormat:
     """The same weight for the native kernels; it takes not a byte more.
 
-    Formats that they do not know come back as they are, and so do weights whose outputs fill no whole panels.
+    Formats that they do not know come back as they are, and so do weights whose outputs fill no whole panels or whose
+    inputs fill no whole quads.
     """
-    if format.shape[0] % native().panel:
+    if format.shape[0] % native().panel or format.shape[1] % 4:
         return format
     if isinstance(format, ModelDtypeFormat):
         return NativeFormat("model", pack_float(format.weight), None, None, 0.0)

@@ -1,4 +1,4 @@
-"""Attention over the paged cache on the CPU, and the write into it. See ``native.cpp`` for how it is computed."""
+"""Attention over the paged cache on the CPU, and the write into it; ``native/attention.h`` has the computation."""
 
 from __future__ import annotations
 

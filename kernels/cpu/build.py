@@ -1,4 +1,4 @@
-"""Builds ``native.cpp`` for this machine and loads it.
+"""Builds the sources in ``native/`` for this machine and loads it.
 
 The library is compiled for the instruction set at hand (``-march=native``), kept below ``HEADROOM_HOME`` under a name
 that hashes its source, the compiler, the flags and the processor, and loaded through :mod:`ctypes`. It shares the
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = Path(__file__).with_name("native")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 _COMPILERS = ("c++", "g++", "clang++")
 _PATIENCE_S = 300.0
@@ -79,7 +79,7 @@ def _built() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / "native.so"
-            _run([compiler, *_FLAGS, "-c", str(SOURCE), "-o", f"{scratch}/native.o"])
+            _run([compiler, *_FLAGS, "-c", str(SOURCES / "native.cpp"), "-o", f"{scratch}/native.o"])
             _run([compiler, "-shared", f"{scratch}/native.o", *_openmp(), "-o", str(made)])
             os.replace(made, target)  # at once: another process may be building the same file
     return target
@@ -100,7 +100,8 @@ def _folder() -> Path:
 
 def _digest(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    facts = (SOURCE.read_text(encoding="utf-8"), version, " ".join(_FLAGS), _processor(), str(torch.__version__))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    facts = (*sources, version, " ".join(_FLAGS), _processor(), str(torch.__version__))
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
@@ -138,7 +139,11 @@ def _declare(library: ctypes.CDLL) -> None:
             *(pointer, integer, number, integer, pointer, pointer, pointer, pointer),
             *(number, number, number, pointer, integer),
         ],
+        "headroom_rows": [
+            *(integer, pointer, pointer, pointer, number, number, number, pointer, number, pointer),
+        ],
         "headroom_kv_write": [pointer, pointer, number, number, pointer, pointer, pointer, number, number],
+        "headroom_decode_step": [pointer, pointer, integer],
         "headroom_attention": [
             *(pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer),
             *(number, number, number, number, number, number, number, number, ctypes.c_float, integer),

@@ -1,8 +1,9 @@
-"""Weight-only linear layers on the CPU: packing into panels, and the product. See ``native.cpp`` for the layout."""
+"""Weight-only linear layers on the CPU: packing into panels, and the product; ``native/linear.h`` has the layout."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 from kernels.cpu.attention import DTYPES
 from kernels.cpu.build import native
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+MOST_GROUP = 128  # columns whose products are summed as integers
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,12 +20,13 @@ class PackedWeight:
     """A weight [N, K] in panels of P outputs, which divides N.
 
     Attributes:
-        panels: [N / P, K, P] in float32, bfloat16 or int8; uint8 [N / P, K, P / 2] for INT4: byte j of a row holds
-            output j in its low half and output j + P / 2 in its high half, both as q = 0 … 15.
+        panels: [N / P, K, P] in float32 or bfloat16; int8 [N / P, K / 2, P, 2], two columns of an output side by side;
+            uint8 [N / P, K / 4, P / 2, 2, 2] for INT4: of column 4i + a + 2b (a and b the last two indices) output j
+            in the low half and output j + P / 2 in the high half of a byte, both as q = 0 … 15.
         scales: INT8: bfloat16 [N]. None otherwise.
         grids: INT4: bfloat16 [N / P, K / group, 2, P]: scales, then zero points; w = (q - 8) · scale + zero.
         outputs, inputs: N and K.
-        group: K per grid of INT4, 0 otherwise.
+        group: columns whose activations share a scale, and of INT4 also a grid; 0 where activations stay floats.
     """
 
     panels: torch.Tensor
@@ -34,21 +37,18 @@ class PackedWeight:
     group: int = 0
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows ``index`` (int64 [T]) of the weight as floats, [T, K]: the lookup of an embedding tied to a head."""
-        width = native().panel
-        panel, lane = index // width, index % width
-        if self.grids is None:
-            values = self.panels[panel, :, lane]
-            return values if self.scales is None else values.float() * self.scales[index].float().unsqueeze(1)
-        half = width // 2
-        bytes_ = self.panels[panel, :, lane % half]
-        q = torch.where((lane < half).unsqueeze(1), bytes_ & 15, bytes_ >> 4).float()
-        grid = self.grids[panel, :, :, lane].float().repeat_interleave(self.group, dim=1)  # [T, K, 2]
-        return (q - 8) * grid[..., 0] + grid[..., 1]
+        """Rows ``index`` (int64 [T], each below N) of the weight, float32 [T, K]: the lookup of a tied embedding."""
+        index = index.contiguous()
+        out = torch.empty(index.shape[0], self.inputs)
+        native().functions.headroom_rows(
+            *(WEIGHT_TYPES[self.panels.dtype], self.panels.data_ptr(), _pointer(self.grids), _pointer(self.scales)),
+            *(self.outputs, self.inputs, self.group or 1, index.data_ptr(), index.shape[0], out.data_ptr()),
+        )
+        return out
 
     def dequantize(self) -> torch.Tensor:
         """The weight that is multiplied with, float32 [N, K]."""
-        return self.rows(torch.arange(self.outputs)).float()
+        return self.rows(torch.arange(self.outputs))
 
 
 def to_panels(values: torch.Tensor) -> torch.Tensor:
@@ -62,22 +62,28 @@ def pack_float(weight: torch.Tensor) -> PackedWeight:
 
 
 def pack_int8(q: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
-    """w = q · scale: q int8 [N, K], scales bfloat16 [N]."""
-    return PackedWeight(to_panels(q), scales, None, *q.shape)
+    """w = q · scale: q int8 [N, K], K even, scales bfloat16 [N]."""
+    outputs, inputs = q.shape
+    pairs = to_panels(q).view(-1, inputs // 2, 2, native().panel).transpose(2, 3).contiguous()
+    return PackedWeight(pairs, scales, None, outputs, inputs, math.gcd(inputs, MOST_GROUP))
 
 
 def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:
     """w = (q - 8) · scale + zero: q uint8 [N, K] in 0 … 15; scales and zeros bfloat16 [N, K / group]."""
-    values = to_panels(q)
-    half = values.shape[-1] // 2
-    grids = torch.stack((to_panels(scales), to_panels(zeros)), dim=2)
-    panels = (values[..., :half] | (values[..., half:] << 4)).contiguous()
     outputs, inputs = q.shape
+    width = native().panel
+    values = to_panels(q).view(-1, inputs // 4, 2, 2, width)  # columns 4i + 2b + a
+    halves = values[..., : width // 2] | (values[..., width // 2 :] << 4)
+    panels = halves.permute(0, 1, 4, 3, 2).contiguous()
+    grids = torch.stack((to_panels(scales), to_panels(zeros)), dim=2)
     return PackedWeight(panels, None, grids.contiguous(), outputs, inputs, inputs // scales.shape[1])
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + bias, summed in float32 in a fixed order whatever the number of threads.
+    """x Wᵀ + bias, in a fixed order whatever the number of threads.
+
+    Float weights: products and sums in float32. INT8 and INT4: x is rounded to 16 bits in groups of columns, by
+    1.5e-5 of a group's largest value; sums within a group are exact, a row's result depends on no other row.
 
     Args:
         x: float32 or bfloat16 [M, K].
@@ -115,7 +121,7 @@ def _linear(
         return y
     wide = None if bias is None else bias.float()  # bound to a name: its memory must outlive the call
     native().functions.headroom_linear(
-        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], _TYPES[panels.dtype], panels.data_ptr()),
+        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], WEIGHT_TYPES[panels.dtype], panels.data_ptr()),
         *(_pointer(grids), _pointer(scales), _pointer(wide), outputs, x.shape[1], group or 1),
         *(y.data_ptr(), torch.get_num_threads()),
     )

@@ -56,7 +56,8 @@ class StubDecoder:
 def measure(model: Any, batch: int, steps: int, prompt_tokens: int, knobs: dict[str, Any]) -> dict[str, float]:
     """Median microseconds of each part of a decode step with ``batch`` sequences."""
     config = EngineConfig.from_mapping(
-        {"max_num_seqs": 128, "max_running": 128, "token_budget": 2048, "memory_limit_gib": 8, "linear": "torch"} | knobs
+        {"max_num_seqs": 128, "max_running": 128, "token_budget": 2048, "memory_limit_gib": 8, "linear": "torch"}
+        | knobs
     )
     instance = Engine(model, config)
     for index in range(batch):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig, knob, parse_assignments
+from engine.config import EngineConfig, parse_assignments
 from engine.paths import headroom_home
 
 OURS = "headroom"
@@ -69,11 +69,12 @@ ENGINES = {
 OUR_WEIGHTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("float32", {"dtype": "float32"}),
     ("bfloat16", {"dtype": "bfloat16"}),
-    ("int8", {"dtype": "bfloat16", "weights": "int8"}),
-    ("int4", {"dtype": "bfloat16", "weights": "int4"}),
-    ("int8 in float32", {"dtype": "float32", "weights": "int8"}),
-    ("int4 in float32", {"dtype": "float32", "weights": "int4"}),
+    ("int8", {"dtype": "bfloat16", "weights": "int8", "head_weights": "int8"}),
+    ("int4", {"dtype": "bfloat16", "weights": "int4", "head_weights": "int8"}),
+    ("int8 in float32", {"dtype": "float32", "weights": "int8", "head_weights": "int8"}),
+    ("int4 in float32", {"dtype": "float32", "weights": "int4", "head_weights": "int8"}),
 )
+EXECUTIONS = {"cpu": ("auto", "compiled"), "cuda": ("eager", "compiled", "graphs")}
 
 PEER_SETTINGS: tuple[Setting, ...] = (
     Setting("transformers", "float32", {"dtype": "float32"}),
@@ -99,13 +100,11 @@ def peers_dir() -> Path:
 
 
 def our_settings(device: str) -> list[Setting]:
-    """Every weight format in every execution mode that this engine knows and the device can run."""
+    """Every weight format in the execution modes that may be the quickest on the device."""
     found = []
     for weights, options in OUR_WEIGHTS if device == "cpu" else OUR_WEIGHTS[1:2]:
-        for mode in knob("execution").choices:
-            if device == "cpu" and "graph" in mode:
-                continue
-            name = weights if mode == "eager" else f"{weights} {mode}"
+        for mode in EXECUTIONS[device]:
+            name = weights if mode == "auto" else f"{weights} {mode}"
             needs = {"attention": "triton"} if "graph" in mode else {}  # no other backend plans on the device
             found.append(Setting(OURS, name, options | {"execution": mode} | needs, devices=(device,)))
     return found

@@ -43,7 +43,7 @@ def expected(tiny_llama: Path) -> list[list[int]]:
 
 
 def make_engine(model: LoadedModel, **knobs: Any) -> Engine:
-    base = {"block_size": 4, "max_num_seqs": 8, "memory_limit_gib": 0.25, "token_budget": 24}
+    base = {"block_size": 4, "max_num_seqs": 8, "memory_limit_gib": 0.25, "token_budget": 24, "execution": "eager"}
     return Engine(model, EngineConfig.from_mapping({**base, **knobs}))
 
 

@@ -26,10 +26,8 @@ BLOCK = 4
 
 
 class Shape(PreparedShape):
-    mode = "compiled"
-
-    def __init__(self, low: int, high: int) -> None:
-        self.tokens = TokenRange(low, high)
+    def __init__(self, low: int, high: int, mode: str = "compiled") -> None:
+        self.tokens, self.mode = TokenRange(low, high), mode
 
     def forward(self, step: Step) -> torch.Tensor:
         raise AssertionError("the dispatcher answers, it never runs a shape")
@@ -72,7 +70,7 @@ def test_a_failure_is_the_reason_for_eager():
 def test_compiled_serves_every_layout_and_backend_and_graphs_only_decodes_with_triton():
     compiled, graphs = Dispatcher("compiled"), Dispatcher("graphs")
     for dispatcher in (compiled, graphs):
-        dispatcher.add("model#0", Shape(1, 64))
+        dispatcher.add("model#0", Shape(1, 64, dispatcher.mode))
     assert ask(compiled, 3, pure_decode=False, attention="sdpa")[0] == "compiled"
     assert ask(graphs, 3)[0] == "graphs"
     assert ask(graphs, 3, pure_decode=False)[0] == "eager"
@@ -311,7 +309,8 @@ def test_packed_step_tensors_come_out_of_one_buffer_unchanged():
 def test_engine_steps_say_how_they_ran(model: LoadedModel):
     from engine.sampling import SamplingParams
 
-    engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.25, "block_size": 4}))
+    knobs = {"memory_limit_gib": 0.25, "block_size": 4, "execution": "eager"}
+    engine = Engine(model, EngineConfig.from_mapping(knobs))
     engine.add_request("r", [1, 2, 3], SamplingParams(max_tokens=3))
     while engine.has_unfinished():
         engine.step()

@@ -7,7 +7,8 @@ from typing import Any
 
 from engine.config import EngineConfig, Tier, knobs
 
-#: Values of every lossless live knob that is not a mere limit. A backend that cannot run here is left out.
+#: Values of every lossless live knob that is not a mere limit. A backend that cannot run here is left out, and so are
+#: execution modes that prepare themselves in the background for seconds: those have tests of their own.
 VALUES: dict[str, list[Any]] = {
     "batching": ["continuous", "static"],
     "max_running": [16, 2],
@@ -21,6 +22,7 @@ VALUES: dict[str, list[Any]] = {
     "ngram_max": [4, 6],
     "ngram_min": [2, 1],
     "attention": ["auto", "sdpa", "reference"],
+    "execution": ["auto", "eager"],
 }
 LIMITS = ("max_running", "token_budget")
 LOSSLESS: list[dict[str, Any]] = [
@@ -29,10 +31,9 @@ LOSSLESS: list[dict[str, Any]] = [
 
 
 def live_lossless_knobs() -> set[str]:
-    """Names of the knobs that must be among :data:`VALUES`: all but `execution`, which prepares itself in the
-    background for seconds and has tests of its own."""
+    """Names of the knobs that must be among :data:`VALUES`."""
     single = {knob.name for knob in knobs() if knob.kind == "choice" and len(knob.choices) == 1}
-    return {knob.name for knob in knobs() if knob.tier == Tier.LIVE and knob.lossless} - single - {"execution"}
+    return {knob.name for knob in knobs() if knob.tier == Tier.LIVE and knob.lossless} - single
 
 
 def pairwise_rows() -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from engine.quantization.native import to_native
 from kernels.cpu.linear import linear_reference
 
 CPU = torch.device("cpu")
-KINDS = ["float32", "bfloat16", "int8", "int4"]
+FLOATS = ["float32", "bfloat16"]
+KINDS = [*FLOATS, "int8", "int4"]
 
 
 def source(kind, outputs, inputs, group=32, dtype=torch.float32):
@@ -41,7 +42,40 @@ def test_native_product_equals_the_dequantized_product_on_any_shape(kind, rows, 
     x = activations(rows, 32 * groups)
     offset = torch.randn(outputs) if bias else None
     expected = linear_reference(x, format.packed, offset)
-    torch.testing.assert_close(format.forward(x, offset), expected, atol=2e-5 * (32 * groups) ** 0.5, rtol=1e-5)
+    rounding = 2e-5 if kind in FLOATS else 2e-4
+    torch.testing.assert_close(format.forward(x, offset), expected, atol=rounding * (32 * groups) ** 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 6, 23])
+def test_products_with_integer_weights_are_exact_for_activations_of_16_bits(kind, rows):
+    format = to_native(source(kind, 96, 576))
+    words = torch.randint(-32767, 32768, (rows, 576), generator=torch.Generator().manual_seed(rows))
+    words[:, :: format.packed.group] = 32767  # every group's largest: its scale is 2⁻¹⁰
+    x = words.float() / 1024
+    exact = x.double() @ format.dequantize().double().t()
+    torch.testing.assert_close(format.forward(x, None).double(), exact, atol=2e-3, rtol=1e-6)  # outputs around 400
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integer_products_of_a_row_have_the_same_bits_whatever_other_rows_come_with_it(kind):
+    format = to_native(source(kind, 96, 576))
+    x = activations(40, 576)
+    together = format.forward(x, None)
+    for rows in (1, 3, 7, 16):
+        assert torch.equal(format.forward(x[:rows], None), together[:rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_show_in_the_result(kind, bad):
+    format = to_native(source(kind, 32, 128))
+    x = activations(9, 128)
+    x[4, 77] = bad
+    result = format.forward(x, None)
+    assert not result[4].isfinite().any()
+    assert result[:4].isfinite().all()
+    assert result[5:].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,7 +91,7 @@ def test_packing_keeps_every_number_bit_by_bit(kind, outputs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_activations_are_rounded_only_at_the_end(kind):
+def test_bfloat16_activations_give_bfloat16_results_rounded_at_the_end(kind):
     format = to_native(source(kind, 48, 576, dtype=torch.bfloat16))
     x = activations(9, 576, torch.bfloat16)
     exact = x.float() @ format.dequantize().t()

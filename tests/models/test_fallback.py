@@ -54,7 +54,7 @@ def test_recorded_path_says_that_transformers_computes_the_blocks(neox):
 def test_engine_sizes_its_cache_from_what_the_fallback_really_has(save_model):
     model = load_model(str(save_model(FALLBACKS["starcoder2, window"])), dtype="float32", device="cpu")
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1, "block_size": 16}))
-    per_block = 2 * 3 * 16 * 1 * 16 * 4  # keys and values · layers · tokens · heads · head_dim · bytes
+    per_block = 2 * 3 * 16 * 1 * 32 * 4  # keys and values · layers · tokens · heads · head_dim · bytes
     assert capacity.kv_bytes_per_block(model.spec, 16, "float32") == per_block
     assert engine.cache.nbytes == engine.envelope.num_blocks * per_block
     assert model.decoder.layer_windows == [16, 16, 16]

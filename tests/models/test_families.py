@@ -205,7 +205,7 @@ def test_each_expert_with_tokens_computes_them_in_one_product_and_no_other_runs(
 def test_token_of_a_mixture_is_the_same_whatever_else_is_in_the_batch(save_model):
     model = load_model(str(save_model(family_cases.FAMILIES["qwen3 moe"])), dtype="float32", device="cpu")
     mixture = model.decoder.layers[0].mlp
-    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mixture(x)[:1], mixture(x[:1]), atol=1e-6, rtol=1e-6)
 
 

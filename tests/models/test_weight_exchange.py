@@ -54,6 +54,7 @@ def test_exchange_and_back_is_bit_identical(model, weights, label):
 def test_default_model_to_int4_and_back_is_bit_identical(default_model_float32, logits_of):
     model = default_model_float32
     sequence = [model.tokenizer("The capital of France is Paris. The capital of Italy is").input_ids]
+    exchange(model, "model")  # the model is shared: an engine may have brought it into another layout
     before, expected = snapshot(model), logits_of(model.decoder, sequence)
     exchange(model, "int4", 32)
     quantized = logits_of(model.decoder, sequence)

@@ -72,9 +72,10 @@ def test_logits_of_every_position_equal_transformers(case):
     [
         {"token_budget": 512, "chunked_prefill": False},
         {"token_budget": 21},
+        {"token_budget": 34, "execution": "eager"},
         {"token_budget": 48, "speculation": "ngram", "ngram_min": 1, "attention": "reference"},
     ],
-    ids=["whole prompts", "chunked prefill", "chunks and drafts, reference attention"],
+    ids=["whole prompts", "chunked prefill", "eager", "chunks and drafts, reference attention"],
 )
 def test_greedy_output_is_token_identical_to_transformers(case, expected, knobs):
     assert generate(case[0], **knobs) == expected

@@ -1,0 +1,160 @@
+"""Native execution, one call for all layers: the same numbers as eager, when it takes over and when it steps back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.errors import ConfigError
+from engine.models import LoadedModel, load_model
+from engine.sampling import SamplingParams
+from kernels.cpu import build
+from tests.family_cases import FALLBACKS, FAMILIES, random_prompt, save_random_model
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+DENSE = [name for name in FAMILIES if "moe" not in name and "mixtral" not in name]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> LoadedModel:
+    return load_model(str(tiny_llama), dtype="float32", device="cpu")
+
+
+def make_engine(model: LoadedModel, **knobs: Any) -> Engine:
+    base = {"block_size": 4, "max_num_seqs": 8, "memory_limit_gib": 0.25, "token_budget": 24}
+    return Engine(model, EngineConfig.from_mapping({**base, **knobs}))
+
+
+def hidden_states(engine: Engine, prompts: list[list[int]], steps: int) -> list[torch.Tensor]:
+    """The hidden states of every step's forward pass."""
+    seen: list[torch.Tensor] = []
+    forward = engine._executor.forward
+
+    def watched(step: Any) -> torch.Tensor:
+        seen.append(forward(step))
+        return seen[-1]
+
+    engine._executor.forward = watched  # type: ignore[method-assign]
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), prompt, SamplingParams(max_tokens=steps + 1, ignore_eos=True))
+    for _ in range(steps):
+        engine.step()
+        engine.check_invariants()
+    return seen
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_step_computes_what_eager_computes(name: str, tmp_path: Path, tiny_llama: Path):
+    """Chunks of prompts, mixed steps, decode of one to five tokens; past windows and past one tile of the cache."""
+    folder = save_random_model(FAMILIES[name], tmp_path, tiny_llama)
+    model = load_model(str(folder), dtype="float32", device="cpu")
+    prompts = [random_prompt(length, seed=length) for length in (150, 3, 1, 40, 17)]
+    native = hidden_states(make_engine(model, execution="native"), prompts, 16)
+    eager = hidden_states(make_engine(model, execution="eager"), prompts, 16)
+    for ours, theirs in zip(native, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_weights_and_bfloat16_give_what_eager_gives(tiny_llama: Path, weights: str, dtype: str):
+    model = load_model(str(tiny_llama), dtype=dtype, device="cpu")
+    prompts = [random_prompt(100, seed=1)]  # in chunks of 24: what goes in does not depend on what came out
+    knobs = {"weights": weights, "head_weights": "int8"}
+    native = hidden_states(make_engine(model, execution="native", **knobs), prompts, 4)
+    eager = hidden_states(make_engine(model, execution="eager", **knobs), prompts, 4)
+    # The last digit of an activation decides how it is rounded to 16 bits; eager rounds to bfloat16 everywhere.
+    bound = 3e-4 if dtype == "float32" else 0.1
+    for ours, theirs in zip(native, eager, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.float() - theirs.float()).norm() < bound * theirs.float().norm()
+
+
+def test_results_are_the_same_bits_for_any_number_of_threads(model: LoadedModel):
+    prompts = [random_prompt(length, seed=length) for length in (300, 2, 30)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(hidden_states(make_engine(model, prefix_cache=False), prompts, 20))
+    finally:
+        torch.set_num_threads(before)
+    # With more threads, long contexts are cut into parts whose sums are merged: the same up to that rounding.
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_auto_follows_every_change_of_weights_and_attention(model: LoadedModel):
+    engine = make_engine(model)
+    prompt = random_prompt(9)
+    engine.add_request("a", prompt, SamplingParams(max_tokens=60, ignore_eos=True))
+
+    def mode() -> str:
+        engine.step()
+        ran = engine.steps.since(0)[-1].execution
+        assert engine.path()["execution"] == ran
+        return ran
+
+    assert mode() == "native"
+    engine.reconfigure({"attention": "sdpa"})
+    assert mode() == "eager"
+    assert "attention=native" in engine.status().execution["reason"]
+    engine.reconfigure({"attention": "auto"})
+    assert mode() == "native"
+    engine.reconfigure({"linear": "torch"})
+    assert mode() == "eager"
+    assert "linear=native" in engine.status().execution["reason"]
+    engine.reconfigure({"linear": "auto", "weights": "int4"})
+    assert mode() == "native"
+    assert engine.status().execution["failed"] == []
+    engine.reconfigure({"execution": "eager"})
+    assert mode() == "eager"
+
+
+def test_two_engines_on_one_model_do_not_mix_their_caches(model: LoadedModel):
+    prompts = [random_prompt(20, seed=1), random_prompt(31, seed=2)]
+    alone = [outputs([make_engine(model)], [prompt])[0] for prompt in prompts]
+    assert outputs([make_engine(model), make_engine(model)], prompts) == alone
+
+
+def outputs(engines: list[Engine], prompts: list[list[int]]) -> list[list[int]]:
+    """Each engine generates for its own prompt, in turns."""
+    results: list[list[int]] = [[] for _ in engines]
+    for engine, prompt in zip(engines, prompts, strict=True):
+        engine.add_request("a", prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    while any(engine.has_unfinished() for engine in engines):
+        for index, engine in enumerate(engines):
+            for output in engine.step():
+                results[index] = output.token_ids
+    return results
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "said"),
+    [
+        ("mixtral", {}, "mixture"),
+        ("opt", {}, "fallback"),
+        ("llama", {"attention": "sdpa"}, "attention=native"),
+        ("llama", {"linear": "torch"}, "linear=native"),
+    ],
+)
+def test_native_is_refused_where_it_cannot_run_with_reason_and_remedy(
+    name: str, knobs: dict[str, Any], said: str, tmp_path: Path, tiny_llama: Path
+):
+    folder = save_random_model((FAMILIES | FALLBACKS)[name], tmp_path, tiny_llama)
+    model = load_model(str(folder), dtype="float32", device="cpu")
+    with pytest.raises(ConfigError) as refused:
+        make_engine(model, execution="native", **knobs)
+    assert refused.value.field == "execution"
+    assert said in refused.value.message
+    assert "auto" in (refused.value.remedy or "")
+    engine = make_engine(model, **knobs)
+    assert engine.path()["execution"] == "eager"
