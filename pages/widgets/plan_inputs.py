@@ -293,7 +293,7 @@ def _experts(spec: ModelSpec, tp: int) -> int:
     """GPUs that a mixture's experts are spread over, whole; 1 where they are split, or there is no choice."""
     if not spec.is_mixture or tp == 1:
         return 1
-    help_text = "Tensor parallel: each GPU holds a part of every expert. Expert parallel: each holds some experts whole."
+    help_text = "Split: each GPU holds a part of every expert. Whole (expert parallel): each holds some of the experts."
     return tp if _choice("Experts", "experts", EXPERTS, help_text) == "whole" else 1
 
 
@@ -488,7 +488,7 @@ def _drafter(spec: ModelSpec) -> ModelSpec | None:
         "Drafts come from",
         "drafter",
         {name: name for name in (NGRAM, *smaller)},
-        "What proposes tokens for speculation: a search in the text itself, which costs nothing, or a smaller model with "
+        "What proposes tokens for speculation: a search in the text itself, which costs nothing, or a smaller model of "
         "the same vocabulary, which lives on the same GPUs. It counts where the draft length is above 0.",
     )
     return None if chosen == NGRAM else model_spec(chosen)
