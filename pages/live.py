@@ -128,7 +128,7 @@ def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
     )
     columns[4].metric("Preempted", f"{totals.get('preemptions', 0):,}", help="Preemptions since the model was loaded.")
     _preparation(engine.execution)
-    with st.expander(_model_line(model), icon=":material/info:"):
+    with st.expander(_model_line(model, engine.path.get("execution", "eager")), icon=":material/info:"):
         st.table(_details(engine), border="horizontal")
 
 
@@ -150,6 +150,8 @@ def _execution_text(execution: Mapping[str, Any]) -> str:
     asked, last = execution.get("asked", "eager"), execution.get("last", "eager")
     if asked == last == "eager":
         return "eager"
+    if last == "eager" and not execution.get("prepared"):
+        return f"{asked}: eager ({execution.get('reason', '')})"
     return f"{asked}, prepared for {prepared} tokens; the last step ran {last} ({execution.get('reason', '')})"
 
 
@@ -158,10 +160,11 @@ def _capacity_text(engine: EngineStatus) -> str:
     return f"{engine.num_blocks:,} blocks of {engine.block_size} tokens hold {tokens:,} tokens."
 
 
-def _model_line(model: Mapping[str, Any]) -> str:
+def _model_line(model: Mapping[str, Any], execution: str) -> str:
     parameters = float(model.get("parameters") or 0) / 1e6
     size = f"{parameters / 1000:.2f} B" if parameters >= 1000 else f"{parameters:.0f} M"
-    return f"{model.get('name')}: {size} parameters, {model.get('layers')} layers · what really runs"
+    facts = f"{model.get('name')}: {size} parameters, {model.get('layers')} layers, {execution} execution"
+    return f"{facts} · what really runs"
 
 
 def _details(engine: EngineStatus) -> dict[str, str]:

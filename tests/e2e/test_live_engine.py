@@ -1,0 +1,88 @@
+"""What the engine does, on the Live page of a real browser: prefix hits, the work of its steps, preemptions, execution."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.e2e.steps import ask, choose, run_workload, set_number, wait_ready
+
+pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
+
+LINES = "Repeat the same line twenty times: the quick brown fox jumps over the lazy dog. " * 4
+CHARTS = ("Work of the steps", "Prefix hits and draft acceptance", "Preemptions")
+SMALL_CACHE_TOKENS = 900
+GIB = 2**30
+
+
+def test_prefix_hits_rise_with_a_repeated_prompt_and_stand_still_without_the_cache(page, dashboard):
+    page.goto(f"{dashboard.url}/live")
+    wait_ready(page)
+    limit_answers(page, 12)
+    for _ in range(2):
+        ask_and_wait(page, dashboard, LINES)
+    expect(page.get_by_text(re.compile(r"prefix hits: [1-9]\d* % of"))).to_be_visible()
+    looked_up = totals(dashboard)["prefix_query_tokens"]
+    page.get_by_text("Prefix cache", exact=True).first.click()
+    expect(page.get_by_text("prefix_cache: on → off").first).to_be_visible()
+    ask_and_wait(page, dashboard, LINES)
+    assert totals(dashboard)["prefix_query_tokens"] == looked_up
+
+
+def test_execution_is_told_and_changes_with_its_control(page, dashboard):
+    page.goto(f"{dashboard.url}/live")
+    wait_ready(page)
+    limit_answers(page, 8)
+    here = dashboard.client().status()["path"]["execution"]  # native where the machine has a compiler
+    for mode, ran in (("eager", "eager"), ("auto", here)):
+        choose(page, "Execution", mode)
+        expect(page.get_by_text(re.compile(rf"layers, {ran} execution"))).to_be_visible()
+        ask_and_wait(page, dashboard, "Hello.")
+        assert dashboard.client().series()["steps"][-1]["execution"] == ran
+
+
+def test_steps_show_prompts_answers_and_drafts_and_a_full_cache_shows_preemptions(page, dashboard):
+    client = dashboard.client()
+    memory = client.status()["memory"]
+    status = client.status()
+    per_token = memory["kv_cache"] / (status["num_blocks"] * status["block_size"])
+    small = (memory["weights"] + memory["activations"] + SMALL_CACHE_TOKENS * per_token) / GIB
+    client.load({"memory_limit_gib": small, "speculation": "ngram", "max_model_len": 512})
+    page.goto(f"{dashboard.url}/live")
+    wait_ready(page)
+    run_workload(page, "burst-8")
+    expect(page.get_by_text("recorded", exact=True).first).to_be_visible(timeout=240_000)
+    for title in CHARTS:
+        expect(page.get_by_text(title, exact=False).first).to_be_visible()
+    expect(page.get_by_role("graphics-document")).to_have_count(6)
+    steps = dashboard.client().series()["steps"]
+    for part in ("prefill_tokens", "decode_tokens", "draft_tokens", "preempted"):
+        assert sum(step[part] for step in steps) > 0, part
+    shown = page.get_by_test_id("stMetric").filter(has_text="Preempted").get_by_test_id("stMetricValue")
+    assert int(shown.inner_text().replace(",", "")) == totals(dashboard)["preemptions"] > 0
+
+
+def limit_answers(page, tokens):
+    page.get_by_role("button", name="Sampling").click()
+    set_number(page, "Max tokens", tokens)
+    page.keyboard.press("Escape")
+
+
+def ask_and_wait(page, dashboard, prompt):
+    """Send a prompt and wait until the engine has answered it."""
+    before = totals(dashboard)["requests"]
+    ask(page, prompt)
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        status = dashboard.client().status()
+        if status["totals"]["requests"] > before and not status["running"] and not status["waiting"]:
+            return
+        page.wait_for_timeout(200)
+    raise AssertionError("the prompt was not answered")
+
+
+def totals(dashboard):
+    return dashboard.client().status()["totals"]
