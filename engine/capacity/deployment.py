@@ -22,6 +22,7 @@ from engine.capacity.workload import (
 from engine.errors import ConfigError
 
 _USUAL_OUTPUT = 256
+_NEARLY_FULL = 0.9  # of the rate that can be served: as far as the formulas were checked against a simulation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -258,6 +259,13 @@ def warnings_of(answer: Deployment) -> list[str]:
         )
     elif answer.point is not None and not answer.meets and answer.plan.fits:
         lines.append("An objective is missed at this load (95th percentile).")
+    if answer.rate is not None and answer.point is not None and answer.point.stable:
+        share = answer.rate / answer.serving.capacity()  # type: ignore[union-attr]
+        if share > _NEARLY_FULL:
+            lines.append(
+                f"This load is {share:.0%} of all that can be served: percentiles so close to saturation may be a "
+                "quarter too low, and a busier hour has nowhere to go. Leave headroom."
+            )
     if full.tp > 8:
         lines.append(f"{full.tp} tensor-parallel GPUs span machines: the link between machines is slower than planned.")
     return lines

@@ -98,6 +98,17 @@ def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
     def reset_prefix_cache() -> dict[str, Any]:
         return {"blocks": host.loop.call(_reset_prefix_cache)}
 
+    _add_run_routes(router, host, jobs)
+
+    @router.post("/shutdown", status_code=202)
+    def shutdown() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"stopping": True}
+
+    return router
+
+
+def _add_run_routes(router: APIRouter, host: EngineHost, jobs: JobRunner) -> None:
     @router.get("/workloads")
     def workloads() -> dict[str, Any]:
         return {"workloads": [workload.to_dict() for workload in WORKLOADS.values()]}
@@ -115,10 +126,3 @@ def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
     def cancel_run(job_id: str) -> dict[str, Any]:
         jobs.get(job_id).cancel.set()
         return {"cancelled": job_id}
-
-    @router.post("/shutdown", status_code=202)
-    def shutdown() -> dict[str, Any]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return {"stopping": True}
-
-    return router

@@ -47,6 +47,13 @@ def _request(name: str = "Llama-3.1-8B", **options) -> PlanRequest:
     return PlanRequest(model_spec(name), options.pop("gpu", H100), context=options.pop("context", 2048), **options)
 
 
+def test_a_load_near_saturation_carries_a_warning_and_a_comfortable_one_does_not():
+    capacity = deploy(_request(), CHAT, rate=1.0).serving.capacity()
+    for share, warned in ((0.5, False), (0.95, True)):
+        document = plan_document(deploy(_request(), CHAT, rate=share * capacity))
+        assert any("Leave headroom" in line for line in document["warnings"]) is warned
+
+
 # -- memory beyond weights and cache -----------------------------------------------------------------------------
 
 
