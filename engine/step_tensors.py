@@ -1,6 +1,6 @@
 """The tensors of a step: computed with numpy on the host, brought to the device in one copy.
 
-Measured against lists and one tensor for each (2 cores, torch 2.13): see the README, "Execution modes".
+What it costs: ``python -m tests.benchmarks.overhead``.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.sampling import SamplingParams
+from tests.core.toggles import pairwise_rows
 from tests.family_cases import FALLBACKS, FAMILIES, SCALINGS, random_prompt, save_random_model
 from tests.support import transformers_greedy
 
@@ -46,11 +47,11 @@ def expected(case: tuple[LoadedModel, Any]) -> list[list[int]]:
     return transformers_greedy(case[1], PROMPTS, OUTPUT_TOKENS)
 
 
-def generate(model: LoadedModel, **knobs: Any) -> list[list[int]]:
-    config = {"memory_limit_gib": 0.2, "max_num_seqs": 8, "max_num_batched_tokens": 512, "block_size": 8, **knobs}
+def generate(model: LoadedModel, output_tokens: int = OUTPUT_TOKENS, **knobs: Any) -> list[list[int]]:
+    config = {"memory_limit_gib": 0.2, "max_num_seqs": 16, "max_num_batched_tokens": 512, "block_size": 8, **knobs}
     engine = Engine(model, EngineConfig.from_mapping(config))
     for index, prompt in enumerate(PROMPTS):
-        engine.add_request(str(index), prompt, SamplingParams(max_tokens=OUTPUT_TOKENS))
+        engine.add_request(str(index), prompt, SamplingParams(max_tokens=output_tokens))
     results: dict[str, list[int]] = {}
     while engine.has_unfinished():
         for output in engine.step():
@@ -79,3 +80,9 @@ def test_logits_of_every_position_equal_transformers(case):
 )
 def test_greedy_output_is_token_identical_to_transformers(case, expected, knobs):
     assert generate(case[0], **knobs) == expected
+
+
+def test_no_pair_of_lossless_toggles_changes_a_token(case, expected):
+    """Every pair of values of every two knobs, in as few configurations as hold them all."""
+    for row in pairwise_rows():
+        assert generate(case[0], output_tokens=8, **row) == [tokens[:8] for tokens in expected], row

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.sampling import SamplingParams
+from tests.core.toggles import pairwise_rows
 from tests.gemma import fetch_gemma, without_vocabulary
 from tests.support import transformers_greedy
 
@@ -53,7 +54,7 @@ def reference(prompts: list[list[int]], tmp_path_factory: Any) -> tuple[list[lis
 
 
 def engine_for(model: LoadedModel, **knobs: Any) -> Engine:
-    base = {"memory_limit_gib": 1.8, "max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 1024}
+    base = {"memory_limit_gib": 1.8, "max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 1024}
     return Engine(model, EngineConfig.from_mapping({**base, **knobs}))
 
 
@@ -70,6 +71,18 @@ def test_gemma_logits_equal_transformers_in_float32(gemma: LoadedModel, prompts:
 
 def test_gemma_greedy_output_is_token_identical_to_transformers(gemma: LoadedModel, prompts: Any, reference: Any):
     engine = engine_for(gemma, token_budget=192)  # the long prompt is computed in chunks, beside the others
+    assert generate(engine, prompts) == reference[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", pairwise_rows(), ids=str)
+def test_gemma_no_pair_of_lossless_toggles_changes_a_token(
+    gemma: LoadedModel, prompts: Any, reference: Any, row: dict[str, Any]
+):
+    assert generate(engine_for(gemma, **row), prompts) == reference[0]
+
+
+def generate(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), prompt, SamplingParams(max_tokens=OUTPUT_TOKENS))
     results: dict[str, list[int]] = {}
@@ -77,7 +90,7 @@ def test_gemma_greedy_output_is_token_identical_to_transformers(gemma: LoadedMod
         for output in engine.step():
             results[output.request_id] = output.token_ids
     engine.check_invariants()
-    assert [results[str(index)] for index in range(len(prompts))] == reference[0]
+    return [results[str(index)] for index in range(len(prompts))]
 
 
 def test_gemma_to_int8_and_back_is_bit_identical(gemma: LoadedModel):
