@@ -246,8 +246,9 @@ class EngineConfig:
         label="Linear layers",
         group="Execution",
         tier=Tier.SWAP,
-        help="Kernels of the linear layers. native: our C++ kernels for the CPU (weights in panels, float32 sums; need "
-        "a C++ compiler, once). torch: torch's own operators. auto: native on a CPU where it can be built.",
+        help="Kernels of the linear layers. native: our C++ kernels for the CPU (weights in panels, float32 sums; INT8 "
+        "and INT4 weights multiply activations of 16 bits; need a C++ compiler, once). torch: torch's own operators. "
+        "auto: native on a CPU where it can be built.",
     )
     # -- weights ---------------------------------------------------------------------------------------
     weights: Literal["model", "int8", "int4"] = _knob(

@@ -19,14 +19,7 @@ struct Affine {
     int64_t outputs, inputs, group;
 
     Weight weight() const {
-        return {Type(type),
-                static_cast<const uint8_t*>(panels),
-                static_cast<const uint16_t*>(parameters),
-                static_cast<const uint16_t*>(scales),
-                bias,
-                outputs,
-                inputs,
-                group};
+        return make_weight(type, panels, parameters, scales, bias, outputs, inputs, group);
     }
 };
 

@@ -44,6 +44,18 @@ struct Weight {
     }
 };
 
+inline Weight make_weight(int64_t type, const void* panels, const void* parameters, const void* scales,
+                          const float* bias, int64_t outputs, int64_t inputs, int64_t group) {
+    return {Type(type),
+            static_cast<const uint8_t*>(panels),
+            static_cast<const uint16_t*>(parameters),
+            static_cast<const uint16_t*>(scales),
+            bias,
+            outputs,
+            inputs,
+            group};
+}
+
 // Rows of x as a product reads them: floats, or 16-bit integers with a scale for each row and group of columns.
 struct Input {
     int64_t rows, inputs;

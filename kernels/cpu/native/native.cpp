@@ -14,14 +14,7 @@ int headroom_lanes() { return LANES; }
 void headroom_linear(const void* x, int activation, int64_t m, int type, const void* panels, const void* parameters,
                      const void* scales, const float* bias, int64_t outputs, int64_t inputs, int64_t group, void* y,
                      int threads) {
-    const Weight w{Type(type),
-                   static_cast<const uint8_t*>(panels),
-                   static_cast<const uint16_t*>(parameters),
-                   static_cast<const uint16_t*>(scales),
-                   bias,
-                   outputs,
-                   inputs,
-                   group};
+    const Weight w = make_weight(type, panels, parameters, scales, bias, outputs, inputs, group);
     if (activation == F32)
         return linear(static_cast<const float*>(x), m, w, static_cast<float*>(y), threads);
     static thread_local std::vector<float> wide;
@@ -35,14 +28,7 @@ void headroom_linear(const void* x, int activation, int64_t m, int type, const v
 // out [count, inputs] float32 = rows `index` of a weight: the lookup of an embedding tied to a head.
 void headroom_rows(int type, const void* panels, const void* parameters, const void* scales, int64_t outputs,
                    int64_t inputs, int64_t group, const int64_t* index, int64_t count, float* out) {
-    const Weight w{Type(type),
-                   static_cast<const uint8_t*>(panels),
-                   static_cast<const uint16_t*>(parameters),
-                   static_cast<const uint16_t*>(scales),
-                   nullptr,
-                   outputs,
-                   inputs,
-                   group};
+    const Weight w = make_weight(type, panels, parameters, scales, nullptr, outputs, inputs, group);
     for (int64_t i = 0; i < count; ++i) weight_row(w, index[i], out + i * inputs);
 }
 

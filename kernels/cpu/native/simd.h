@@ -1,7 +1,7 @@
 // Vectors of whatever width the machine has, and the numbers kept in them.
 //
-// All arithmetic is in float32, accumulation included; every sum has a fixed order, so that results do not depend on the
-// number of threads.
+// Floats are added up in float32, integers exactly. Every sum has a fixed order, whatever the number of threads; only
+// attention over long contexts is cut into as many parts as keep them busy.
 #pragma once
 
 #if defined(__SSE2__)
