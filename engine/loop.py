@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from engine.core import Engine
+from engine.core import Engine, PreparedChange
 from engine.errors import EngineDeadError
 from engine.outputs import EngineEvent, EngineStatus, ReconfigureResult, RequestOutput, StepStats
 from engine.sampling import SamplingParams
@@ -131,7 +131,7 @@ class EngineLoop:
         """
         with self._reconfiguring:  # two changes prepared at once could each undo the other
             prepared = self.engine.prepare(changes)
-            return self.call(lambda engine: engine.apply(prepared))
+            return self.call(lambda engine: self._apply(engine, prepared))
 
     def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
         """Run ``function`` in the stepping thread between two steps; its result, or the exception it raised."""
@@ -165,13 +165,11 @@ class EngineLoop:
         if self._status is not None and now - self._status[0] < max_age_s:
             return self._status[1]
         try:
-            status = self.call(lambda engine: engine.status(), timeout=0.5 if self._status else None)
+            return self.call(self._take_status, timeout=0.5 if self._status else None)
         except (concurrent.futures.TimeoutError, EngineDeadError):
             if self._status is None:
                 raise
             return self._status[1]
-        self._status = (time.monotonic(), status)
-        return status
 
     def steps_since(self, index: int) -> list[StepStats]:
         """Steps numbered ``index`` or later that are still kept."""
@@ -186,6 +184,16 @@ class EngineLoop:
         self._post(lambda: self.engine.add_event(kind, summary, detail))
 
     # -- the stepping thread ---------------------------------------------------------------------------
+
+    def _apply(self, engine: Engine, prepared: PreparedChange) -> ReconfigureResult:
+        result = engine.apply(prepared)
+        self._take_status(engine)  # whoever asks after a change must not be shown the picture from before it
+        return result
+
+    def _take_status(self, engine: Engine) -> EngineStatus:
+        status = engine.status()
+        self._status = (time.monotonic(), status)
+        return status
 
     def _post(self, action: Callable[[], None]) -> None:
         with self._wake:

@@ -12,7 +12,7 @@ from engine.measure.results import RunResult
 from pages.background.recorder import Job
 from pages.services import Services, get_services
 from pages.widgets.compare_results import results
-from pages.widgets.compare_setup import setup_form, start
+from pages.widgets.compare_setup import setup_form
 from pages.widgets.messages import show_error
 from pages.widgets.workloads import progress
 
@@ -37,11 +37,9 @@ def main() -> None:
 def _setup(services: Services, config: Mapping[str, Any]) -> None:
     job = services.recorder.active()
     with st.container(border=True):
-        setup = setup_form(services, config, busy=job is not None)
+        setup_form(services, config, busy=job is not None)
     if job is not None and job.kind == "bench":
         st.fragment(_wait_for, run_every=_POLL_S)(job)
-    if setup is not None:
-        start(services, setup)
 
 
 def _wait_for(job: Job) -> None:

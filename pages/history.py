@@ -82,9 +82,11 @@ def _comparison_notice(choice: Choice) -> None:
         return
     with st.container(horizontal=True, vertical_alignment="center"):
         st.badge(f"Runs of comparison {choice.where.comparison_id[:8]}", icon=":material/balance:", color="primary")
-        if st.button("Show all runs", type="tertiary", key="history-all-runs"):
-            st.query_params.pop("comparison", None)
-            st.rerun()
+        st.button("Show all runs", type="tertiary", key="history-all-runs", on_click=_show_all_runs)
+
+
+def _show_all_runs() -> None:
+    st.query_params.pop("comparison", None)
 
 
 def _watch(store: Store, shown: dict[str, tuple[str, str]]) -> None:

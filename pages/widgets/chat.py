@@ -32,21 +32,15 @@ def chat(services: Services, *, ready: bool) -> None:
 def _chat(services: Services, ready: bool, was_active: bool) -> None:
     _conversation()
     with st.container(horizontal=True, vertical_alignment="center"):
-        parameters = _parameters()
+        _sampling()
         if any(stream.active for stream in streams()):
-            if st.button("Stop", icon=":material/stop_circle:", key="chat-stop"):
-                for stream in streams():
-                    stream.stop()
-        elif streams() and st.button("Clear", icon=":material/delete_sweep:", key="chat-clear"):
-            streams().clear()
-            st.rerun(scope="fragment")
+            st.button("Stop", icon=":material/stop_circle:", key="chat-stop", on_click=_stop)
+        elif streams():
+            st.button("Clear", icon=":material/delete_sweep:", key="chat-clear", on_click=streams().clear)
     hint = "Ask the loaded model" if ready else "The model is not ready yet"
-    prompt = st.chat_input(hint, disabled=not ready, key="chat-input")
-    if prompt:
-        _send(services, prompt, parameters)
-        st.rerun()  # the whole page once, so that this fragment starts to poll
-    if was_active and not any(stream.active for stream in streams()):
-        st.rerun()  # … and once more, so that it stops
+    st.chat_input(hint, disabled=not ready, key="chat-input", on_submit=_send, args=(services,))
+    if any(stream.active for stream in streams()) != was_active:
+        st.rerun()  # the whole page once, so that this fragment starts to poll, or stops
 
 
 def _conversation() -> None:
@@ -81,17 +75,33 @@ def _footer(stream: ChatStream) -> None:
     st.caption(" · ".join(facts) if facts else "waiting for the first token")
 
 
-def _parameters() -> dict[str, Any]:
+def _sampling() -> None:
     with st.popover("Sampling", icon=":material/tune:"):
-        max_tokens = st.number_input("Max tokens", 1, 100_000, 256, key="chat-max-tokens", persist_state="session")
-        temperature = st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="chat-temperature", persist_state="session")
-        top_p = st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, key="chat-top-p", persist_state="session")
-        ignore_eos = st.toggle("Go on past the end of the answer", key="chat-ignore-eos", persist_state="session")
+        st.number_input("Max tokens", 1, 100_000, 256, key="chat-max-tokens", persist_state="session")
+        st.slider("Temperature", 0.0, 2.0, 0.0, 0.1, key="chat-temperature", persist_state="session")
+        st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, key="chat-top-p", persist_state="session")
+        st.toggle("Go on past the end of the answer", key="chat-ignore-eos", persist_state="session")
         st.toggle("Remember the conversation", value=False, key="chat-memory", persist_state="session")
-    parameters: dict[str, Any] = {"max_tokens": int(max_tokens), "temperature": temperature, "top_p": top_p}
-    return parameters | ({"ignore_eos": True} if ignore_eos else {})
 
 
-def _send(services: Services, prompt: str, parameters: dict[str, Any]) -> None:
-    history = [stream for stream in streams() if not stream.active] if st.session_state.get("chat-memory") else []
-    streams().append(start_stream(services.client, prompt, parameters, history))
+def _parameters() -> dict[str, Any]:
+    chosen = st.session_state
+    parameters: dict[str, Any] = {
+        "max_tokens": int(chosen["chat-max-tokens"]),
+        "temperature": chosen["chat-temperature"],
+        "top_p": chosen["chat-top-p"],
+    }
+    return parameters | ({"ignore_eos": True} if chosen["chat-ignore-eos"] else {})
+
+
+def _send(services: Services) -> None:
+    """Callback of the input line: start the stream of its answer."""
+    prompt = st.session_state["chat-input"]
+    if prompt:
+        history = [stream for stream in streams() if not stream.active] if st.session_state["chat-memory"] else []
+        streams().append(start_stream(services.client, prompt, _parameters(), history))
+
+
+def _stop() -> None:
+    for stream in streams():
+        stream.stop()

@@ -10,8 +10,9 @@ import streamlit as st
 
 from engine.config import Knob, Tier
 from pages.services import Services
+from pages.widgets.actions import act, show_problem
 from pages.widgets.knobs import control, knob_label
-from pages.widgets.messages import show_error, value_text
+from pages.widgets.messages import value_text
 from pages.widgets.workloads import workload_choice
 
 
@@ -69,8 +70,8 @@ def arms_text(arm_a: Mapping[str, Any], arm_b: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "the same setting twice"
 
 
-def setup_form(services: Services, config: Mapping[str, Any], *, busy: bool) -> Setup | None:
-    """Draw the form; the setup when it was asked to start, else None."""
+def setup_form(services: Services, config: Mapping[str, Any], *, busy: bool) -> None:
+    """Draw the form; its button sends the comparison to the worker, where it is recorded from then on."""
     knobs = [knob for knob in services.knobs() if knob.tier is not Tier.RELOAD and len(knob.choices) != 1]
     available = [preset for preset in PRESETS if _fits(preset, knobs)]
     st.selectbox(
@@ -95,22 +96,34 @@ def setup_form(services: Services, config: Mapping[str, Any], *, busy: bool) -> 
     )
     arm_a, arm_b = _arms([names[name] for name in chosen], config)
     left, right = st.columns(2)
-    repeats = left.number_input(
+    left.number_input(
         "Repeats", 1, 100, 5, key="compare-repeats", persist_state="session",
         help="How often each setting runs, A and B in turn. The interval of the difference needs at least two; "
         "five or more are better.",
     )  # fmt: skip
-    seed = right.number_input("Seed", 0, 2**31 - 1, 0, key="compare-seed", persist_state="session")
-    same = arm_a == arm_b
-    if same:
+    right.number_input("Seed", 0, 2**31 - 1, 0, key="compare-seed", persist_state="session")
+    if arm_a == arm_b:
         st.caption("A and B are the same: that measures the noise of this machine.")
     label = "A run is in progress" if busy else "Compare"
-    pressed = st.button(
-        label, type="primary", icon=":material/balance:", disabled=busy or workload is None, width="stretch"
+    st.button(
+        label,
+        type="primary",
+        icon=":material/balance:",
+        disabled=busy or workload is None,
+        width="stretch",
+        on_click=act,
+        args=("compare-start", _start, services),
     )
-    if not pressed or workload is None:
-        return None
-    return Setup(str(workload["name"]), arm_a, arm_b, int(repeats), int(seed))
+    show_problem("compare-start")
+
+
+def _start(services: Services) -> None:
+    chosen = st.session_state
+    drawn = [name for name in chosen["compare-knobs"] if f"compare-a-{name}" in chosen]
+    arm_a, arm_b = ({name: chosen[f"compare-{arm}-{name}"] for name in drawn} for arm in ("a", "b"))
+    repeats, seed = int(chosen["compare-repeats"]), int(chosen["compare-seed"])
+    setup = Setup(str(chosen["compare-workload"]), arm_a, arm_b, repeats, seed)
+    services.recorder.launch(setup.request(), title=setup.title)
 
 
 def _fits(preset: Preset, knobs: Sequence[Knob]) -> bool:
@@ -144,14 +157,3 @@ def _arms(knobs: Sequence[Knob], config: Mapping[str, Any]) -> tuple[dict[str, A
                     st.session_state[key] = config.get(knob.name, knob.default)
                 values[knob.name] = control(knob, key, label=letter)
     return arms
-
-
-def start(services: Services, setup: Setup) -> None:
-    """Send the comparison to the worker; it is recorded from there on."""
-    try:
-        job = services.recorder.launch(setup.request(), title=setup.title)
-    except Exception as problem:
-        show_error(problem)
-        return
-    st.session_state["compare-shown"] = job.job_id
-    st.rerun()

@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from pages.widgets.actions import act, show_problem
 from pages.widgets.history_values import moment_text, run_name
 from pages.widgets.messages import show_error
 from storage import RunRow, StorageError, Store
@@ -34,15 +35,21 @@ def import_popover(store: Store, label: str = "Import") -> None:
     """A popover that takes runs from a JSON file."""
     with st.popover(label, icon=":material/upload:"):
         uploaded = st.file_uploader("Runs exported as JSON", type="json", key="history-upload")
-        if st.button("Import", type="primary", disabled=uploaded is None, key="history-import") and uploaded:
-            try:
-                report = store.import_json(uploaded.getvalue())
-            except StorageError as problem:
-                show_error(problem)
-                return
-            there = f", {len(report.skipped)} were there already" if report.skipped else ""
-            st.session_state["history-notice"] = f"{_runs(len(report.imported))} imported{there}."
-            st.rerun()
+        st.button(
+            "Import",
+            type="primary",
+            disabled=uploaded is None,
+            key="history-import",
+            on_click=act,
+            args=("history-import", _import, store),
+        )
+        show_problem("history-import")
+
+
+def _import(store: Store) -> None:
+    report = store.import_json(st.session_state["history-upload"].getvalue())
+    there = f", {len(report.skipped)} were there already" if report.skipped else ""
+    st.session_state["history-notice"] = f"{_runs(len(report.imported))} imported{there}."
 
 
 def show_notice() -> None:

@@ -14,6 +14,7 @@ from engine.measure.metrics import PERCENTILES as METRIC_PERCENTILES
 from engine.measure.metrics import percentile
 from engine.measure.results import RequestRecord, RunResult
 from engine.measure.workloads import WORKLOADS
+from pages.widgets.actions import act, show_problem
 from pages.widgets.history_charts import (
     PERCENTILES,
     histogram,
@@ -36,8 +37,8 @@ from pages.widgets.history_values import (
     run_name,
     setting_words,
 )
-from pages.widgets.messages import bytes_text, show_error, value_text
-from storage import RunRow, StorageError, Store
+from pages.widgets.messages import bytes_text, value_text
+from storage import RunRow, Store
 
 _TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
 _TIMELINE_MOST = 400
@@ -63,14 +64,16 @@ def _heading(store: Store, row: RunRow, run: RunResult) -> None:
         for words in setting_words(run.provenance.config):
             st.badge(words, color="gray")
         with st.popover("Rename", icon=":material/edit:", type="tertiary"):
-            label = st.text_input("Label", run.label, key=f"history-label-{run.run_id}", max_chars=200)
-            if st.button("Save", type="primary", key="history-label-save") and label != run.label:
-                try:
-                    store.set_label(run.run_id, label)
-                except StorageError as problem:
-                    show_error(problem)
-                else:
-                    st.rerun()
+            key = f"history-label-{run.run_id}"
+            st.text_input("Label", run.label, key=key, max_chars=200)
+            st.button(
+                "Save",
+                type="primary",
+                key="history-label-save",
+                on_click=act,
+                args=(key, lambda: store.set_label(run.run_id, st.session_state[key])),
+            )
+            show_problem(key)
     facts = [
         moment_text(run.started_unix_s),
         run.provenance.model,
@@ -101,13 +104,16 @@ def _running(store: Store, row: RunRow) -> None:
         None: "This run was started on another machine and may still be under way there.",
     }[alive]
     st.info(where, icon=":material/hourglass_top:")
-    if alive is not True and st.button("Mark it as failed", icon=":material/flag:", key="history-mark-failed"):
-        try:
-            store.fail_run(row.run_id, "Marked as failed by hand: the process that ran it has ended.")
-        except StorageError as problem:
-            show_error(problem)
-            return
-        st.rerun()
+    if alive is not True:
+        reason = "Marked as failed by hand: the process that ran it has ended."
+        st.button(
+            "Mark it as failed",
+            icon=":material/flag:",
+            key="history-mark-failed",
+            on_click=act,
+            args=("mark-failed", store.fail_run, row.run_id, reason),
+        )
+        show_problem("mark-failed")
 
 
 def _headlines(run: RunResult) -> None:

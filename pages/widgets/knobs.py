@@ -113,7 +113,10 @@ def _live_control(services: Services, knob: Knob, config: Mapping[str, Any], pen
     if pending is None or knob.name not in pending.changes:
         _follow(knob.name, config.get(knob.name))
     drawn = _drawn()[knob.name]
-    key = f"knob-{knob.name}-{drawn.version}"
+    key = _key(knob.name, drawn)
+    if pending is None and st.session_state.get(key, drawn.value) != drawn.value:
+        drawn.version += 1  # what it shows never came to the engine
+        key = _key(knob.name, drawn)
     if key not in st.session_state:
         st.session_state[key] = drawn.value
     control(knob, key, disabled=pending is not None, on_change=_apply, args=(services, knob, key))
@@ -148,6 +151,10 @@ def _follow(name: str, in_force: Any) -> None:
         _drawn()[name] = DrawnValue(in_force, drawn.version + 1)
 
 
+def _key(name: str, drawn: DrawnValue) -> str:
+    return f"knob-{name}-{drawn.version}"
+
+
 def config_in_force(snapshot: Snapshot) -> dict[str, Any]:
     """The knobs in force: those of the reading, and what was changed from here since it was begun."""
     config = dict(snapshot.engine.config) if snapshot.engine is not None else {}
@@ -158,9 +165,12 @@ def config_in_force(snapshot: Snapshot) -> dict[str, Any]:
 def _apply(services: Services, knob: Knob, key: str) -> None:
     """Callback of a control: send the new value; a swap goes on beside the page."""
     value, drawn = st.session_state[key], _drawn()[knob.name]
-    if value == drawn.value:
-        return
+    if key != _key(knob.name, drawn) or value == drawn.value:
+        return  # a control that was replaced meanwhile may still report: the browser sends what it has
     drawn.value = value
+    # The control is drawn disabled next, and of a disabled control Streamlit drops what came from the browser in the
+    # same pass: it would show the old value while the engine takes the new one. A value that is set stays.
+    st.session_state[key] = value
     st.session_state["knob_errors"] = {}
     pending = PendingChange({knob.name: value}, services.change({knob.name: value}))
     st.session_state["pending_change"] = pending

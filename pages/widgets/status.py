@@ -10,7 +10,8 @@ from engine.measure.results import to_json
 from engine.outputs import EngineStatus
 from pages.background.recorder import Job
 from pages.services import Services, WorkerView
-from pages.widgets.messages import seconds_text, show_error
+from pages.widgets.actions import act, show_problem
+from pages.widgets.messages import seconds_text
 
 _INTERVAL_S = {"loading": 0.5, "ready": 2.0, "failed": 5.0, "dead": None}
 
@@ -106,13 +107,15 @@ def _dead(services: Services, view: WorkerView) -> None:
         f"The engine worker has stopped: {view.ending}.{told} Everything recorded before is intact.",
         icon=":material/dangerous:",
     )
-    if right.button("Restart worker", type="primary", icon=":material/restart_alt:", width="stretch"):
-        try:
-            services.restart()
-        except Exception as problem:
-            show_error(problem)
-            return
-        st.rerun()
+    right.button(
+        "Restart worker",
+        type="primary",
+        icon=":material/restart_alt:",
+        width="stretch",
+        on_click=act,
+        args=("restart", services.restart),
+    )
+    show_problem("restart")
     _log(view)
 
 
@@ -130,9 +133,10 @@ def _unrecorded(services: Services, job: Job) -> None:
     )
     document = json.dumps([to_json(result) for result in job.unrecorded], indent=1)
     with st.container(horizontal=True):
-        if st.button("Try again", key=f"retry-{job.job_id}", icon=":material/refresh:"):
-            services.recorder.retry(job)
-            st.rerun()
+        place = f"retry-{job.job_id}"
+        st.button(
+            "Try again", key=place, icon=":material/refresh:", on_click=act, args=(place, services.recorder.retry, job)
+        )
         st.download_button(
             "Download JSON",
             document,
@@ -142,6 +146,11 @@ def _unrecorded(services: Services, job: Job) -> None:
             icon=":material/download:",
             on_click="ignore",
         )
-        if st.button("Discard", key=f"discard-{job.job_id}", icon=":material/delete:"):
-            services.recorder.forget(job)
-            st.rerun()
+        st.button(
+            "Discard",
+            key=f"discard-{job.job_id}",
+            icon=":material/delete:",
+            on_click=act,
+            args=(place, services.recorder.forget, job),
+        )
+    show_problem(place)

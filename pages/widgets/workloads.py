@@ -9,6 +9,7 @@ import streamlit as st
 
 from pages.background.recorder import Job
 from pages.services import Services
+from pages.widgets.actions import act, show_problem
 from pages.widgets.messages import history_link, seconds_text, show_error
 
 _POLL_S = 1.0
@@ -60,18 +61,24 @@ def _start_form(services: Services, *, busy: bool) -> None:
     if workload is None:
         return
     left, right = st.columns([1, 1.4], vertical_alignment="bottom")
-    seed = left.number_input("Seed", 0, 2**31 - 1, 0, key="live-seed", persist_state="session")
+    left.number_input("Seed", 0, 2**31 - 1, 0, key="live-seed", persist_state="session")
     label = "A run is in progress" if busy else "Run and record"
-    if right.button(
-        label, type="primary", icon=":material/play_arrow:", disabled=busy, width="stretch", key="live-run"
-    ):
-        name = str(workload["name"])
-        try:
-            services.recorder.launch({"workload": name, "seed": int(seed), "label": name}, title=name)
-        except Exception as problem:
-            show_error(problem)
-            return
-        st.rerun()
+    right.button(
+        label,
+        type="primary",
+        icon=":material/play_arrow:",
+        disabled=busy,
+        width="stretch",
+        key="live-run",
+        on_click=act,
+        args=("live-run", _launch, services),
+    )
+    show_problem("live-run")
+
+
+def _launch(services: Services) -> None:
+    name, seed = str(st.session_state["live-workload"]), int(st.session_state["live-seed"])
+    services.recorder.launch({"workload": name, "seed": seed, "label": name}, title=name)
 
 
 def job_card(services: Services, job: Job) -> None:
@@ -95,11 +102,9 @@ def progress(services: Services, job: Job) -> None:
     share = min(job.done / job.total, 1.0) if job.total else 0.0
     left = f", about {seconds_text(job.eta_s)} left" if job.eta_s is not None else ""
     st.progress(share, text=f"**{job.title}**: {job.detail or 'starting'}{left}")
-    if st.button("Cancel", icon=":material/cancel:", key=f"cancel-{job.job_id}"):
-        try:
-            services.recorder.cancel(job)
-        except Exception as problem:
-            show_error(problem)
+    place = f"cancel-{job.job_id}"
+    st.button("Cancel", icon=":material/cancel:", key=place, on_click=act, args=(place, services.recorder.cancel, job))
+    show_problem(place)
 
 
 def _headlines(job: Job) -> None:

@@ -138,6 +138,13 @@ def test_clients_callback_that_raises_harms_nobody(loop: EngineLoop):
     assert last_of(submit(loop, [3, 4])).finish_reason == "length"
 
 
+def test_status_after_a_change_is_never_the_picture_from_before_it(loop: EngineLoop):
+    for batching in ("static", "continuous", "static"):
+        loop.status()
+        loop.reconfigure({"batching": batching})
+        assert loop.status(max_age_s=60).config["batching"] == batching
+
+
 def test_status_is_consistent_and_steps_are_numbered(loop: EngineLoop):
     last_of(submit(loop, [1, 2, 3]))
     status = loop.status(max_age_s=0)

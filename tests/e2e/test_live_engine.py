@@ -32,6 +32,23 @@ def test_prefix_hits_rise_with_a_repeated_prompt_and_stand_still_without_the_cac
     assert totals(dashboard)["prefix_query_tokens"] == looked_up
 
 
+def test_a_control_that_is_used_while_the_page_draws_itself_anew_reaches_the_engine_and_shows_it(page, dashboard):
+    page.goto(f"{dashboard.url}/live")
+    wait_ready(page)
+    limit_answers(page, 2000)
+    weights = page.get_by_role("radiogroup", name=re.compile("^Weight precision"))
+    for turn in range(6):
+        wanted = ("int4", "model")[turn % 2]
+        before = totals(dashboard)["requests"]
+        ask(page, f"Count to {turn}.")
+        wait_until(page, lambda before=before: totals(dashboard)["requests"] > before)
+        page.get_by_role("button", name="Stop").click()
+        weights.get_by_role("radio", name=wanted).click()  # at once, as the stopped answer makes the page rerun
+        wait_until(page, lambda wanted=wanted: engine(dashboard)["config"]["weights"] == wanted)
+        expect(weights.get_by_role("radio", name=wanted)).to_be_checked()
+        expect(weights.get_by_role("radio", name=wanted)).to_be_enabled()
+
+
 def test_execution_is_told_and_changes_with_its_control(page, dashboard):
     page.goto(f"{dashboard.url}/live")
     wait_ready(page)
