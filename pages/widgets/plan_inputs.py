@@ -281,8 +281,9 @@ def _hardware(spec: ModelSpec) -> tuple[Gpu, dict[str, Any]]:
         dp = _number("Copies of the model", "dp", 1, 1024, "Data parallel: each copy takes a share of the requests.")
     with right:
         longest = min(spec.num_layers, _MOST_GPUS)
-        if isinstance(st.session_state.get(key("pp")), int):
-            st.session_state[key("pp")] = min(st.session_state[key("pp")], longest)
+        stages = st.session_state.get(key("pp"))
+        if isinstance(stages, int) and stages > longest:  # from a model of more layers
+            st.session_state[key("pp")] = longest
         pp = _number("Pipeline stages", "pp", 1, longest, "Pipeline parallel: each stage of GPUs holds some layers.")
     gpu, tp = devices[str(chosen)], int(tp or 1)
     st.caption(f"{gpu.usable_gib:,.2f} GiB usable each ({gpu.usable_source})")

@@ -128,6 +128,9 @@ class ScriptedEngine:
     def reset_prefix_cache(self) -> None:
         self.prefix_resets += 1
 
+    def close(self) -> None:
+        """Nothing to release."""
+
     def prompt_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Fixed logits of each token, blurred where the weights are quantized."""
         generator = torch.Generator().manual_seed(1)
