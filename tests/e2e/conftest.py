@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from tests.e2e.dashboard import chromium_path, running_dashboard
@@ -28,6 +30,20 @@ def browser():
         opened = playwright.chromium.launch(executable_path=path, args=arguments)
         yield opened
         opened.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add to a failed test's report what the browser shows, how the connection is, and the end of the server's log."""
+    report = yield
+    if call.when == "call" and report.failed and "page" in item.funcargs:
+        opened, dashboard = item.funcargs["page"], item.funcargs["dashboard"]
+        with contextlib.suppress(Exception):  # the page itself may be what has died
+            app = opened.get_by_test_id("stApp")
+            state = {name: app.get_attribute(f"data-test-{name}") for name in ("script-state", "connection-state")}
+            report.sections.append(("page", f"{opened.url} {state}\n{opened.locator('body').inner_text()}"))
+        report.sections.append(("dashboard", dashboard.log.read_text()[-4000:]))
+    return report
 
 
 @pytest.fixture
