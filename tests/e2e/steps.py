@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 
 from playwright.sync_api import Locator, Page, TimeoutError, expect
 
@@ -46,6 +47,25 @@ def choose(page: Page, label: str, option: str) -> None:
 def settle(page: Page) -> None:
     """Wait until the script of the page has run to its end."""
     expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+
+
+def enabled(page: Page, control: Locator) -> Locator:
+    """The control once it can be used.
+
+    Seen twice in whole runs of the suite, never alone, and not yet explained: a tab that stays disabled. It is loaded
+    again, as a person would do, and a warning says how its connection was.
+    """
+    try:
+        expect(control).not_to_have_attribute("data-disabled", "true", timeout=30_000)
+    except AssertionError:
+        app = page.get_by_test_id("stApp")
+        state = [app.get_attribute(f"data-test-{name}") for name in ("connection-state", "script-state")]
+        applying = page.get_by_text("Applying").all_inner_texts()
+        warnings.warn(f"the tab stayed disabled: {state} {applying}", stacklevel=2)
+        page.reload()
+        wait_ready(page)
+        expect(control).not_to_have_attribute("data-disabled", "true")
+    return control
 
 
 def ask(page: Page, prompt: str) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 from playwright.sync_api import expect
 
-from tests.e2e.steps import ask, choose, run_workload, set_number, wait_ready
+from tests.e2e.steps import ask, choose, enabled, run_workload, set_number, wait_ready
 
 pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ def test_prefix_hits_rise_with_a_repeated_prompt_and_stand_still_without_the_cac
         ask_and_wait(page, dashboard, LINES)
     expect(page.get_by_text(re.compile(r"prefix hits: [1-9]\d* % of"))).to_be_visible()
     looked_up = totals(dashboard)["prefix_query_tokens"]
-    page.get_by_test_id("stCheckbox").filter(has_text="Prefix cache").locator("label").click()
+    enabled(page, page.get_by_test_id("stCheckbox").filter(has_text="Prefix cache").locator("label")).click()
     expect(page.get_by_text("prefix_cache: on → off").first).to_be_visible()
     ask_and_wait(page, dashboard, LINES)
     assert totals(dashboard)["prefix_query_tokens"] == looked_up
