@@ -52,8 +52,8 @@ def settle(page: Page) -> None:
 def enabled(page: Page, control: Locator) -> Locator:
     """The control once it can be used.
 
-    Seen twice in whole runs of the suite, never alone, and not yet explained: a tab that stays disabled. It is loaded
-    again, as a person would do, and a warning says how its connection was.
+    Seen once, in a whole run of the suite, and not yet explained: a tab that stays disabled. It is loaded again, as a
+    person would do, and a warning says how its connection was.
     """
     try:
         expect(control).not_to_have_attribute("data-disabled", "true", timeout=30_000)
