@@ -16,14 +16,41 @@ import torch
 from kernels.cpu import build
 from kernels.cpu.attention import MAX_HEAD_DIM
 
-Op = Literal["paged_attention", "linear", "kv_write", "rms_norm", "silu_mul"]
+Op = Literal[
+    "paged_attention",
+    "linear",
+    "kv_write",
+    "rotary_kv_write",
+    "weight_only_linear",
+    "scaled_linear",
+    "quantize_rows",
+    "expert_linear",
+    "rms_norm",
+    "gated_mul",
+    "rotary",
+    "embedding",
+    "soft_cap",
+    "sample",
+    "verify",
+]
 
+_TORCH_OR_TRITON = ("reference", "triton")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "paged_attention": ("sdpa", "reference", "native", "triton"),
     "linear": ("torch", "native"),
-    "kv_write": ("reference", "triton"),
-    "rms_norm": ("reference", "triton"),
-    "silu_mul": ("reference", "triton"),
+    "kv_write": _TORCH_OR_TRITON,
+    "rotary_kv_write": _TORCH_OR_TRITON,
+    "weight_only_linear": _TORCH_OR_TRITON,
+    "scaled_linear": _TORCH_OR_TRITON,
+    "quantize_rows": _TORCH_OR_TRITON,
+    "expert_linear": _TORCH_OR_TRITON,
+    "rms_norm": _TORCH_OR_TRITON,
+    "gated_mul": _TORCH_OR_TRITON,
+    "rotary": _TORCH_OR_TRITON,
+    "embedding": _TORCH_OR_TRITON,
+    "soft_cap": _TORCH_OR_TRITON,
+    "sample": _TORCH_OR_TRITON,
+    "verify": _TORCH_OR_TRITON,
 }
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_HEAD_DIM = 256  # a tile of queries, keys and values must fit into registers and shared memory
@@ -80,7 +107,7 @@ def choose(
 def _choose_best(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:
     """The quickest implementation that runs here; its reason says why the quicker ones do not."""
     passed_over: list[str] = []
-    for name in _BY_SPEED[op]:
+    for name in _BY_SPEED.get(op, ("triton", "reference")):
         choice = choose(op, name, device=device, dtype=dtype, head_dim=head_dim)
         if choice.path is not None and not choice.path.endswith("(interpreter)"):
             return dataclasses.replace(choice, reason=" ".join([choice.reason, *passed_over]))

@@ -7,6 +7,7 @@
 import torch
 
 from kernels.language import tl, triton
+from kernels.variant import TYPE_NAMES, Variant
 
 
 def kv_write_reference(
@@ -83,3 +84,25 @@ def _kv_write_kernel(
         value_ptr + token * value_stride_token + head * value_stride_head + dim * value_stride_dim, mask=inside
     )
     tl.store(value_cache_ptr + slot * ROW_SIZE + element, value, mask=inside)
+
+
+def aot_variants() -> list[Variant]:
+    """As a model of 8 billion parameters launches it."""
+    return [_variant(torch.bfloat16, num_kv_heads=8, head_dim=128)]
+
+
+def _variant(dtype: torch.dtype, *, num_kv_heads: int, head_dim: int) -> Variant:
+    element = f"*{TYPE_NAMES[dtype]}"
+    types = dict.fromkeys(("key_ptr", "value_ptr", "key_cache_ptr", "value_cache_ptr"), element)
+    types |= {"slot_mapping_ptr": "*i64"}
+    types |= {f"{tensor}_stride_{axis}": "i32" for tensor in ("key", "value") for axis in ("token", "head")}
+    row_size = num_kv_heads * head_dim
+    constants: dict[str, int | bool | float | None] = {
+        "key_stride_dim": 1,
+        "value_stride_dim": 1,
+        "HEAD_DIM": head_dim,
+        "ROW_SIZE": row_size,
+        "BLOCK": 1 << (row_size - 1).bit_length(),
+    }
+    label = f"{TYPE_NAMES[dtype]} {num_kv_heads} heads d={head_dim}"
+    return Variant(_kv_write_kernel, label, types, constants, {"num_warps": 4}, False)

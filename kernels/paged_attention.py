@@ -14,6 +14,7 @@ import math
 import torch
 
 from kernels.language import tl, triton
+from kernels.variant import TYPE_NAMES, Variant
 
 
 def paged_attention_reference(
@@ -290,3 +291,41 @@ def _paged_attention_kernel(
         attended.to(output_ptr.dtype.element_ty),
         mask=row_inside[:, None] & dim_inside[None, :],
     )
+
+
+def aot_variants() -> list[Variant]:
+    """16-bit and float32, narrow and wide heads, decode and prefill."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        _variant(bf16, head_dim=128, group_size=4, decode=True, window=False),
+        _variant(bf16, head_dim=128, group_size=4, decode=False, window=False),
+        _variant(fp16, head_dim=64, group_size=3, decode=False, window=True),
+        _variant(bf16, head_dim=256, group_size=8, decode=False, window=False),
+        _variant(fp16, head_dim=80, group_size=1, decode=True, window=True),
+        _variant(fp32, head_dim=64, group_size=3, decode=False, window=False),
+    ]
+
+
+def _variant(dtype: torch.dtype, *, head_dim: int, group_size: int, decode: bool, window: bool) -> Variant:
+    config = paged_attention_config(64, 64 if decode else 1, group_size, head_dim, dtype)
+    element = f"*{TYPE_NAMES[dtype]}"
+    types = dict.fromkeys(("output_ptr", "query_ptr", "key_cache_ptr", "value_cache_ptr"), element)
+    types |= dict.fromkeys(("block_tables_ptr", "query_start_ptr", "context_lens_ptr"), "*i32")
+    types |= {"scale_log2": "fp32", "window": "i32", "num_seqs": "i32", "table_stride": "i32"}
+    types |= {f"{tensor}_stride_{axis}": "i32" for tensor in ("query", "output") for axis in ("token", "head")}
+    types |= {f"{tensor}_stride_{axis}": "i32" for tensor in ("key", "value") for axis in ("block", "slot", "head")}
+    constants: dict[str, int | bool | float | None] = {
+        "HAS_WINDOW": window,
+        "HEAD_DIM": head_dim,
+        "GROUP_SIZE": group_size,
+        "BLOCK_SIZE": 16,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
+        "DOT_IN_FLOAT32": False,
+    }
+    use = f"{'decode' if decode else 'prefill'} {TYPE_NAMES[dtype]} d={head_dim} g={group_size}"
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    # float32 must not be rounded to TF32, so it does not use the matrix units: the parity path, not the fast one.
+    label = use + (" window" if window else "")
+    return Variant(_paged_attention_kernel, label, types, constants, options, dtype is not torch.float32)

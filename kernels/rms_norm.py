@@ -7,6 +7,7 @@
 import torch
 
 from kernels.language import tl, triton
+from kernels.variant import TYPE_NAMES, Variant
 
 
 def rms_norm_reference(
@@ -87,3 +88,21 @@ def _rms_norm_kernel(
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     output = normalized.to(tl.float32) * weight.to(tl.float32)
     tl.store(output_ptr + row * SIZE + column, output.to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def aot_variants() -> list[Variant]:
+    """As a model of 8 billion parameters launches it."""
+    return [_variant(torch.bfloat16, size=4096)]
+
+
+def _variant(dtype: torch.dtype, *, size: int) -> Variant:
+    element = f"*{TYPE_NAMES[dtype]}"
+    types = dict.fromkeys(("output_ptr", "total_ptr", "hidden_ptr", "residual_ptr", "weight_ptr"), element)
+    types |= {"hidden_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
+    constants: dict[str, int | bool | float | None] = {
+        "HAS_RESIDUAL": True,
+        "SIZE": size,
+        "BLOCK": 1 << (size - 1).bit_length(),
+    }
+    label = f"{TYPE_NAMES[dtype]} {size} wide, residual"
+    return Variant(_rms_norm_kernel, label, types, constants, {"num_warps": 8}, False)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.language import tl, triton
+from kernels.variant import TYPE_NAMES, Variant
 
 _BLOCK = 1024
 
@@ -45,3 +46,16 @@ def _silu_mul_kernel(output_ptr, gate_up_ptr, stride, SIZE: tl.constexpr, BLOCK:
     # Rounded between the two operations, as when they are two.
     activated = (gate / (1.0 + tl.exp(-gate))).to(output_ptr.dtype.element_ty).to(tl.float32)
     tl.store(output_ptr + row * SIZE + column, (activated * up).to(output_ptr.dtype.element_ty), mask=inside)
+
+
+def aot_variants() -> list[Variant]:
+    """As a model of 8 billion parameters launches it."""
+    return [_variant(torch.bfloat16, size=14336)]
+
+
+def _variant(dtype: torch.dtype, *, size: int) -> Variant:
+    element = f"*{TYPE_NAMES[dtype]}"
+    types = {"output_ptr": element, "gate_up_ptr": element, "stride": "i32"}
+    constants: dict[str, int | bool | float | None] = {"SIZE": size, "BLOCK": 1024}
+    label = f"{TYPE_NAMES[dtype]} {size} wide"
+    return Variant(_silu_mul_kernel, label, types, constants, {"num_warps": 4}, False)
