@@ -60,6 +60,6 @@ class Case:
 
 
 class Cases(Protocol):
-    """``cases`` of a ``cases_<kernel>.py``: one case after another, so that a case's tensors go before the next's come."""
+    """``cases`` of a ``cases_<kernel>.py``: one after another, so that a case's tensors go before the next's come."""
 
     def __call__(self, device: torch.device, size: Size) -> Iterator[Case]: ...
