@@ -231,15 +231,16 @@ class EngineConfig:
         "float32, slow, to check the others. triton: our paged kernel (needs a GPU; on the CPU it runs in Triton's "
         "interpreter).",
     )
-    execution: Literal["auto", "eager", "native", "compiled", "graphs"] = _knob(
+    execution: Literal["auto", "eager", "native", "fused", "compiled", "graphs"] = _knob(
         "auto",
         label="Execution",
         group="Execution",
         tier=Tier.LIVE,
         help="eager: every operation is launched from Python. native: all layers are one call of our C++ kernels for "
-        "the CPU (needs native attention and linear layers). compiled: each layer is one compiled program (needs a C++ "
-        "compiler). graphs: decode batches are CUDA graphs (needs a GPU and attention=triton). Compiled and graphs are "
-        "prepared while eager goes on serving. auto: native where it can run, else eager.",
+        "the CPU (needs native attention and linear layers). fused: layers through our fused Triton kernels (needs a "
+        "GPU and attention=triton). compiled: each layer is one compiled program (needs a C++ compiler). graphs: "
+        "decode batches are CUDA graphs of the fused layers (the same). Compiled and graphs are "
+        "prepared while eager or fused goes on serving. auto: native on a CPU, fused on a GPU, else eager.",
     )
     linear: Literal["auto", "native", "torch"] = _knob(
         "auto",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kernels.variant import Variant
 
-MODULES = ("paged_attention", "kv_write", "rms_norm", "silu_mul")
+MODULES = ("paged_attention", "kv_write", "rotary_kv_write", "rms_norm", "gated_mul", "rotary", "embedding", "soft_cap")
 """Files of this folder that declare ``aot_variants``."""
 
 TARGETS = (80, 90, 100)  # A100, H100/H200, B200

@@ -1,10 +1,11 @@
 """Attention of ragged queries over a paged KV cache.
 
 One signature for prefill, chunked prefill, decode and verification of drafts: they differ only in how many of a
-sequence's positions are queries now. ``kernels/README.md`` has the diagram of the block table.
+sequence's positions are queries now. ``kernels/README.md`` has the diagram of the block table, of a program's tile and
+of the chunks that a long context is cut into.
 """
 
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
@@ -13,8 +14,16 @@ import math
 
 import torch
 
+from kernels.kv_formats import KV_FORMATS, dequantize, format_of
+from kernels.kv_write import KVScales
 from kernels.language import tl, triton
-from kernels.variant import TYPE_NAMES, Variant
+from kernels.soft_cap import capped
+from kernels.tuning import select
+from kernels.variant import TYPE_NAMES, Variant, pointers
+
+LOG2_E = math.log2(math.e)
+CHUNK = 1024  # KV positions that a program of a split context takes at a time: fixed, so that sums do not depend on …
+SPLIT_PROGRAMS = 528  # … how many programs share a context; about four for each multiprocessor of a large GPU
 
 
 def paged_attention_reference(
@@ -26,44 +35,73 @@ def paged_attention_reference(
     context_lens: torch.Tensor,
     scale: float,
     window: int | None = None,
-) -> torch.Tensor:
+    *,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scales: KVScales | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain softmax attention in float32, one sequence after another: slow, and the truth the others are held to.
 
     Args:
         query: [T, num_heads, head_dim]; query head h reads KV head ``h // (num_heads / num_kv_heads)``.
-        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim]. Slots behind a sequence's context
-            may hold anything, NaN included.
+        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] in a format of
+            :mod:`kernels.kv_formats`. Slots behind a sequence's context may hold anything, NaN included.
         block_tables: int [B, max_blocks], block ids in order; entries behind the context are not read.
         query_start: int [B + 1], rows ``query_start[i]:query_start[i + 1]`` belong to sequence i.
         context_lens: int [B], KV length including the queries' own positions.
         scale: factor on the scores.
         window: a query sees at most this many positions, itself included; None for all.
+        soft_cap: scores are bounded smoothly to this (Gemma 2, section 2); None for no bound.
+        sinks: float32 [num_heads], a score beside those of the keys that takes its share of the softmax and gives
+            nothing (GPT-OSS; Xiao et al. 2023); None for none.
+        scales: of a quantized cache.
 
     Returns:
-        [T, num_heads, head_dim] in the dtype of ``query``.
+        [T, num_heads, head_dim] in the dtype of ``query``, and the natural logarithm of each softmax's denominator,
+        float32 [T, num_heads], sinks included.
     """
-    block_size, num_kv_heads = key_cache.shape[1:3]
-    group = query.shape[1] // num_kv_heads
+    block_size = key_cache.shape[1]
+    group = query.shape[1] // key_cache.shape[2]
     output = torch.empty_like(query)
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     starts = query_start.tolist()
     for index, context_len in enumerate(context_lens.tolist()):
         rows = slice(starts[index], starts[index + 1])
         blocks = block_tables[index, : -(-context_len // block_size)].long()
-        # [S, num_kv_heads, D] → [num_heads, S, D], each KV head repeated for the query heads that share it.
-        keys = key_cache[blocks].flatten(0, 1)[:context_len].float().repeat_interleave(group, dim=1).transpose(0, 1)
-        values = value_cache[blocks].flatten(0, 1)[:context_len].float().repeat_interleave(group, dim=1).transpose(0, 1)
+        keys, values = (
+            _gathered(cache, None if scales is None else scales[side], blocks, context_len, group)
+            for side, cache in enumerate((key_cache, value_cache))
+        )
         scores = query[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * scale
-        scores.masked_fill_(~_visible(rows.stop - rows.start, context_len, window, query.device), float("-inf"))
-        output[rows] = (scores.softmax(dim=-1) @ values).transpose(0, 1).to(query.dtype)
-    return output
+        if soft_cap is not None:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        scores.masked_fill_(~visible_positions(rows.stop - rows.start, context_len, window, query.device), -torch.inf)
+        denominators = scores.logsumexp(dim=-1)  # [num_heads, rows]
+        if sinks is not None:
+            denominators = torch.logaddexp(denominators, sinks[:, None].float())
+        output[rows] = ((scores - denominators[..., None]).exp() @ values).transpose(0, 1).to(query.dtype)
+        lse[rows] = denominators.t()
+    return output, lse
 
 
-def _visible(query_len: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _gathered(
+    cache: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, context_len: int, group: int
+) -> torch.Tensor:
+    """[num_heads, S, head_dim] float32 of one sequence, each KV head repeated for the query heads that share it."""
+    rows = cache.view(torch.uint8)[blocks].view(cache.dtype) if cache.dtype.itemsize == 1 else cache[blocks]
+    rows = dequantize(rows, None if scales is None else scales[blocks])
+    return rows.flatten(0, 1)[:context_len].repeat_interleave(group, dim=1).transpose(0, 1)
+
+
+def visible_positions(query_len: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Bool [query_len, context_len]: causal, aligned to the bottom right, at most ``window`` positions wide."""
     query_position = torch.arange(context_len - query_len, context_len, device=device)[:, None]
     distance = query_position - torch.arange(context_len, device=device)
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,22 +120,40 @@ class PagedAttentionConfig:
     num_stages: int
 
 
-def paged_attention_config(
-    num_tokens: int, num_seqs: int, group_size: int, head_dim: int, dtype: torch.dtype
-) -> PagedAttentionConfig:
-    """The configuration for a batch, from shapes alone: nothing is read back from the device.
+CONFIGS = {
+    "decode 16x64": PagedAttentionConfig(16, 64, 4, 3),
+    "decode 16x128": PagedAttentionConfig(16, 128, 4, 2),
+    "decode 16x32": PagedAttentionConfig(16, 32, 4, 2),
+    "prefill 64x64": PagedAttentionConfig(64, 64, 4, 2),
+    "prefill 64x32": PagedAttentionConfig(64, 32, 8, 2),
+    "prefill 128x64": PagedAttentionConfig(128, 64, 8, 2),
+}
 
-    Untuned: chosen for occupancy and so that nothing spills; ``python -m kernels.aot`` shows registers and spills.
-    """
+
+def default_config(decode: bool, head_dim: int, dtype: torch.dtype) -> str:
+    """The rule for shapes that nobody has measured: occupancy, nothing spills, and it fits an L4's shared memory."""
     wide = head_dim > 128 or dtype == torch.float32
-    if num_tokens == num_seqs:  # every sequence decodes: bound by reading the cache, a small tile is enough
-        block_m = max(16, triton.next_power_of_2(group_size))
-        return PagedAttentionConfig(block_m, 32 if wide else 64, 4, 2 if wide else 3)
+    if decode:  # bound by reading the cache: a small tile is enough
+        return "decode 16x32" if wide else "decode 16x64"
     if wide:
-        return PagedAttentionConfig(max(64, triton.next_power_of_2(group_size)), 32, 8, 2)
-    if head_dim > 64:  # 64 rows on 4 warps spill on sm_80
-        return PagedAttentionConfig(max(128, triton.next_power_of_2(group_size)), 64, 8, 2)
-    return PagedAttentionConfig(max(64, triton.next_power_of_2(group_size)), 64, 4, 2)
+        return "prefill 64x32"
+    return "prefill 128x64" if head_dim > 64 else "prefill 64x64"  # 64 rows of 128 on 4 warps spill on sm_80
+
+
+def _pick(decode: bool, group_size: int, head_dim: int, query: torch.Tensor) -> PagedAttentionConfig:
+    key = ("decode" if decode else "prefill", head_dim, group_size, TYPE_NAMES[query.dtype])
+    name = select("paged_attention", key, default_config(decode, head_dim, query.dtype), query.device)
+    config = CONFIGS[name]
+    return dataclasses.replace(config, block_m=max(config.block_m, triton.next_power_of_2(group_size)))
+
+
+def _num_splits(num_programs: int, table_tokens: int) -> int:
+    """How many programs share the context of one sequence and KV head, from shapes alone."""
+    chunks = triton.cdiv(table_tokens, CHUNK)
+    return max(1, min(chunks, SPLIT_PROGRAMS // max(num_programs, 1)))
+
+
+# -- the launch -------------------------------------------------------------------------------------------------------
 
 
 def paged_attention_triton(
@@ -109,61 +165,138 @@ def paged_attention_triton(
     context_lens: torch.Tensor,
     scale: float,
     window: int | None = None,
-) -> torch.Tensor:
-    """As :func:`paged_attention_reference`, in one launch, without ever making the score matrix.
+    *,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scales: KVScales | None = None,
+    num_splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`paged_attention_reference`, without ever making the score matrix.
 
     One design for ragged batches of any mix, after vLLM's unified attention (Ringlein et al. 2025): a program owns a
     few consecutive queries of one sequence together with all the query heads that share a KV head, so that even a
     decode fills a tile of the matrix units, and walks the block table with an online softmax (Milakov & Gimelshein
-    2018; Dao et al. 2022). Decode of few long sequences leaves multiprocessors idle: splitting the KV comes later.
+    2018; Dao et al. 2022).
+
+    Where every sequence decodes, its context is cut into chunks of :data:`CHUNK` positions, each with a softmax of its
+    own, which are joined in order (flash-decoding, Dao et al. 2023). Few sequences are shared by several programs,
+    many are not; as the chunks are the same, so are the operations of the result, whatever else is in the batch.
 
     Args:
         As the reference's; innermost dimensions contiguous, head_dim at most 256, bfloat16, float16 or float32.
+        num_splits: programs that share a context; None for what the shapes suggest. Only where all sequences decode.
+
+    Raises:
+        ValueError: naming the argument whose layout does not fit.
     """
     num_tokens, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     num_seqs = context_lens.shape[0]
-    if any(tensor.stride(-1) != 1 for tensor in (query, key_cache, value_cache, block_tables)):
-        raise ValueError("query, caches and block tables must be contiguous in their last dimension")
+    _check(query, key_cache, value_cache, block_tables, sinks, scales)
+    decode = num_tokens == num_seqs
     group_size = num_heads // num_kv_heads
-    config = paged_attention_config(num_tokens, num_seqs, group_size, head_dim, query.dtype)
+    config = _pick(decode, group_size, head_dim, query)
     queries_per_block = config.block_m // group_size
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=query.device)
+    table_tokens = block_tables.shape[1] * block_size
+    splits = num_splits or (_num_splits(num_seqs * num_kv_heads, table_tokens) if decode else 1)
+    chunks = triton.cdiv(table_tokens, CHUNK) if decode and splits > 1 else 1
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # One state a chunk: its softmax's maximum and sum, and the weighted values.
+    partial = torch.empty((num_tokens, num_heads, chunks, block_d), dtype=torch.float32, device=query.device)
+    state = torch.empty((num_tokens, num_heads, chunks, 2), dtype=torch.float32, device=query.device)
     # Each sequence wastes at most one block of queries: an upper bound of the blocks that needs no device sync.
-    grid = (num_tokens // queries_per_block + num_seqs, num_kv_heads)
-    _paged_attention_kernel[grid](
+    blocks = num_seqs if decode else num_tokens // queries_per_block + num_seqs
+    format = format_of(key_cache)
+    key_scales, value_scales = scales or (state, state)  # without any, never read
+    _paged_attention_kernel[(blocks, num_kv_heads, splits)](
         output,
+        lse,
+        partial,
+        state,
         query,
         key_cache,
         value_cache,
+        key_scales,
+        value_scales,
+        lse if sinks is None else sinks,
         block_tables,
         query_start,
         context_lens,
-        scale * math.log2(math.e),
+        scale,
+        soft_cap or 0.0,
         window or 0,
         num_seqs,
+        chunks,
         block_tables.stride(0),
         *query.stride()[:2],
-        *output.stride()[:2],
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
+        DECODE=decode,
+        SPLIT=chunks > 1,
         HAS_WINDOW=window is not None,
+        HAS_SOFT_CAP=soft_cap is not None,
+        HAS_SINKS=sinks is not None,
+        FORMAT=format.number,
         HEAD_DIM=head_dim,
         GROUP_SIZE=group_size,
         BLOCK_SIZE=block_size,
+        CHUNK_N=CHUNK,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=block_d,
         # The interpreter multiplies bfloat16 wrongly (Triton 3.7): compute in float32 there.
         DOT_IN_FLOAT32=query.device.type == "cpu",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return output
+    if chunks > 1:
+        _merge_kernel[(num_tokens, num_heads)](
+            output,
+            lse,
+            partial,
+            state,
+            lse if sinks is None else sinks,
+            context_lens,
+            window or 0,
+            chunks,
+            HAS_WINDOW=window is not None,
+            HAS_SINKS=sinks is not None,
+            HEAD_DIM=head_dim,
+            CHUNK_N=CHUNK,
+            BLOCK_D=block_d,
+            num_warps=2,
+        )
+    return output, lse
+
+
+def _check(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scales: KVScales | None,
+) -> None:
+    named = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_tables": block_tables}
+    for name, tensor in named.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension")
+    format = format_of(key_cache)
+    if format is not format_of(value_cache):
+        raise ValueError("key_cache and value_cache must have the same format")
+    if (scales is not None) != bool(format.num_scales):
+        raise ValueError(f"scales {'are needed' if format.num_scales else 'mean nothing'} for a cache in {format.name}")
+    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (query.shape[1],)):
+        raise ValueError(f"sinks must be float32 [{query.shape[1]}], not {list(sinks.shape)}")
+
+
+# -- pieces of the kernel ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _find_sequence(query_start_ptr, query_block, num_seqs, BLOCK_Q: tl.constexpr):
+def find_sequence(query_start_ptr, query_block, num_seqs, BLOCK_Q: tl.constexpr):
     """Largest i with ``query_start[i] // BLOCK_Q + i <= query_block``, the sequence that owns a block of queries."""
     low = 0
     high = num_seqs
@@ -177,44 +310,280 @@ def _find_sequence(query_start_ptr, query_block, num_seqs, BLOCK_Q: tl.constexpr
 
 
 @triton.jit
+def load_rows(
+    cache_ptr,
+    offset,  # int64 [N], of each position's head in payload elements
+    inside,  # [N]
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Payload of N positions [N, BLOCK_D], in the cache's own type, or as small whole numbers of INT4."""
+    # Slots behind the context are not read: whatever they hold, NaN included, must not meet a zero weight.
+    if FORMAT == 3:
+        byte = tl.arange(0, BLOCK_D // 2)
+        mask = inside[:, None] & (byte < HEAD_DIM // 2)[None, :]
+        packed = tl.load(cache_ptr + offset[:, None] + byte[None, :], mask=mask, other=0)
+        return tl.interleave(packed & 15, packed >> 4)
+    dim = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+    return tl.load(cache_ptr + offset[:, None] + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def key_scores(
+    query,  # [M, D]
+    query_sum,  # [M], over the dimensions
+    key,  # [N, D], as load_rows gives it
+    scales_ptr,
+    scale_row,  # int64 [N], of each position's head among the scales
+    inside,  # [N]
+    scale,
+    soft_cap,
+    HAS_SOFT_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Scores [M, N] in units of log2(e), float32: a quantized key's scale is applied to its column."""
+    # "ieee": float32 models must not be rounded to TF32; of no effect on 16-bit types.
+    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
+    if FORMAT == 1 or FORMAT == 2:
+        column = tl.load(scales_ptr + scale_row, mask=inside, other=0.0).to(tl.float32)
+        scores = scores * column[None, :]
+    if FORMAT == 3:  # q · (s k + m) = s (q · k) + m Σq
+        column = tl.load(scales_ptr + scale_row * 2, mask=inside, other=0.0).to(tl.float32)
+        minimum = tl.load(scales_ptr + scale_row * 2 + 1, mask=inside, other=0.0).to(tl.float32)
+        scores = scores * column[None, :] + query_sum[:, None] * minimum[None, :]
+    if HAS_SOFT_CAP:
+        return capped(scores * scale, soft_cap) * 1.4426950408889634
+    return scores * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def weighted_values(
+    weights,  # float32 [M, N]
+    value,  # [N, D], as load_rows gives it
+    accumulator,  # float32 [M, D]
+    scales_ptr,
+    scale_row,
+    inside,
+    FORMAT: tl.constexpr,
+    DOT_IN_FLOAT32: tl.constexpr,
+    COMPUTE: tl.constexpr,  # the query's type
+):
+    """``accumulator`` + weights · values; a quantized value's scale is folded into its column of the weights."""
+    if FORMAT == 1 or FORMAT == 2:
+        weights = weights * tl.load(scales_ptr + scale_row, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if FORMAT == 3:  # Σ w (s v + m) = (w s) · v + Σ w m
+        minimum = tl.load(scales_ptr + scale_row * 2 + 1, mask=inside, other=0.0).to(tl.float32)
+        accumulator += tl.sum(weights * minimum[None, :], axis=1)[:, None]
+        weights = weights * tl.load(scales_ptr + scale_row * 2, mask=inside, other=0.0).to(tl.float32)[None, :]
+    compute: tl.constexpr = tl.float32 if DOT_IN_FLOAT32 else COMPUTE
+    return tl.dot(weights.to(compute), value.to(compute), accumulator, input_precision="ieee")
+
+
+@triton.jit
+def slots_of(table_ptr, columns, inside, start, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(block, offset in it) of consecutive positions; one load where a tile lies within one block."""
+    # A cache holds more than 2^31 elements: offsets in 64 bits.
+    if BLOCK_SIZE % BLOCK_N == 0:
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64) + tl.zeros_like(columns).to(tl.int64)
+    else:
+        block = tl.load(table_ptr + columns // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    return block, columns % BLOCK_SIZE
+
+
+@triton.jit
+def _fold(row_max, row_sum, accumulator, scores):
+    """A step of the online softmax: the state scaled to its new maximum, and the weights of the new columns."""
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    # A row that has seen nothing yet (window) would give inf - inf.
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - safe_max[:, None])
+    correction = tl.exp2(row_max - safe_max)
+    return new_max, row_sum * correction + tl.sum(weights, axis=1), accumulator * correction[:, None], weights
+
+
+@triton.jit
+def _join(row_max, row_sum, accumulator, other_max, other_sum, other_accumulator):
+    """Two softmax states of the same rows as one. ``accumulator`` is [M, D]."""
+    new_max = tl.maximum(row_max, other_max)
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    left, right = tl.exp2(row_max - safe_max), tl.exp2(other_max - safe_max)
+    joined = accumulator * left[:, None] + other_accumulator * right[:, None]
+    return new_max, row_sum * left + other_sum * right, joined
+
+
+@triton.jit
+def _finish(row_max, row_sum, accumulator, sink, HAS_SINKS: tl.constexpr):
+    """The attended values of rows [M, D] and the natural logarithm of their denominators [M]."""
+    if HAS_SINKS:
+        sink = sink * 1.4426950408889634
+        new_max = tl.maximum(row_max, sink)
+        correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.exp2(sink - new_max)
+        accumulator = accumulator * correction[:, None]
+        row_max = new_max
+    denominator = tl.where(row_sum == 0.0, 1.0, row_sum)
+    return accumulator / denominator[:, None], (row_max + tl.log2(denominator)) * 0.6931471805599453
+
+
+@triton.jit
+def _walk(
+    row_max,  # [M], the softmax's state
+    row_sum,
+    accumulator,  # [M, D]
+    begin,  # KV positions [begin, end), begin a multiple of BLOCK_N
+    end,
+    query,  # [M, D]
+    query_sum,
+    row_position,  # [M]
+    cache,  # pointers and strides, see the kernel
+    table_ptr,
+    kv_head,
+    num_kv_heads,
+    scale,
+    soft_cap,
+    window,
+    MASKED: tl.constexpr,  # else every row sees every position
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT_IN_FLOAT32: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The state after the positions [begin, end)."""
+    key_ptr, value_ptr, key_scales_ptr, value_scales_ptr = cache[0], cache[1], cache[2], cache[3]
+    for start in range(begin, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        inside = columns < end
+        block, slot = slots_of(table_ptr, columns, inside, start, BLOCK_SIZE, BLOCK_N)
+        scale_row = (block * BLOCK_SIZE + slot) * num_kv_heads + kv_head
+        offset = block * cache[4] + slot * cache[5] + kv_head * cache[6]
+        key = load_rows(key_ptr, offset, inside, FORMAT, HEAD_DIM, BLOCK_N, BLOCK_D)
+        scores = key_scores(
+            query, query_sum, key, key_scales_ptr, scale_row, inside, scale, soft_cap, HAS_SOFT_CAP, FORMAT
+        )
+        if MASKED:
+            visible = columns[None, :] <= row_position[:, None]
+            if HAS_WINDOW:
+                visible = visible & (row_position[:, None] - columns[None, :] < window)
+            scores = tl.where(visible & inside[None, :], scores, float("-inf"))
+        offset = block * cache[7] + slot * cache[8] + kv_head * cache[9]
+        value = load_rows(value_ptr, offset, inside, FORMAT, HEAD_DIM, BLOCK_N, BLOCK_D)
+        row_max, row_sum, accumulator, weights = _fold(row_max, row_sum, accumulator, scores)
+        accumulator = weighted_values(
+            weights, value, accumulator, value_scales_ptr, scale_row, inside, FORMAT, DOT_IN_FLOAT32, COMPUTE
+        )
+    return row_max, row_sum, accumulator
+
+
+@triton.jit
+def _walk_causally(
+    begin,
+    end,
+    first_position,  # of the tile's first query: all rows see what is not behind it
+    query,
+    query_sum,
+    row_position,
+    cache,
+    table_ptr,
+    kv_head,
+    num_kv_heads,
+    scale,
+    soft_cap,
+    window,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT_IN_FLOAT32: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """A softmax of its own over [begin, end): without masks as far as every row sees all, with them at the edge."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    middle = begin
+    if not HAS_WINDOW:
+        middle = begin + tl.maximum(tl.minimum(first_position + 1, end) - begin, 0) // BLOCK_N * BLOCK_N
+        row_max, row_sum, accumulator = _walk(
+            row_max, row_sum, accumulator, begin, middle, query, query_sum, row_position, cache, table_ptr, kv_head,
+            num_kv_heads, scale, soft_cap, window, False, False, HAS_SOFT_CAP, FORMAT, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+            BLOCK_D, DOT_IN_FLOAT32, COMPUTE,
+        )  # fmt: skip
+    return _walk(
+        row_max, row_sum, accumulator, middle, end, query, query_sum, row_position, cache, table_ptr, kv_head,
+        num_kv_heads, scale, soft_cap, window, True, HAS_WINDOW, HAS_SOFT_CAP, FORMAT, HEAD_DIM, BLOCK_SIZE, BLOCK_N,
+        BLOCK_D, DOT_IN_FLOAT32, COMPUTE,
+    )  # fmt: skip
+
+
+# -- the kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
 def _paged_attention_kernel(
-    output_ptr,  # [T, num_heads, HEAD_DIM]
+    output_ptr,  # [T, num_heads, HEAD_DIM], contiguous
+    lse_ptr,  # float32 [T, num_heads]
+    partial_ptr,  # float32 [T, num_heads, chunks, BLOCK_D]
+    state_ptr,  # float32 [T, num_heads, chunks, 2]: maximum and sum
     query_ptr,  # [T, num_heads, HEAD_DIM]
-    key_cache_ptr,  # [num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM]
-    value_cache_ptr,  # the same
+    key_cache_ptr,  # [num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM], packed where the format packs
+    value_cache_ptr,
+    key_scales_ptr,  # float16 [num_blocks, BLOCK_SIZE, num_kv_heads, 1 or 2]
+    value_scales_ptr,
+    sinks_ptr,  # float32 [num_heads]
     block_tables_ptr,  # int [B, max_blocks]
     query_start_ptr,  # int [B + 1]
     context_lens_ptr,  # int [B]
-    scale_log2,  # scale * log2(e): exp2 is one instruction, exp is two
+    scale,
+    soft_cap,
     window,
     num_seqs,
+    chunks,
     table_stride,
     query_stride_token,
     query_stride_head,
-    output_stride_token,
-    output_stride_head,
     key_stride_block,
     key_stride_slot,
     key_stride_head,
     value_stride_block,
     value_stride_slot,
     value_stride_head,
+    DECODE: tl.constexpr,  # every sequence has one query
+    SPLIT: tl.constexpr,  # several programs share a context: states go to memory
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    FORMAT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP_SIZE: tl.constexpr,  # g, query heads that share a KV head
     BLOCK_SIZE: tl.constexpr,  # tokens in a block of the cache
+    CHUNK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM padded to a power of two
     DOT_IN_FLOAT32: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_SIZE
-    query_block = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    sequence = _find_sequence(query_start_ptr, query_block, num_seqs, BLOCK_Q)
+    kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    if DECODE:
+        sequence = tl.program_id(0)
+        first_query = 0
+    else:
+        sequence = find_sequence(query_start_ptr, tl.program_id(0), num_seqs, BLOCK_Q)
+        first_query = (tl.program_id(0) - (tl.load(query_start_ptr + sequence) // BLOCK_Q + sequence)) * BLOCK_Q
     query_begin = tl.load(query_start_ptr + sequence)
     query_len = tl.load(query_start_ptr + sequence + 1) - query_begin
-    first_query = (query_block - (query_begin // BLOCK_Q + sequence)) * BLOCK_Q
     if first_query >= query_len:
         return
     past = tl.load(context_lens_ptr + sequence) - query_len
@@ -224,108 +593,189 @@ def _paged_attention_kernel(
     row_query = first_query + rows // GROUP_SIZE
     row_head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     row_inside = (rows < BLOCK_Q * GROUP_SIZE) & (row_query < query_len)
-    row_position = past + row_query
-    dims = tl.arange(0, BLOCK_D)
-    dim_inside = dims < HEAD_DIM
     row_token = (query_begin + row_query).to(tl.int64)
-    query = tl.load(
-        query_ptr + (row_token * query_stride_token + row_head * query_stride_head)[:, None] + dims[None, :],
-        mask=row_inside[:, None] & dim_inside[None, :],
-        other=0.0,
-    )
+    dim = tl.arange(0, BLOCK_D)
+    wanted = row_inside[:, None] & (dim < HEAD_DIM)[None, :]
+    source = query_ptr + (row_token * query_stride_token + row_head * query_stride_head)[:, None] + dim[None, :]
+    query = tl.load(source, mask=wanted, other=0.0)
     if DOT_IN_FLOAT32:
         query = query.to(tl.float32)
-
+    query_sum = tl.sum(query.to(tl.float32), axis=1)
+    cache = (
+        key_cache_ptr, value_cache_ptr, key_scales_ptr, value_scales_ptr, key_stride_block, key_stride_slot,
+        key_stride_head, value_stride_block, value_stride_slot, value_stride_head,
+    )  # fmt: skip
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
     # KV positions that any row of the tile can see.
     kv_stop = past + tl.minimum(first_query + BLOCK_Q, query_len)
     kv_start = 0
     if HAS_WINDOW:
         kv_start = tl.maximum(past + first_query - window + 1, 0) // BLOCK_N * BLOCK_N
 
+    row_out = row_token * (num_kv_heads * GROUP_SIZE) + row_head
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    table_ptr = block_tables_ptr + sequence.to(tl.int64) * table_stride
-    for start in range(kv_start, kv_stop, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        column_inside = columns < kv_stop
-        # A cache holds more than 2^31 elements: offsets in 64 bits.
-        block = tl.load(table_ptr + columns // BLOCK_SIZE, mask=column_inside, other=0).to(tl.int64)
-        slot = columns % BLOCK_SIZE
-        key_offset = block * key_stride_block + slot * key_stride_slot + kv_head * key_stride_head
-        value_offset = block * value_stride_block + slot * value_stride_slot + kv_head * value_stride_head
-        # Slots behind the context are not read: whatever they hold, NaN included, must not meet a zero weight.
-        key = tl.load(
-            key_cache_ptr + key_offset[None, :] + dims[:, None],
-            mask=column_inside[None, :] & dim_inside[:, None],
-            other=0.0,
-        )
-        value = tl.load(
-            value_cache_ptr + value_offset[:, None] + dims[None, :],
-            mask=column_inside[:, None] & dim_inside[None, :],
-            other=0.0,
-        )
-        if DOT_IN_FLOAT32:
-            key = key.to(tl.float32)
-            value = value.to(tl.float32)
-        # "ieee": float32 models must not be rounded to TF32; of no effect on 16-bit types.
-        scores = tl.dot(query, key, input_precision="ieee") * scale_log2
-        visible = columns[None, :] <= row_position[:, None]
-        if HAS_WINDOW:
-            visible = visible & (row_position[:, None] - columns[None, :] < window)
-        scores = tl.where(visible & row_inside[:, None], scores, float("-inf"))
+    if not DECODE:  # the range at once: its tiles are many, and a second accumulator of 128 rows would spill
+        row_max, row_sum, accumulator = _walk_causally(
+            kv_start, kv_stop, past + first_query, query, query_sum, past + row_query, cache, table_ptr, kv_head,
+            num_kv_heads, scale, soft_cap, window, HAS_WINDOW, HAS_SOFT_CAP, FORMAT, HEAD_DIM, BLOCK_SIZE, BLOCK_M,
+            BLOCK_N, BLOCK_D, DOT_IN_FLOAT32, query_ptr.dtype.element_ty,
+        )  # fmt: skip
+    else:
+        first_chunk = kv_start // CHUNK_N + tl.program_id(2)
+        for chunk in range(first_chunk, tl.cdiv(kv_stop, CHUNK_N), tl.num_programs(2)):
+            begin, end = tl.maximum(chunk * CHUNK_N, kv_start), tl.minimum((chunk + 1) * CHUNK_N, kv_stop)
+            chunk_max, chunk_sum, chunk_accumulator = _walk_causally(
+                begin, end, past, query, query_sum, past + row_query, cache, table_ptr, kv_head, num_kv_heads, scale,
+                soft_cap, window, HAS_WINDOW, HAS_SOFT_CAP, FORMAT, HEAD_DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, BLOCK_D,
+                DOT_IN_FLOAT32, query_ptr.dtype.element_ty,
+            )  # fmt: skip
+            if SPLIT:
+                place = row_out * chunks + chunk
+                target = partial_ptr + place[:, None] * BLOCK_D + dim[None, :]
+                tl.store(target, chunk_accumulator, mask=row_inside[:, None])
+                tl.store(state_ptr + place * 2, chunk_max, mask=row_inside)
+                tl.store(state_ptr + place * 2 + 1, chunk_sum, mask=row_inside)
+            else:
+                row_max, row_sum, accumulator = _join(
+                    row_max, row_sum, accumulator, chunk_max, chunk_sum, chunk_accumulator
+                )
+    if not SPLIT:
+        sink = tl.load(sinks_ptr + row_head) if HAS_SINKS else row_max
+        attended, lse = _finish(row_max, row_sum, accumulator, sink, HAS_SINKS)
+        target = output_ptr + row_out[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(target, attended.to(output_ptr.dtype.element_ty), mask=wanted)
+        tl.store(lse_ptr + row_out, lse, mask=row_inside)
 
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # A row that has seen nothing yet (window) or never will (padding) would give inf - inf.
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - safe_max[:, None])
-        correction = tl.exp2(row_max - safe_max)
-        row_sum = row_sum * correction + tl.sum(weights, axis=1)
-        accumulator = accumulator * correction[:, None]
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
-        row_max = new_max
 
-    attended = accumulator / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    tl.store(
-        output_ptr + (row_token * output_stride_token + row_head * output_stride_head)[:, None] + dims[None, :],
-        attended.to(output_ptr.dtype.element_ty),
-        mask=row_inside[:, None] & dim_inside[None, :],
-    )
+@triton.jit
+def _merge_kernel(
+    output_ptr,
+    lse_ptr,
+    partial_ptr,
+    state_ptr,
+    sinks_ptr,
+    context_lens_ptr,
+    window,
+    chunks,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Join the chunks of one decoding sequence and head, in order."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    row = sequence.to(tl.int64) * tl.num_programs(1) + head
+    context_len = tl.load(context_lens_ptr + sequence)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(context_len - window, 0) // CHUNK_N
+    dim = tl.arange(0, BLOCK_D)
+    one = tl.arange(0, 1)
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([1], tl.float32)
+    accumulator = tl.zeros([1, BLOCK_D], tl.float32)
+    for chunk in range(first, tl.cdiv(context_len, CHUNK_N)):
+        place = row * chunks + chunk + one
+        other = tl.load(partial_ptr + place[:, None] * BLOCK_D + dim[None, :])
+        other_max, other_sum = tl.load(state_ptr + place * 2), tl.load(state_ptr + place * 2 + 1)
+        row_max, row_sum, accumulator = _join(row_max, row_sum, accumulator, other_max, other_sum, other)
+    sink = tl.load(sinks_ptr + head + one) if HAS_SINKS else row_max
+    attended, lse = _finish(row_max, row_sum, accumulator, sink, HAS_SINKS)
+    target = output_ptr + row * HEAD_DIM + dim[None, :]
+    tl.store(target, attended.to(output_ptr.dtype.element_ty), mask=(dim < HEAD_DIM)[None, :])
+    tl.store(lse_ptr + row + one, lse)
+
+
+# -- ahead of time ----------------------------------------------------------------------------------------------------
 
 
 def aot_variants() -> list[Variant]:
-    """16-bit and float32, narrow and wide heads, decode and prefill."""
+    """Every configuration, 16-bit and float32, narrow and wide heads, every cache format, and what models add."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
-        _variant(bf16, head_dim=128, group_size=4, decode=True, window=False),
-        _variant(bf16, head_dim=128, group_size=4, decode=False, window=False),
-        _variant(fp16, head_dim=64, group_size=3, decode=False, window=True),
-        _variant(bf16, head_dim=256, group_size=8, decode=False, window=False),
-        _variant(fp16, head_dim=80, group_size=1, decode=True, window=True),
-        _variant(fp32, head_dim=64, group_size=3, decode=False, window=False),
+        _variant(bf16, 128, 4, "decode 16x64"),
+        _variant(bf16, 128, 4, "decode 16x64", split=True),
+        _variant(bf16, 128, 4, "decode 16x128", split=True),
+        _variant(bf16, 256, 8, "decode 16x32"),
+        _variant(fp16, 80, 1, "decode 16x64", window=True),
+        _variant(bf16, 128, 4, "decode 16x64", format="fp8"),
+        _variant(bf16, 128, 4, "decode 16x64", format="int8"),
+        _variant(bf16, 128, 4, "decode 16x64", format="int4"),
+        _variant(bf16, 128, 4, "prefill 128x64"),
+        _variant(bf16, 128, 4, "prefill 128x64", format="int8"),
+        _variant(bf16, 128, 4, "prefill 128x64", format="int4"),
+        _variant(fp16, 64, 3, "prefill 64x64", window=True),
+        _variant(bf16, 64, 8, "prefill 64x64", window=True, sinks=True),
+        _variant(bf16, 256, 8, "prefill 64x32", soft_cap=True),
+        _variant(fp32, 64, 3, "prefill 64x32"),
+        _merge_variant(),
     ]
 
 
-def _variant(dtype: torch.dtype, *, head_dim: int, group_size: int, decode: bool, window: bool) -> Variant:
-    config = paged_attention_config(64, 64 if decode else 1, group_size, head_dim, dtype)
-    element = f"*{TYPE_NAMES[dtype]}"
-    types = dict.fromkeys(("output_ptr", "query_ptr", "key_cache_ptr", "value_cache_ptr"), element)
-    types |= dict.fromkeys(("block_tables_ptr", "query_start_ptr", "context_lens_ptr"), "*i32")
-    types |= {"scale_log2": "fp32", "window": "i32", "num_seqs": "i32", "table_stride": "i32"}
-    types |= {f"{tensor}_stride_{axis}": "i32" for tensor in ("query", "output") for axis in ("token", "head")}
-    types |= {f"{tensor}_stride_{axis}": "i32" for tensor in ("key", "value") for axis in ("block", "slot", "head")}
+def _variant(
+    dtype: torch.dtype,
+    head_dim: int,
+    group_size: int,
+    name: str,
+    *,
+    format: str = "model",
+    split: bool = False,
+    window: bool = False,
+    soft_cap: bool = False,
+    sinks: bool = False,
+) -> Variant:
+    config, kv, fp32 = CONFIGS[name], KV_FORMATS[format], torch.float32
+    types = {
+        **pointers(dtype, "output_ptr", "query_ptr"),
+        **pointers(fp32, "lse_ptr", "partial_ptr", "state_ptr", "sinks_ptr"),
+        **pointers(kv.dtype or dtype, "key_cache_ptr", "value_cache_ptr"),
+        **pointers(torch.float16, "key_scales_ptr", "value_scales_ptr"),
+        **pointers(torch.int32, "block_tables_ptr", "query_start_ptr", "context_lens_ptr"),
+        **dict.fromkeys(("scale", "soft_cap"), "fp32"),
+        **dict.fromkeys(("window", "num_seqs", "chunks", "table_stride"), "i32"),
+        **{f"query_stride_{axis}": "i32" for axis in ("token", "head")},
+        **{f"{side}_stride_{axis}": "i32" for side in ("key", "value") for axis in ("block", "slot", "head")},
+    }
     constants: dict[str, int | bool | float | None] = {
+        "DECODE": name.startswith("decode"),
+        "SPLIT": split,
         "HAS_WINDOW": window,
+        "HAS_SOFT_CAP": soft_cap,
+        "HAS_SINKS": sinks,
+        "FORMAT": kv.number,
         "HEAD_DIM": head_dim,
         "GROUP_SIZE": group_size,
         "BLOCK_SIZE": 16,
-        "BLOCK_M": config.block_m,
+        "CHUNK_N": CHUNK,
+        "BLOCK_M": max(config.block_m, triton.next_power_of_2(group_size)),
         "BLOCK_N": config.block_n,
-        "BLOCK_D": max(16, 1 << (head_dim - 1).bit_length()),
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "DOT_IN_FLOAT32": False,
     }
-    use = f"{'decode' if decode else 'prefill'} {TYPE_NAMES[dtype]} d={head_dim} g={group_size}"
+    flags = {"split": split, "window": window, "soft cap": soft_cap, "sinks": sinks, f"{format} cache": kv.number > 0}
+    label = " ".join([name, TYPE_NAMES[dtype], f"d={head_dim}", f"g={group_size}", *(k for k, v in flags.items() if v)])
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     # float32 must not be rounded to TF32, so it does not use the matrix units: the parity path, not the fast one.
-    label = use + (" window" if window else "")
-    return Variant(_paged_attention_kernel, label, types, constants, options, dtype is not torch.float32)
+    target = 90 if format == "fp8" else 80
+    return Variant(_paged_attention_kernel, label, types, constants, options, dtype is not fp32, target)
+
+
+def _merge_variant() -> Variant:
+    types = {
+        **pointers(torch.bfloat16, "output_ptr"),
+        **pointers(torch.float32, "lse_ptr", "partial_ptr", "state_ptr", "sinks_ptr"),
+        "context_lens_ptr": "*i32",
+        "window": "i32",
+        "chunks": "i32",
+    }
+    constants: dict[str, int | bool | float | None] = {
+        "HAS_WINDOW": False,
+        "HAS_SINKS": False,
+        "HEAD_DIM": 128,
+        "CHUNK_N": CHUNK,
+        "BLOCK_D": 128,
+    }
+    return Variant(_merge_kernel, "bf16 d=128", types, constants, {"num_warps": 2})

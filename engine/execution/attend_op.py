@@ -60,15 +60,20 @@ class AttendContext:
         assert self._backend is not None, "attention outside of a step"
         return self._backend
 
+    @property
+    def cache(self) -> KVCache:
+        """The cache of the present step: the engine's own, or the scratch one of a text that is looked at."""
+        assert self._cache is not None, "attention outside of a step"
+        return self._cache
+
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """:meth:`AttentionBackend.attend` of one layer under the present step's layout."""
-        assert self._cache is not None, "attention outside of a step"
         return self.backend.attend(
             query,
             key,
             value,
-            self._cache.keys[layer],
-            self._cache.values[layer],
+            self.cache.keys[layer],
+            self.cache.values[layer],
             self.batch,
             scale=self._scales[layer],
             window=self._windows[layer],

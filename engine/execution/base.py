@@ -60,9 +60,11 @@ class PreparedShape(Execution):
 
     Attributes:
         tokens: those numbers.
+        decode_only: it serves pure decode batches only.
     """
 
     tokens: TokenRange
+    decode_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Answer:
     """What the dispatcher says about one step.
 
     Attributes:
-        mode: ``"eager"``, ``"native"``, ``"compiled"`` or ``"graphs"``.
+        mode: ``"eager"``, ``"native"``, ``"fused"``, ``"compiled"`` or ``"graphs"``.
         shape: the prepared shape to run, None for eager.
         reason: why this one.
     """

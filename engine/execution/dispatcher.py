@@ -46,15 +46,16 @@ class Dispatcher:
         """
         if self.mode == "eager":
             return Answer("eager", None, "asked for")
-        if self.mode == "graphs":
-            if not pure_decode:
-                return Answer("eager", None, "a graph holds pure decode batches only")
-            if attention != GRAPHS_ATTENTION:
-                return Answer("eager", None, f"a graph needs attention {GRAPHS_ATTENTION}, not {attention}")
+        if self.mode == "graphs" and attention != GRAPHS_ATTENTION:
+            return Answer("eager", None, f"a graph needs attention {GRAPHS_ATTENTION}, not {attention}")
+        reason = self._why_not(num_tokens, weights)
+        if self.mode == "graphs" and not pure_decode:
+            reason = "a graph holds pure decode batches only"
         for shape in self._shapes.get(weights, ()):
-            if num_tokens in shape.tokens:
-                return Answer(shape.mode, shape, f"prepared for {shape.tokens} tokens")
-        return Answer("eager", None, self._why_not(num_tokens, weights))
+            if num_tokens in shape.tokens and (pure_decode or not shape.decode_only):
+                asked = shape.mode == self.mode or self.mode == "auto"
+                return Answer(shape.mode, shape, f"prepared for {shape.tokens} tokens" if asked else reason)
+        return Answer("eager", None, reason)
 
     def _why_not(self, num_tokens: int, weights: str) -> str:
         for tokens, error in self._failed.get(weights, ()):
@@ -65,8 +66,10 @@ class Dispatcher:
         return f"{num_tokens} tokens are not prepared"
 
     def add(self, weights: str, shape: PreparedShape) -> None:
-        """A shape is ready for these weights."""
-        self._shapes.setdefault(weights, []).append(shape)
+        """A shape is ready for these weights. One that serves decode only is asked before one that serves any step."""
+        shapes = self._shapes.setdefault(weights, [])
+        shapes.append(shape)
+        shapes.sort(key=lambda shape: not shape.decode_only)  # stable
 
     def fail(self, weights: str, tokens: TokenRange, error: str) -> None:
         """A shape cannot be had for these weights."""
@@ -77,8 +80,13 @@ class Dispatcher:
         self._shapes, self._failed = {}, {}
 
     def prepared(self, weights: str) -> Sequence[TokenRange]:
-        """Token counts that are ready, ascending."""
-        return sorted((shape.tokens for shape in self._shapes.get(weights, ())), key=lambda tokens: tokens.low)
+        """Token counts that are ready in the mode asked for (auto: in any), ascending."""
+        shapes = (shape for shape in self._shapes.get(weights, ()) if self.mode in ("auto", shape.mode))
+        return sorted((shape.tokens for shape in shapes), key=lambda tokens: tokens.low)
+
+    def direct(self, weights: str) -> str | None:
+        """Mode of the shape that serves any step, if there is one."""
+        return next((shape.mode for shape in self._shapes.get(weights, ()) if not shape.decode_only), None)
 
     def failed(self, weights: str) -> Sequence[tuple[TokenRange, str]]:
         """Token counts that failed, and why."""

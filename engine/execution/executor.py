@@ -16,18 +16,21 @@ from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.attend_op import AttendContext
-from engine.execution.base import Answer, Step, TokenRange
+from engine.execution.base import Answer, Execution, Step, TokenRange
 from engine.execution.compiler import check_compiler
 from engine.execution.dispatcher import GRAPHS_ATTENTION, Dispatcher, bucket_ranges
 from engine.execution.eager import EagerExecution
+from engine.execution.fused import FusedExecution, fused_obstacle
 from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecution, StaticBuffers
-from engine.execution.native import NativeExecution, linear_kernels, obstacle
+from engine.execution.native import NativeExecution, linear_kernels, native_obstacle
 from engine.execution.preparation import Preparation, ShapeNews
 from engine.layers.attention import AttentionBackend
 from engine.layers.linear import Linear
 from engine.models.decoder import Decoder
 from engine.models.fallback import TransformersDecoder
 from kernels.dispatch import choose
+
+_BY_ATTENTION = ("auto", "native", "fused", "graphs")  # what is prepared depends on the attention backend
 
 AnyDecoder = Decoder | TransformersDecoder
 AddEvent = Callable[[str, str, dict[str, Any]], None]
@@ -72,6 +75,7 @@ class Executor:
         self._to_capture: list[TokenRange] = []
         self.make_capture: Callable[[], GraphCapture] = CudaGraphCapture
         self._capture: GraphCapture | None = None
+        self._captured: Execution = self._eager
 
     # -- the knob --------------------------------------------------------------------------------------
 
@@ -94,14 +98,13 @@ class Executor:
             return
         if config.execution == "native":
             linear = choose("linear", config.linear, device=self.device, dtype=self.decoder.dtype).path or "none"
-            reason = obstacle(self.decoder, self.device, attention.name, linear.partition(" ")[0])
-            if reason is None:
-                return
-            raise ConfigError(
-                f"'native' execution cannot run here: {reason}",
-                field="execution",
-                remedy="Choose auto or eager, or set attention and linear to native in the same change.",
-            )
+            reason = native_obstacle(self.decoder, self.device, attention.name, linear.partition(" ")[0])
+            _refuse(config, reason, "Choose auto or eager, or set attention and linear to native in the same change.")
+            return
+        if config.execution == "fused":
+            reason = fused_obstacle(self.decoder, self.device, attention.name)
+            _refuse(config, reason, "Choose auto or eager, or set attention to triton in the same change.")
+            return
         if self.device.type != "cuda":
             raise ConfigError(
                 f"'graphs' are CUDA graphs, and the model is on {self.device}.",
@@ -120,7 +123,7 @@ class Executor:
         same_attention = self._attention is not None and self._attention.name == attention.name
         self._attention = attention
         changed = config.execution != self.dispatcher.mode
-        if changed or (config.execution in ("auto", "native", "graphs") and not same_attention):
+        if changed or (config.execution in _BY_ATTENTION and not same_attention):
             self._start_over(config.execution)
 
     def close(self) -> None:
@@ -145,8 +148,8 @@ class Executor:
         self._began = time.perf_counter()
         if self.dispatcher.mode == "eager":
             return
-        if self.dispatcher.mode in ("auto", "native"):
-            self._go_native()
+        if self.dispatcher.mode in ("auto", "native", "fused"):
+            self._go_direct()
             return
         assert isinstance(self.decoder, Decoder), "checked before"
         if self.dispatcher.mode == "compiled":
@@ -157,19 +160,41 @@ class Executor:
             weakref.finalize(self, self._preparation.cancel)  # an engine that is dropped leaves no compiler behind
             self._preparation.start()
         else:
-            self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
-            self._capture = self.make_capture()
+            self._go_capturing()
 
-    def _go_native(self) -> None:
-        """Nothing to wait for: the kernels take the weights as they lie. `auto` is eager where they cannot."""
+    def _go_direct(self) -> None:
+        """Nothing to wait for: the kernels take the weights as they lie. `auto` is eager where neither can run."""
         assert self._attention is not None
-        reason = obstacle(self.decoder, self.device, self._attention.name, linear_kernels(self.decoder))
-        weights = self._weights.label()
-        if reason is None:
-            assert isinstance(self.decoder, Decoder), "said obstacle"
-            self.dispatcher.add(weights, NativeExecution(self.decoder, self.context, self.cache, self._max_tokens))
-        else:
-            self.dispatcher.fail(weights, TokenRange(1, self._max_tokens), f"native execution is not had: {reason}")
+        mode, weights, name = self.dispatcher.mode, self._weights.label(), self._attention.name
+        reasons = []
+        if mode in ("auto", "native"):
+            reason = native_obstacle(self.decoder, self.device, name, linear_kernels(self.decoder))
+            if reason is None:
+                assert isinstance(self.decoder, Decoder), "said the obstacle"
+                self.dispatcher.add(weights, NativeExecution(self.decoder, self.context, self.cache, self._max_tokens))
+                return
+            reasons.append(f"native execution is not had: {reason}")
+        if mode == "fused" or (mode == "auto" and self.device.type == "cuda"):
+            reason = fused_obstacle(self.decoder, self.device, name)
+            if reason is None:
+                self.dispatcher.add(weights, self._fused())
+                return
+            reasons.append(f"fused execution is not had: {reason}")
+        self.dispatcher.fail(weights, TokenRange(1, self._max_tokens), " ".join(reasons))
+
+    def _fused(self) -> FusedExecution:
+        assert isinstance(self.decoder, Decoder), "said the obstacle"
+        return FusedExecution(self.decoder, self.context, self._max_tokens)
+
+    def _go_capturing(self) -> None:
+        """What is captured, and what serves the steps that no graph holds: fused layers where they can be had."""
+        assert self._attention is not None
+        self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
+        self._capture = self.make_capture()
+        self._captured = self._eager
+        if fused_obstacle(self.decoder, self.device, self._attention.name) is None:
+            self._captured = fused = self._fused()
+            self.dispatcher.add(self._weights.label(), fused)
 
     # -- stepping --------------------------------------------------------------------------------------
 
@@ -212,14 +237,13 @@ class Executor:
         began = time.perf_counter()
         assert self._capture is not None
         assert self._attention is not None
-        assert isinstance(self.decoder, Decoder), "checked before"
         size = self.cache.block_size
         try:
             buffers = StaticBuffers(
                 tokens.high, -(-self._max_model_len // size), self.cache.num_blocks - 1, size, self.device
             )
             shape = GraphExecution(
-                self.decoder, self.context, self._attention, self.cache, buffers, self._capture, tokens
+                self._captured, self.context, self._attention, self.cache, buffers, self._capture, tokens
             )
         except Exception as problem:  # out of memory, or an operation that cannot be captured
             words = f"{type(problem).__name__}: {problem}"
@@ -239,8 +263,8 @@ class Executor:
         mode, weights = self.dispatcher.mode, self._weights.label()
         if mode == "eager":
             return "eager"
-        if mode in ("auto", "native"):
-            return "native" if self.dispatcher.prepared(weights) else "eager"
+        if mode in ("auto", "native", "fused"):
+            return self.dispatcher.direct(weights) or "eager"
         ready = ", ".join(map(str, self.dispatcher.prepared(weights)))
         parts = [f"{mode} ({ready} tokens)" if ready else "eager"]
         if self.preparing:
@@ -273,6 +297,12 @@ class Executor:
             current, left = str(tokens or ""), self._preparation.num_left + (tokens is not None)
         seconds = round(time.perf_counter() - self._began, 1)
         return {"done": done, "total": done + left, "current": current, "seconds": seconds}
+
+
+def _refuse(config: EngineConfig, reason: str | None, remedy: str) -> None:
+    if reason is not None:
+        words = f"{config.execution!r} execution cannot run here: {reason}"
+        raise ConfigError(words, field="execution", remedy=remedy)
 
 
 class WeightsWatch:

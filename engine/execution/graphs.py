@@ -25,9 +25,8 @@ import torch
 
 from engine.cache.kv_cache import KVCache
 from engine.execution.attend_op import AttendContext
-from engine.execution.base import PreparedShape, Step, TokenRange
+from engine.execution.base import Execution, PreparedShape, Step, TokenRange
 from engine.layers.attention import AttentionBackend, AttentionBatch
-from engine.models.decoder import Decoder
 
 _WARM_UP_RUNS = 2  # allocations and kernel compilation must not fall into the capture
 
@@ -105,7 +104,8 @@ class GraphExecution(PreparedShape):
     """The captured decode batch of one bucket.
 
     Args:
-        decoder: its weights are read where they lie now; after an exchange the graph must be dropped.
+        run: the forward pass to capture; it reads weights where they lie now, so after an exchange the graph must be
+            dropped.
         context: of the engine; holds backend and cache of the present step, as captured.
         buffers: of the bucket's size.
         capture: records.
@@ -113,10 +113,11 @@ class GraphExecution(PreparedShape):
     """
 
     mode = "graphs"
+    decode_only = True
 
     def __init__(
         self,
-        decoder: Decoder,
+        run: Execution,
         context: AttendContext,
         backend: AttentionBackend,
         cache: KVCache,
@@ -129,8 +130,7 @@ class GraphExecution(PreparedShape):
 
         def work() -> torch.Tensor:
             context.enter(backend, cache, buffers.batch)
-            hidden: torch.Tensor = decoder(buffers.token_ids, buffers.positions, context.attend)
-            return hidden
+            return run.forward(Step(buffers.token_ids, buffers.positions, context, pure_decode=True))
 
         with torch.inference_mode():
             self._replay, self._result = capture.capture(work)

@@ -28,7 +28,7 @@ class NativeExecution(PreparedShape):
     """The layers of one model over the cache of one engine, with the weights that are in force now.
 
     Args:
-        decoder: of the model; :func:`obstacle` has said None to it.
+        decoder: of the model; :func:`native_obstacle` has said None to it.
         context: how the engine's attention reaches the cache: its scales and windows.
         cache: of the engine.
         max_tokens: the largest step.
@@ -69,7 +69,9 @@ class NativeExecution(PreparedShape):
         return hidden.to(self._decoder.dtype)
 
 
-def obstacle(decoder: Decoder | TransformersDecoder, device: torch.device, attention: str, linear: str) -> str | None:
+def native_obstacle(
+    decoder: Decoder | TransformersDecoder, device: torch.device, attention: str, linear: str
+) -> str | None:
     """Why native execution cannot run a model, in a sentence; None if it can.
 
     Args:

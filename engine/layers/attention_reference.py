@@ -28,7 +28,7 @@ class ReferenceAttention(AttentionBackend):
     ) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
         kv_write_reference(key, value, key_cache, value_cache, batch.slot_mapping)
-        return paged_attention_reference(
+        attended, _ = paged_attention_reference(
             query,
             key_cache,
             value_cache,
@@ -38,3 +38,4 @@ class ReferenceAttention(AttentionBackend):
             scale,
             window,
         )
+        return attended

@@ -28,7 +28,7 @@ class TritonAttention(AttentionBackend):
     ) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
         kv_write_triton(key, value, key_cache, value_cache, batch.slot_mapping)
-        return paged_attention_triton(
+        attended, _ = paged_attention_triton(
             query,
             key_cache,
             value_cache,
@@ -38,3 +38,4 @@ class TritonAttention(AttentionBackend):
             scale,
             window,
         )
+        return attended

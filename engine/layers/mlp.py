@@ -39,6 +39,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
+        self.activation_name = activation
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

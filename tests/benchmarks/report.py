@@ -37,17 +37,22 @@ def save(document: dict[str, Any], folder: Path) -> Path:
 
 
 def write_readme(readme: Path, text: str) -> None:
-    """Replace what stands between the benchmark marks.
+    """Replace what stands between the benchmark marks."""
+    replace_between(readme, BEGIN, END, text)
+
+
+def replace_between(readme: Path, begin_mark: str, end_mark: str, text: str) -> None:
+    """Replace what stands between two marks.
 
     Raises:
         ValueError: if the marks are not there, once each and in order.
     """
     whole = readme.read_text(encoding="utf-8")
-    before, begin, rest = whole.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"{readme} needs {BEGIN} and {END}, once each")
-    readme.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+    before, begin, rest = whole.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
+    if not begin or not end or begin_mark in after or end_mark in after:
+        raise ValueError(f"{readme} needs {begin_mark} and {end_mark}, once each")
+    readme.write_text(f"{before}{begin_mark}\n{text.strip()}\n{end_mark}{after}", encoding="utf-8")
 
 
 def markdown(document: dict[str, Any]) -> str:

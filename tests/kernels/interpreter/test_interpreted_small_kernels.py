@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.kv_write import kv_write_reference, kv_write_triton
 from kernels.rms_norm import rms_norm_reference, rms_norm_triton
-from kernels.silu_mul import silu_mul_reference, silu_mul_triton
+from kernels.gated_mul import gated_mul_reference, gated_mul_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -60,7 +60,7 @@ def test_rms_norm_accepts_rows_of_a_wider_matrix():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 100), (2, 1024), (2, 1025)])
-def test_silu_mul_matches_reference(dtype, shape):
+def test_gated_mul_matches_reference(dtype, shape):
     gate_up = (torch.randn(shape[0], 2 * shape[1]) * 4).to(dtype)
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(silu_mul_triton(gate_up), silu_mul_reference(gate_up), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(gated_mul_triton(gate_up), gated_mul_reference(gate_up), atol=tolerance, rtol=tolerance)

@@ -1,0 +1,148 @@
+"""Fused execution: a decoder's layers through our Triton kernels, every run of small operations one launch.
+
+What a layer launches, T tokens at once:
+
+    eager                                       fused
+    residual + out, norm            (2)         rms_norm with residual               (1)
+    qkv product                     (1)         qkv product                          (1)
+    norms of heads, rotary, write   (5 to 9)    rotary_kv_write                      (1)
+    attention                       (1)         attention                            (1)
+    output product                  (1)         output product                       (1)
+    residual + out, norm            (2)         rms_norm with residual               (1)
+    gate and up product             (1)         gate and up product                  (1)
+    activation, product             (2)         gated_mul                            (1)
+    down product                    (1)         down product                         (1)
+
+It computes what eager execution computes and rounds where that rounds, so the two differ by the order of sums alone.
+Everything is launched from shapes: nothing is read back, so a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from engine.execution.attend_op import AttendContext
+from engine.execution.base import PreparedShape, Step, TokenRange
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.models.decoder import Decoder, DecoderLayer
+from engine.models.fallback import TransformersDecoder
+from kernels.dispatch import choose
+from kernels.gated_mul import ACTIVATIONS, gated_mul_triton
+from kernels.paged_attention import paged_attention_triton
+from kernels.rms_norm import rms_norm_triton
+from kernels.rotary_kv_write import rotary_kv_write_triton
+
+ATTENTION = "triton"
+OPERATIONS = ("rms_norm", "rotary_kv_write", "gated_mul")
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class FusedExecution(PreparedShape):
+    """The layers of one model over the cache of the step's engine; weights are read where they lie at each step.
+
+    Args:
+        decoder: of the model; :func:`fused_obstacle` has said None to it.
+        context: scales and windows of the layers.
+        max_tokens: the largest step.
+    """
+
+    mode = "fused"
+
+    def __init__(self, decoder: Decoder, context: AttendContext, max_tokens: int) -> None:
+        self.tokens = TokenRange(1, max_tokens)
+        self._decoder = decoder
+        self._context = context
+
+    def forward(self, step: Step) -> torch.Tensor:
+        """As :meth:`Execution.forward`."""
+        decoder = self._decoder
+        angles = [rotary(step.positions) for rotary in decoder.rotaries]
+        layers = [cast("DecoderLayer", layer) for layer in decoder.layers]
+        total = decoder.embed(step.token_ids)
+        normed, total = add_norm(None, total, layers[0].input_norm)
+        after = [*(layer.input_norm for layer in layers[1:]), decoder.norm]
+        for layer, rotary, next_norm in zip(layers, decoder.layer_rotaries, after, strict=True):
+            attended = self._attend(layer, normed, angles[rotary], step)
+            attended = norm(attended, layer.attention_output_norm)
+            normed, total = add_norm(attended, total, layer.mlp_norm)
+            normed, total = add_norm(norm(_mlp(layer, normed), layer.mlp_output_norm), total, next_norm)
+        return normed
+
+    def _attend(self, layer: DecoderLayer, x: torch.Tensor, angles: Angles, step: Step) -> torch.Tensor:
+        """[T, hidden_size] → the same: products, norms of heads, rotary, cache write and attention of one layer."""
+        batch, cache = step.context.batch, step.context.cache
+        heads = layer.qkv_proj(x).view(x.shape[0], -1, layer.head_dim)
+        keys, values = cache.keys[layer.index], cache.values[layer.index]
+        query = rotary_kv_write_triton(
+            heads,
+            *angles,
+            keys,
+            values,
+            batch.slot_mapping,
+            num_heads=layer.num_heads,
+            query_norm=_weight(layer.query_norm),
+            key_norm=_weight(layer.key_norm),
+            eps=layer.query_norm.eps if isinstance(layer.query_norm, RMSNorm) else 0.0,
+        )
+        attended, _ = paged_attention_triton(
+            query,
+            keys,
+            values,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens_tensor,
+            self._context.scale(layer.index),
+            self._context.window(layer.index),
+        )
+        return layer.o_proj(attended.view(x.shape[0], -1))
+
+
+def _mlp(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+    mlp = layer.mlp
+    if not isinstance(mlp, GatedMLP):
+        output: torch.Tensor = mlp(x)
+        return output
+    return mlp.down_proj(gated_mul_triton(mlp.gate_up_proj(x), mlp.activation_name))
+
+
+def add_norm(x: torch.Tensor | None, total: torch.Tensor, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + total), x + total), [T, hidden_size] each; without x the norm of ``total`` alone."""
+    if not isinstance(module, RMSNorm):  # a family without a norm here
+        total = total if x is None else x + total
+        return total, total
+    if x is None:
+        return rms_norm_triton(total, module.weight, module.eps)[0], total
+    return rms_norm_triton(x, module.weight, module.eps, residual=total)
+
+
+def norm(x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """norm(x), or x where the family has no norm here."""
+    return rms_norm_triton(x, module.weight, module.eps)[0] if isinstance(module, RMSNorm) else x
+
+
+def _weight(module: torch.nn.Module) -> torch.Tensor | None:
+    return module.weight if isinstance(module, RMSNorm) else None
+
+
+def fused_obstacle(decoder: Decoder | TransformersDecoder, device: torch.device, attention: str) -> str | None:
+    """Why fused execution cannot run a model, in a sentence; None if it can.
+
+    Args:
+        decoder: of the model.
+        device: where it lives.
+        attention: the backend's name.
+    """
+    if not isinstance(decoder, Decoder):
+        return "this model runs through transformers, not through our own decoder."
+    if attention != ATTENTION:
+        return f"it needs attention={ATTENTION}, not {attention}."
+    if decoder.config.activation not in ACTIVATIONS:
+        return f"it has no {decoder.config.activation}."
+    for operation in OPERATIONS:
+        choice = choose(operation, "triton", device=device, dtype=decoder.dtype, head_dim=decoder.head_dim)
+        if choice.path is None:
+            return f"{operation}: {choice.reason}"
+    return None
