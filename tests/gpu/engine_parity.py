@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import load_model
 from engine.sampling import SamplingParams
+from tests.gpu.case import Size
 from tests.gpu.random_model import tokenizer_of
 
 VOCABULARY, CONTEXT = 257, 512
@@ -33,8 +34,8 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-PROMPT_LENGTHS = (5, 22, 39, 64, 90)
-OUTPUT_TOKENS = 24
+PROMPT_LENGTHS: dict[Size, tuple[int, ...]] = {"full": (5, 22, 39, 64, 90), "tiny": (3, 22)}
+OUTPUT_TOKENS: dict[Size, int] = {"full": 24, "tiny": 4}
 PREPARATION_TIMEOUT_S = 60.0
 
 
@@ -75,21 +76,21 @@ def settings(device: torch.device) -> dict[str, dict[str, Any]]:
     return found
 
 
-def check_all(device: torch.device, deadline: float, tell: Callable[[str], None]) -> Iterator[Parity]:
+def check_all(device: torch.device, size: Size, deadline: float, tell: Callable[[str], None]) -> Iterator[Parity]:
     """Every model in every setting."""
     torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory(prefix="headroom-parity-") as scratch:
         for name, config in models().items():
             tell(f"parity of {name} …")
-            folder, expected = _reference(config, Path(scratch) / name, device)
+            folder, expected = _reference(config, Path(scratch) / name, device, size)
             for setting, knobs in settings(device).items():
                 if time.monotonic() > deadline:
                     yield Parity(name, setting, None, {}, "no time left")
                     continue
-                yield _check(name, setting, folder, knobs, device, expected)
+                yield _check(name, setting, folder, knobs, device, size, expected)
 
 
-def _reference(config: Any, folder: Path, device: torch.device) -> tuple[Path, list[list[int]]]:
+def _reference(config: Any, folder: Path, device: torch.device, size: Size) -> tuple[Path, list[list[int]]]:
     """A random model on disk, and what transformers generates with it in float32 on the same device."""
     from transformers import AutoModelForCausalLM
 
@@ -103,13 +104,13 @@ def _reference(config: Any, folder: Path, device: torch.device) -> tuple[Path, l
     model = model.to(device)
     expected = []
     with torch.inference_mode():
-        for prompt in prompts():
+        for prompt in prompts(size):
             ids = torch.tensor([prompt], device=device)
             found = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=OUTPUT_TOKENS,
-                min_new_tokens=OUTPUT_TOKENS,
+                max_new_tokens=OUTPUT_TOKENS[size],
+                min_new_tokens=OUTPUT_TOKENS[size],
                 do_sample=False,
                 pad_token_id=0,
             )
@@ -117,21 +118,27 @@ def _reference(config: Any, folder: Path, device: torch.device) -> tuple[Path, l
     return folder, expected
 
 
-def prompts() -> list[list[int]]:
+def prompts(size: Size) -> list[list[int]]:
     """Token ids, fixed; none ends a generation."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS[size]]
 
 
 def _check(
-    name: str, setting: str, folder: Path, knobs: dict[str, Any], device: torch.device, expected: list[list[int]]
+    name: str,
+    setting: str,
+    folder: Path,
+    knobs: dict[str, Any],
+    device: torch.device,
+    size: Size,
+    expected: list[list[int]],
 ) -> Parity:
-    fixed = {"model": str(folder), "dtype": "float32", "device": str(device), "linear": "torch", "token_budget": 64}
+    fixed = {"model": str(folder), "dtype": "float32", "device": str(device), "linear": "torch", "token_budget": 16}
     try:
         config = EngineConfig.from_mapping(fixed | {"memory_limit_gib": 0.5, "max_num_seqs": 8} | knobs)
         engine = Engine(load_model(str(folder), dtype="float32", device=str(device)), config)
         wait_until_prepared(engine)
-        found = generate(engine)
+        found = generate(engine, size)
         path = engine.path()
         engine.close()
     except Exception as problem:  # a setting that cannot run is a result
@@ -139,16 +146,16 @@ def _check(
     return Parity(name, setting, found == expected, path)
 
 
-def generate(engine: Engine) -> list[list[int]]:
+def generate(engine: Engine, size: Size) -> list[list[int]]:
     """Greedy tokens of all prompts at once, prefilled in chunks. The first token that ends a text is passed over."""
-    for index, prompt in enumerate(prompts()):
-        params = SamplingParams(max_tokens=OUTPUT_TOKENS, min_tokens=OUTPUT_TOKENS)
+    for index, prompt in enumerate(prompts(size)):
+        params = SamplingParams(max_tokens=OUTPUT_TOKENS[size], min_tokens=OUTPUT_TOKENS[size])
         engine.add_request(str(index), prompt, params)
     tokens: dict[str, list[int]] = {}
     while engine.has_unfinished():
         for output in engine.step():
             tokens[output.request_id] = list(output.token_ids)
-    return [tokens[str(index)] for index in range(len(PROMPT_LENGTHS))]
+    return [tokens[str(index)] for index in range(len(PROMPT_LENGTHS[size]))]
 
 
 def wait_until_prepared(engine: Engine) -> None:

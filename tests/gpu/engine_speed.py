@@ -30,9 +30,9 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4", "group_size": "128"},
 }
-BATCHES = {"full": (1, 32, 256), "tiny": (1, 3)}
-PROMPT_TOKENS = {"full": 128, "tiny": 6}
-OUTPUT_TOKENS = {"full": 96, "tiny": 4}
+BATCHES = {"full": (1, 32, 256), "tiny": (1, 2)}
+PROMPT_TOKENS = {"full": 128, "tiny": 3}
+OUTPUT_TOKENS = {"full": 96, "tiny": 3}
 ONE_STREAM_BARS = {"bfloat16": 0.85, "int4": 0.65}
 PEER_BAR = {256: 3.0}
 

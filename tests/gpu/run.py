@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     limits = ceilings.measure(device, size)
     document["ceilings"] = dataclasses.asdict(limits)
     if "parity" in parts:  # first: a number of an engine that is wrong is worth nothing
-        for result in engine_parity.check_all(device, end, _say):
+        for result in engine_parity.check_all(device, size, end, _say):
             document["parity"].append(dataclasses.asdict(result))
         _save(document, arguments.out, began)
     if "kernels" in parts:
