@@ -1,16 +1,16 @@
 """How quantized weights lie in memory for :mod:`kernels.weight_only_linear`, converted once when weights are exchanged.
 
-A weight [N, K] is cut into blocks of 128 (4-bit) or 64 (8-bit) columns. A block's row is 16 words of 32 bits, and field i
-of word j holds column ``16 i + j`` of the block:
+A weight [N, K] is cut into blocks of 128 (4-bit) or 64 (8-bit) columns. A block's row is 16 words of 32 bits, and field
+i of word j holds column ``16 i + j`` of the block:
 
     4-bit, block b of row n: words[b, n, 0 … 15]
 
     bits of word j      0 … 3        4 … 7         8 … 11       …    28 … 31
     holds column      128 b + j   128 b + 16 + j  128 b + 32 + j  …  128 b + 112 + j
 
-So a shift and a mask take 16 neighbouring columns out of 16 words with the threads that loaded them: nothing is shuffled,
-for a row of activations as for the tiles of a matrix product, whose sum over columns may be taken in any order. The words
-of a block are contiguous over rows (16 bytes a thread, no gap), and scales over rows too: ``scales[group, n]``.
+So a shift and a mask take 16 neighbouring columns out of 16 words with the threads that loaded them: nothing is
+shuffled, for a row of activations as for the tiles of a matrix product, whose sum over columns may be taken in any
+order. The words of a block are contiguous over rows (16 bytes a thread, no gap); so are scales: ``scales[group, n]``.
 """
 
 from __future__ import annotations
