@@ -60,11 +60,13 @@ def compile_variant(variant: Variant, target: int) -> Report:
     signature = {**variant.types, **dict.fromkeys(variant.constants, "constexpr")}
     names = variant.kernel.arg_names
     ordered = {name: signature[name] for name in names}
-    # As in a launch: pointers from the allocator and strides of real models are multiples of 16.
+    # As in a launch: pointers from the allocator, strides and widths of real models are multiples of 16.
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if ordered[name].startswith("*") or ("stride" in name and name not in variant.constants)
+        if name in variant.aligned
+        or ordered[name].startswith("*")
+        or ("stride" in name and name not in variant.constants)
     }
     source = ASTSource(variant.kernel, ordered, constexprs=dict(variant.constants), attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(variant.options))

@@ -1,6 +1,6 @@
 """The gated activation of an MLP: ``activation(gate) * up`` on the output of the fused gate/up projection."""
 
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
@@ -73,7 +73,7 @@ def _number(activation: str) -> int:
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """The activation in float32. tanh by exp, which every version of Triton has, and which does not overflow here."""
     if ACTIVATION == 0:
         return x / (1.0 + tl.exp(-x))
@@ -95,7 +95,7 @@ def _gated_mul_kernel(
     gate = tl.load(gate_up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
     # Rounded between the two operations, as when they are two.
-    activated = _activate(gate, ACTIVATION).to(output_ptr.dtype.element_ty).to(tl.float32)
+    activated = activate(gate, ACTIVATION).to(output_ptr.dtype.element_ty).to(tl.float32)
     tl.store(output_ptr + row * SIZE + column, (activated * up).to(output_ptr.dtype.element_ty), mask=inside)
 
 

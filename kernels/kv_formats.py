@@ -151,6 +151,17 @@ def round_to_even(x):
 
 
 @triton.jit
+def round_to_e4m3(x):
+    """The nearest value of e4m3 of |x| ≤ 448, ties to even, in float32: what follows converts it exactly.
+
+    The interpreter of Triton 3.7 rounds ties up and loses carries into the exponent; a GPU would round as this does.
+    """
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # of two, at most |x|
+    step = tl.maximum(power, 0.015625) * 0.125  # three bits of mantissa; subnormal below 2^-6
+    return round_to_even(x / step) * step
+
+
+@triton.jit
 def quantized_rows(x, inside, FORMAT: tl.constexpr):
     """Whole numbers (or FP8's values) of rows [R, D] in float32, and their float16 scales and minima [R].
 
@@ -173,6 +184,5 @@ def quantized_rows(x, inside, FORMAT: tl.constexpr):
     wide = scale.to(tl.float32)
     divisor = tl.where(wide == 0.0, 1.0, wide)
     scaled = (x - minimum.to(tl.float32)[:, None]) / divisor[:, None]
-    if FORMAT != 1:
-        scaled = round_to_even(scaled)
-    return tl.minimum(tl.maximum(scaled, smallest), largest), scale, minimum
+    scaled = tl.minimum(tl.maximum(scaled, smallest), largest)
+    return round_to_e4m3(scaled) if FORMAT == 1 else round_to_even(scaled), scale, minimum

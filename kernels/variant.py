@@ -31,6 +31,7 @@ class Variant:
         constants: value of each ``tl.constexpr`` parameter.
         options: num_warps and num_stages.
         needs_matrix_unit: its PTX must hold a matrix instruction.
+        aligned: run-time parameters that are multiples of 16 in real models, besides strides and addresses.
         min_target: the first compute capability that it is shipped for, e.g. 89 for FP8 products.
     """
 
@@ -41,6 +42,7 @@ class Variant:
     options: dict[str, int]
     needs_matrix_unit: bool = False
     min_target: int = 80
+    aligned: tuple[str, ...] = ()
 
 
 def pointers(dtype: torch.dtype, *names: str) -> dict[str, str]:

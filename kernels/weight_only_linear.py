@@ -530,6 +530,6 @@ def _variant(
     }
     constants |= {"HAS_BIAS": False, "SPLITS": 4}
     if config.way == "gemv":
-        return Variant(_gemv_kernel, label, types, constants, options)
+        return Variant(_gemv_kernel, label, types, constants, options, aligned=("inputs", "outputs"))
     constants |= {"BLOCK_M": config.block_m, "DOT_IN_FLOAT32": False}
-    return Variant(_tile_kernel, label, types, constants, options, needs_matrix_unit=True)
+    return Variant(_tile_kernel, label, types, constants, options, True, aligned=("inputs", "outputs"))
