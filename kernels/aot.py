@@ -8,17 +8,37 @@ matrix units, nothing more.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from kernels.variant import Variant
 
-MODULES = ("paged_attention", "kv_write", "rotary_kv_write", "rms_norm", "gated_mul", "rotary", "embedding", "soft_cap")
+MODULES = (
+    "paged_attention",
+    "attention_mass",
+    "kv_write",
+    "rotary_kv_write",
+    "weight_only_linear",
+    "scaled_linear",
+    "quantize_rows",
+    "expert_linear",
+    "rms_norm",
+    "gated_mul",
+    "rotary",
+    "embedding",
+    "soft_cap",
+    "sampling",
+    "verification",
+)
 """Files of this folder that declare ``aot_variants``."""
 
 TARGETS = (80, 90, 100)  # A100, H100/H200, B200
@@ -42,9 +62,10 @@ class Report:
     warps: int
 
 
-def variants() -> list[Variant]:
-    """What ``make test`` compiles: the uses that every kernel's module declares in ``aot_variants``."""
-    return [variant for name in MODULES for variant in importlib.import_module(f"kernels.{name}").aot_variants()]
+def declared(module: str) -> list[Variant]:
+    """The uses that a kernel's module declares in ``aot_variants``."""
+    found: list[Variant] = importlib.import_module(f"kernels.{module}").aot_variants()
+    return found
 
 
 def compile_variant(variant: Variant, target: int) -> Report:
@@ -101,18 +122,36 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return values["REG"], values["STACK"] + values["LOCAL"]
 
 
+def compile_all(modules: Sequence[str] = MODULES, targets: Sequence[int] = TARGETS) -> list[Report]:
+    """Every variant of some modules for some targets, on all cores (a compilation takes about a second)."""
+    work = [
+        (module, index, target)
+        for target in targets
+        for module in modules
+        for index, variant in enumerate(declared(module))
+        if target >= variant.min_target
+    ]
+    context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would not run
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count() or 1, context) as pool:
+        return list(pool.map(_compile_one, *zip(*work, strict=True), chunksize=4))
+
+
+def _compile_one(module: str, index: int, target: int) -> Report:
+    return compile_variant(declared(module)[index], target)
+
+
 def main() -> None:
     """Compile all variants for all targets and print what came of it."""
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--only", default=",".join(MODULES), help="files of this folder, by name")
+    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, e.g. 80,90")
     arguments = parser.parse_args()
-    reports = [
-        compile_variant(variant, target) for target in TARGETS for variant in variants() if target >= variant.min_target
-    ]
+    reports = compile_all(arguments.only.split(","), [int(target) for target in arguments.targets.split(",")])
     if arguments.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
         return
-    columns = "{:<7} {:<24} {:<32} {:>5} {:>6} {:>7}  {}"
+    columns = "{:<7} {:<28} {:<52} {:>5} {:>6} {:>7}  {}"
     print(columns.format("target", "kernel", "variant", "regs", "spill", "shared", "matrix instruction"))
     for r in reports:
         values = (r.target, r.kernel, r.label, r.registers, r.spill_bytes, r.shared_bytes, r.matrix_instruction or "–")

@@ -18,6 +18,7 @@ from kernels.cpu.attention import MAX_HEAD_DIM
 
 Op = Literal[
     "paged_attention",
+    "attention_mass",
     "linear",
     "kv_write",
     "rotary_kv_write",
@@ -38,6 +39,7 @@ _TORCH_OR_TRITON = ("reference", "triton")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "paged_attention": ("sdpa", "reference", "native", "triton"),
     "linear": ("torch", "native"),
+    "attention_mass": _TORCH_OR_TRITON,
     "kv_write": _TORCH_OR_TRITON,
     "rotary_kv_write": _TORCH_OR_TRITON,
     "weight_only_linear": _TORCH_OR_TRITON,

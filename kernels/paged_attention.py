@@ -69,7 +69,7 @@ def paged_attention_reference(
         rows = slice(starts[index], starts[index + 1])
         blocks = block_tables[index, : -(-context_len // block_size)].long()
         keys, values = (
-            _gathered(cache, None if scales is None else scales[side], blocks, context_len, group)
+            gathered_rows(cache, None if scales is None else scales[side], blocks, context_len, group)
             for side, cache in enumerate((key_cache, value_cache))
         )
         scores = query[rows].float().transpose(0, 1) @ keys.transpose(1, 2) * scale
@@ -84,7 +84,7 @@ def paged_attention_reference(
     return output, lse
 
 
-def _gathered(
+def gathered_rows(
     cache: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, context_len: int, group: int
 ) -> torch.Tensor:
     """[num_heads, S, head_dim] float32 of one sequence, each KV head repeated for the query heads that share it."""
@@ -387,7 +387,8 @@ def slots_of(table_ptr, columns, inside, start, BLOCK_SIZE: tl.constexpr, BLOCK_
     """(block, offset in it) of consecutive positions; one load where a tile lies within one block."""
     # A cache holds more than 2^31 elements: offsets in 64 bits.
     if BLOCK_SIZE % BLOCK_N == 0:
-        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64) + tl.zeros_like(columns).to(tl.int64)
+        first = tl.load(table_ptr + start // BLOCK_SIZE, mask=tl.max(inside.to(tl.int32), axis=0) > 0, other=0)
+        block = first.to(tl.int64) + tl.zeros_like(columns).to(tl.int64)
     else:
         block = tl.load(table_ptr + columns // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     return block, columns % BLOCK_SIZE

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.gated_mul import gated_mul_reference, gated_mul_triton
 from kernels.kv_write import kv_write_reference, kv_write_triton
 from kernels.rms_norm import rms_norm_reference, rms_norm_triton
-from kernels.gated_mul import gated_mul_reference, gated_mul_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
