@@ -242,14 +242,23 @@ class EngineConfig:
         "decode batches are CUDA graphs of the fused layers (the same). Compiled and graphs are "
         "prepared while eager or fused goes on serving. auto: native on a CPU, fused on a GPU, else eager.",
     )
-    linear: Literal["auto", "native", "torch"] = _knob(
+    linear: Literal["auto", "native", "triton", "torch"] = _knob(
         "auto",
         label="Linear layers",
         group="Execution",
         tier=Tier.SWAP,
         help="Kernels of the linear layers. native: our C++ kernels for the CPU (weights in panels, float32 sums; INT8 "
-        "and INT4 weights multiply activations of 16 bits; need a C++ compiler, once). torch: torch's own operators. "
-        "auto: native on a CPU where it can be built.",
+        "and INT4 weights multiply activations of 16 bits; need a C++ compiler, once). triton: our kernels for INT8 "
+        "and INT4 weights on a GPU. torch: torch's own operators. auto: the quickest that runs here.",
+    )
+    sampling: Literal["auto", "torch", "triton"] = _knob(
+        "auto",
+        label="Sampler",
+        group="Execution",
+        tier=Tier.LIVE,
+        help="Who chooses tokens where a request asks for a temperature. torch: torch's own operators, sorting where "
+        "top-k or top-p asks for it. triton: our kernels, which search instead of sorting (need a GPU). The tokens are "
+        "the same. auto: triton on a GPU.",
     )
     # -- weights ---------------------------------------------------------------------------------------
     weights: Literal["model", "int8", "int4"] = _knob(

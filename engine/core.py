@@ -38,7 +38,7 @@ from engine.outputs import (
 from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
-from engine.sampling import SamplingParams, SamplingRow, sample
+from engine.sampling import SamplingParams, SamplingRow, get_sampler
 from engine.speculation.draft_control import DraftControl
 from engine.speculation.proposers import make_proposer
 from engine.speculation.statistics import DraftStatistics
@@ -85,6 +85,7 @@ class Engine:
         self.tokenizer = model.tokenizer
         self.config = config
         self._attention, self._attention_path = self._make_attention(config)
+        self._sample, self._sampling_path = get_sampler(config.sampling, model.device)
         with sizing.Explained(lambda: sizing.swap_shortage(model, config)):
             self._bring_weights(self._weight_choice(config))
         self.envelope = sizing.size_engine(model, config)
@@ -261,7 +262,7 @@ class Engine:
         scheduled = time.perf_counter()
         logits = self._runner.run(schedule.rows, self._attention)
         computed = time.perf_counter()
-        sampled, logprobs = sample(logits, self._sampling_rows(schedule.rows))
+        sampled, logprobs = self._sample(logits, self._sampling_rows(schedule.rows))
         tally = _Tally()
         outputs = self._commit(schedule.rows, sampled, logprobs, scheduled, tally)
         self._record(schedule, tally, (began, scheduled, computed, time.perf_counter()))
@@ -500,6 +501,7 @@ class Engine:
                 remedy="Load the model again with the new value.",
             )
         attention, _ = self._make_attention(target)
+        get_sampler(target.sampling, self.model.device)
         self._executor.check(target, attention)
         weights = None
         choice = self._weight_choice(target)
@@ -534,6 +536,7 @@ class Engine:
         if differences:
             self._draft_control = DraftControl()  # what was measured may not hold any more
         self._attention, self._attention_path = attention, attention_path
+        self._sample, self._sampling_path = get_sampler(target.sampling, self.model.device)
         self.config = target
         self._executor.configure(target, attention)
         pause_ms = (time.perf_counter() - began) * 1e3
@@ -583,7 +586,7 @@ class Engine:
         """
         linear = config.linear
         if not self.model.decoder.exchanges_weights:
-            if linear == "native":
+            if linear in ("native", "triton"):
                 raise ConfigError(
                     f"{linear!r} is not available for {self.model.spec.architecture}, which runs through transformers.",
                     field="linear",
@@ -601,8 +604,9 @@ class Engine:
         present = self.model.weights_choice
         if choice.same_as(present):
             return
-        if choice.linear == "native" and choice.same_as(dataclasses.replace(present, linear="native")):
-            self.model.repack_weights()
+        as_loaded = present.linear == "torch"
+        if as_loaded and choice.same_as(dataclasses.replace(present, linear=choice.linear)):
+            self.model.repack_weights(choice.linear)
             return
         prepared = self.model.prepare_weights(choice.weights, choice.group_size, head=choice.head, linear=choice.linear)
         self.model.commit_weights(prepared)
@@ -632,6 +636,7 @@ class Engine:
             "weights": self.model.weights_path(),
             "kv_cache": str(self.model.dtype).removeprefix("torch."),
             "execution": self._executor.path(),
+            "sampling": self._sampling_path,
             "speculation": self.config.speculation,
             "threads": str(torch.get_num_threads()),
         }

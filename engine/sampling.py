@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.outputs import TokenLogprob
+from kernels.dispatch import choose
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +105,30 @@ class SamplingRow:
     forbidden: tuple[int, ...]
 
 
+Sampler = Callable[[torch.Tensor, Sequence[SamplingRow]], tuple[list[int], list[TokenLogprob | None]]]
+"""(logits [R, vocab], R rows) → the chosen token ids, and each row's log-probabilities where they were asked for."""
+
+
+def get_sampler(name: str, device: torch.device) -> tuple[Sampler, str]:
+    """The sampler of that name, and the path that it really takes, for the record.
+
+    Args:
+        name: value of the knob ``sampling``: auto, torch or triton.
+        device: where the logits are.
+
+    Raises:
+        ConfigError: if it cannot run here; nothing else is put in its place.
+    """
+    choice = choose("sample", name, device=device, dtype=torch.float32)
+    if choice.path is None:
+        raise ConfigError(f"{name!r} cannot run here: {choice.reason}", field="sampling", remedy=choice.remedy or None)
+    if choice.path.startswith("triton"):
+        from engine.sampling_device import sample_on_device  # Triton should load only where it is asked for
+
+        return sample_on_device, choice.path
+    return sample, choice.path
+
+
 # Up to this k the k largest logits are selected instead of sorting the whole vocabulary.
 _TOPK_WITHOUT_SORT = 256
 
@@ -126,7 +151,7 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int]
     if drawn:
         token_ids[drawn] = _draw(adjusted[drawn].float(), [rows[index] for index in drawn])
     chosen: list[int] = token_ids.tolist()
-    return chosen, _logprobs(logits, rows, chosen)
+    return chosen, logprobs_of(logits, rows, chosen)
 
 
 def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -207,7 +232,7 @@ def _uniform(seed: int, position: int) -> float:
     return float(generator.random())
 
 
-def _logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int]) -> list[TokenLogprob | None]:
+def logprobs_of(logits: torch.Tensor, rows: Sequence[SamplingRow], chosen: Sequence[int]) -> list[TokenLogprob | None]:
     """Log-probabilities under the raw model distribution for the rows that asked."""
     result: list[TokenLogprob | None] = [None] * len(rows)
     asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]

@@ -129,7 +129,7 @@ def compile_all(modules: Sequence[str] = MODULES, targets: Sequence[int] = TARGE
         for target in targets
         for module in modules
         for index, variant in enumerate(declared(module))
-        if target >= variant.min_target
+        if variant.min_target <= target <= variant.max_target
     ]
     context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would not run
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count() or 1, context) as pool:

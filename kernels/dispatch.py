@@ -38,7 +38,7 @@ Op = Literal[
 _TORCH_OR_TRITON = ("reference", "triton")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "paged_attention": ("sdpa", "reference", "native", "triton"),
-    "linear": ("torch", "native"),
+    "linear": ("torch", "native", "triton"),
     "attention_mass": _TORCH_OR_TRITON,
     "kv_write": _TORCH_OR_TRITON,
     "rotary_kv_write": _TORCH_OR_TRITON,
@@ -51,9 +51,10 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "rotary": _TORCH_OR_TRITON,
     "embedding": _TORCH_OR_TRITON,
     "soft_cap": _TORCH_OR_TRITON,
-    "sample": _TORCH_OR_TRITON,
+    "sample": ("torch", "triton"),
     "verify": _TORCH_OR_TRITON,
 }
+_OF_HEADS = ("paged_attention", "attention_mass", "kv_write", "rotary_kv_write")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_HEAD_DIM = 256  # a tile of queries, keys and values must fit into registers and shared memory
 
@@ -103,7 +104,7 @@ def choose(
         return Choice(op, "sdpa", "torch's fused attention over gathered blocks runs on every device.")
     if asked == "reference":
         return Choice(op, "reference", "plain torch runs on every device.")
-    return _choose_triton(op, known[0], torch.device(device), dtype, head_dim)
+    return _choose_triton(op, known[0], torch.device(device), dtype, head_dim if op in _OF_HEADS else None)
 
 
 def _choose_best(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> Choice:
@@ -119,7 +120,8 @@ def _choose_best(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int
 
 _BY_SPEED: dict[str, tuple[str, ...]] = {
     "paged_attention": ("triton", "native", "sdpa"),
-    "linear": ("native", "torch"),
+    "linear": ("triton", "native", "torch"),
+    "sample": ("triton", "torch"),
 }
 
 

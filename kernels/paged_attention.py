@@ -10,6 +10,7 @@ of the chunks that a long context is cut into.
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -126,25 +127,44 @@ CONFIGS = {
     "decode 16x32": PagedAttentionConfig(16, 32, 4, 2),
     "prefill 64x64": PagedAttentionConfig(64, 64, 4, 2),
     "prefill 64x32": PagedAttentionConfig(64, 32, 8, 2),
+    "prefill 64x64, 8 warps": PagedAttentionConfig(64, 64, 8, 2),
+    "prefill 128x32": PagedAttentionConfig(128, 32, 8, 2),
     "prefill 128x64": PagedAttentionConfig(128, 64, 8, 2),
 }
 
 
-def default_config(decode: bool, head_dim: int, dtype: torch.dtype) -> str:
-    """The rule for shapes that nobody has measured: occupancy, nothing spills, and it fits an L4's shared memory."""
+def default_config(decode: bool, head_dim: int, dtype: torch.dtype, quantized: bool, capability: int) -> str:
+    """The rule for shapes that nobody has measured: occupancy, nothing spills, and it fits an L4's shared memory.
+
+    Args:
+        quantized: the cache is.
+        capability: of the GPU, e.g. 90.
+    """
     wide = head_dim > 128 or dtype == torch.float32
     if decode:  # bound by reading the cache: a small tile is enough
         return "decode 16x32" if wide else "decode 16x64"
     if wide:
         return "prefill 64x32"
-    return "prefill 128x64" if head_dim > 64 else "prefill 64x64"  # 64 rows of 128 on 4 warps spill on sm_80
+    if head_dim <= 64:
+        return "prefill 64x64" if capability < 100 else "prefill 64x64, 8 warps"
+    if 90 <= capability < (100 if quantized else 999):
+        return "prefill 128x64"
+    return "prefill 64x64, 8 warps" if quantized else "prefill 128x32"
 
 
-def _pick(decode: bool, group_size: int, head_dim: int, query: torch.Tensor) -> PagedAttentionConfig:
-    key = ("decode" if decode else "prefill", head_dim, group_size, TYPE_NAMES[query.dtype])
-    name = select("paged_attention", key, default_config(decode, head_dim, query.dtype), query.device)
-    config = CONFIGS[name]
+def _pick(decode: bool, group_size: int, head_dim: int, query: torch.Tensor, format: str) -> PagedAttentionConfig:
+    key = ("decode" if decode else "prefill", head_dim, group_size, TYPE_NAMES[query.dtype], format)
+    capability = _capability(query.device)
+    rule = default_config(decode, head_dim, query.dtype, format != "model", capability)
+    config = CONFIGS[select("paged_attention", key, rule, query.device)]
     return dataclasses.replace(config, block_m=max(config.block_m, triton.next_power_of_2(group_size)))
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; that of a Hopper for the interpreter."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def _num_splits(num_programs: int, table_tokens: int) -> int:
@@ -195,7 +215,7 @@ def paged_attention_triton(
     _check(query, key_cache, value_cache, block_tables, sinks, scales)
     decode = num_tokens == num_seqs
     group_size = num_heads // num_kv_heads
-    config = _pick(decode, group_size, head_dim, query)
+    config = _pick(decode, group_size, head_dim, query, format_of(key_cache).name)
     queries_per_block = config.block_m // group_size
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=query.device)
@@ -705,11 +725,15 @@ def aot_variants() -> list[Variant]:
         _variant(bf16, 128, 4, "decode 16x64", format="fp8"),
         _variant(bf16, 128, 4, "decode 16x64", format="int8"),
         _variant(bf16, 128, 4, "decode 16x64", format="int4"),
-        _variant(bf16, 128, 4, "prefill 128x64"),
-        _variant(bf16, 128, 4, "prefill 128x64", format="int8"),
-        _variant(bf16, 128, 4, "prefill 128x64", format="int4"),
-        _variant(fp16, 64, 3, "prefill 64x64", window=True),
-        _variant(bf16, 64, 8, "prefill 64x64", window=True, sinks=True),
+        _variant(bf16, 128, 4, "prefill 128x64", targets=(90, 999)),
+        _variant(bf16, 128, 4, "prefill 128x64", format="fp8", targets=(90, 90)),
+        _variant(bf16, 128, 4, "prefill 128x64", format="int8", targets=(90, 90)),
+        _variant(bf16, 128, 4, "prefill 128x64", format="int4", targets=(90, 90)),
+        _variant(bf16, 128, 4, "prefill 128x32"),
+        _variant(bf16, 128, 4, "prefill 64x64, 8 warps", format="int8"),
+        _variant(bf16, 128, 4, "prefill 64x64, 8 warps", format="int4"),
+        _variant(bf16, 64, 8, "prefill 64x64, 8 warps", window=True, sinks=True),
+        _variant(fp16, 64, 3, "prefill 64x64", window=True, targets=(80, 90)),
         _variant(bf16, 256, 8, "prefill 64x32", soft_cap=True),
         _variant(fp32, 64, 3, "prefill 64x32"),
         _merge_variant(),
@@ -727,6 +751,7 @@ def _variant(
     window: bool = False,
     soft_cap: bool = False,
     sinks: bool = False,
+    targets: tuple[int, int] = (80, 999),
 ) -> Variant:
     config, kv, fp32 = CONFIGS[name], KV_FORMATS[format], torch.float32
     types = {
@@ -760,8 +785,10 @@ def _variant(
     label = " ".join([name, TYPE_NAMES[dtype], f"d={head_dim}", f"g={group_size}", *(k for k, v in flags.items() if v)])
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     # float32 must not be rounded to TF32, so it does not use the matrix units: the parity path, not the fast one.
-    target = 90 if format == "fp8" else 80
-    return Variant(_paged_attention_kernel, label, types, constants, options, dtype is not fp32, target)
+    first = max(targets[0], 90 if format == "fp8" else 80)
+    return Variant(
+        _paged_attention_kernel, label, types, constants, options, dtype is not fp32, first, max_target=targets[1]
+    )
 
 
 def _merge_variant() -> Variant:

@@ -321,5 +321,5 @@ def _variant(name: str, kind: str, splits: int = 1) -> Variant:
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     target = 90 if kind == "fp8" else 80
     return Variant(
-        _scaled_linear_kernel, f"{name} {kind}", types, constants, options, True, target, ("inputs", "outputs")
+        _scaled_linear_kernel, f"{name} {kind}", types, constants, options, True, target, aligned=("inputs", "outputs")
     )

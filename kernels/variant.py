@@ -32,7 +32,7 @@ class Variant:
         options: num_warps and num_stages.
         needs_matrix_unit: its PTX must hold a matrix instruction.
         aligned: run-time parameters that are multiples of 16 in real models, besides strides and addresses.
-        min_target: the first compute capability that it is shipped for, e.g. 89 for FP8 products.
+        min_target, max_target: the compute capabilities that it is shipped for, e.g. from 89 on for FP8 products.
     """
 
     kernel: Any
@@ -42,6 +42,7 @@ class Variant:
     options: dict[str, int]
     needs_matrix_unit: bool = False
     min_target: int = 80
+    max_target: int = 999
     aligned: tuple[str, ...] = ()
 
 

@@ -76,7 +76,7 @@ CONFIGS = {
     "gemv 128": WeightOnlyConfig("gemv", 1, 128, 4),
     "tile 16x64": WeightOnlyConfig("tile", 16, 64, 4),
     "tile 16x128": WeightOnlyConfig("tile", 16, 128, 4),
-    "tile 32x128": WeightOnlyConfig("tile", 32, 128, 4),
+    "tile 32x128": WeightOnlyConfig("tile", 32, 128, 8),
     "tile 64x128": WeightOnlyConfig("tile", 64, 128, 8),
     "dequantize": WeightOnlyConfig("dequantize", 0, 64, 4),
 }

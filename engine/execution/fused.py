@@ -29,14 +29,14 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.fallback import TransformersDecoder
-from kernels.dispatch import choose
+from kernels.dispatch import Op, choose
 from kernels.gated_mul import ACTIVATIONS, gated_mul_triton
 from kernels.paged_attention import paged_attention_triton
 from kernels.rms_norm import rms_norm_triton
 from kernels.rotary_kv_write import rotary_kv_write_triton
 
 ATTENTION = "triton"
-OPERATIONS = ("rms_norm", "rotary_kv_write", "gated_mul")
+OPERATIONS: tuple[Op, ...] = ("rms_norm", "rotary_kv_write", "gated_mul")
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -100,7 +100,7 @@ class LoadedModel:
             group_size: of INT4, in weights; ignored by the others.
             progress: called with the fraction done.
             head: format of the head, ``"model"`` or ``"int8"``.
-            linear: the kernels that multiply, ``"torch"`` or ``"native"``.
+            linear: the kernels that multiply, ``"torch"``, ``"native"`` or ``"triton"``.
 
         Raises:
             ConfigError: if the format or group size is unknown, or the model keeps the weights it has.
@@ -112,12 +112,12 @@ class LoadedModel:
             self.decoder, self.checkpoint, self.spec, choice, self.weights_choice, self.device, self.dtype, progress
         )
 
-    def repack_weights(self) -> None:
-        """Bring weights as loaded into the layout of the native kernels, without reading them again."""
+    def repack_weights(self, linear: str) -> None:
+        """Bring weights as loaded into the layout of other kernels, without reading them again."""
         assert isinstance(self.decoder, Decoder)
-        weight_exchange.repack(self.decoder)
+        weight_exchange.repack(self.decoder, linear)
         _return_freed_memory()
-        self.weights_choice = dataclasses.replace(self.weights_choice, linear="native")
+        self.weights_choice = dataclasses.replace(self.weights_choice, linear=linear)
 
     def commit_weights(self, prepared: PreparedWeights) -> None:
         """Put prepared weights in place, between two steps: pointers only."""

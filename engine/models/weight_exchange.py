@@ -78,16 +78,27 @@ def prepare(
         wanted.append((head[0], choice.head, head[2]))
     for done, (name, weights, sources) in enumerate(wanted, start=1):
         format = _make(checkpoint, sources, weights, choice.group_size, device, dtype)
-        formats[name] = to_native(format) if choice.linear == "native" else format
+        formats[name] = convert(format, choice.linear)
         if progress is not None:
             progress(done / len(wanted))
     return PreparedWeights(choice, formats)
 
 
-def repack(decoder: Decoder) -> None:
-    """Bring freshly loaded weights into the layout of the native kernels, one layer at a time."""
-    for _, linear, _ in (*decoder.linears(), *decoder.tables()):
-        linear.exchange(to_native(linear.format))
+def convert(format: WeightFormat, linear: str) -> WeightFormat:
+    """The format in the layout of the kernels that will multiply: ``"torch"``, ``"native"`` or ``"triton"``."""
+    if linear == "native":
+        return to_native(format)
+    if linear == "triton":
+        from engine.quantization.triton import to_triton  # Triton should load only where it is asked for
+
+        return to_triton(format)
+    return format
+
+
+def repack(decoder: Decoder, linear: str) -> None:
+    """Bring freshly loaded weights into the layout of other kernels, one layer at a time."""
+    for _, module, _ in (*decoder.linears(), *decoder.tables()):
+        module.exchange(convert(module.format, linear))
 
 
 def commit(decoder: Decoder | TransformersDecoder, prepared: PreparedWeights) -> None:

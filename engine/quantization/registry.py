@@ -39,7 +39,7 @@ class WeightChoice:
         weights: of the blocks' linear layers: ``"model"``, ``"int8"`` or ``"int4"``.
         group_size: of INT4.
         head: of the head (and of an embedding tied to it): ``"model"`` or ``"int8"``.
-        linear: ``"torch"`` or ``"native"``.
+        linear: ``"torch"``, ``"native"`` or ``"triton"``.
 
     Raises:
         ConfigError: if there is no such format or group size.
@@ -53,7 +53,7 @@ class WeightChoice:
     def __post_init__(self) -> None:
         _require("weights", self.weights, ("model", *QUANTIZED_FORMATS))
         _require("head_weights", self.head, ("model", "int8"))
-        _require("linear", self.linear, ("torch", "native"))
+        _require("linear", self.linear, ("torch", "native", "triton"))
         if self.weights == "int4":
             _require("group_size", self.group_size, tuple(sorted(GROUP_SIZES)))
 

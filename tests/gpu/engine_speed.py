@@ -117,7 +117,7 @@ def _headroom(
     fixed = {"device": str(device), "attention": "triton", "max_num_seqs": most, "max_running": most}
     fixed |= {"prefix_cache": False, "memory_limit_gib": 40.0 if device.type == "cuda" else 1.0}
     try:
-        engine = Engine(model, EngineConfig.from_mapping(fixed | {"linear": "auto", "execution": "eager"} | knobs))
+        engine = Engine(model, EngineConfig.from_mapping(fixed | {"linear": "triton", "execution": "eager"} | knobs))
     except Exception as problem:
         for batch in BATCHES[size]:
             yield _failed("headroom", weights, batch, problem)
