@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 
 Size = Literal["full", "tiny"]
-Run = Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
+Run = Callable[[], torch.Tensor | tuple[torch.Tensor, ...] | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Case:
         label: the shape in words, e.g. ``"decode bf16, batch 64, context 8192, 32/8 heads of 128"``.
         run: launches the kernel once.
         reference: computes the same with plain torch; None at shapes too large for it (a smaller case covers it).
+        result: reads what ``run`` leaves behind, where it returns nothing to compare (a cache that is written).
         tolerance: largest absolute difference allowed, as a fraction of the reference's largest absolute value.
         moved_bytes: least traffic with the GPU's memory: what must be read and written once.
         flops: multiplications and additions.
@@ -57,9 +58,12 @@ class Case:
     flop_unit: str = "bfloat16"
     peers: dict[str, Run] = dataclasses.field(default_factory=dict)
     bars: tuple[Bar, ...] = ()
+    result: Run | None = None
 
 
 class Cases(Protocol):
     """``cases`` of a ``cases_<kernel>.py``: one after another, so that a case's tensors go before the next's come."""
 
-    def __call__(self, device: torch.device, size: Size) -> Iterator[Case]: ...
+    def __call__(self, device: torch.device, size: Size) -> Iterator[Case]:
+        """Cases of one kernel on a device."""
+        ...

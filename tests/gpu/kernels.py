@@ -100,7 +100,7 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings) -> Measurement
     """Check one case, then time it and its peers."""
     found = Measurement(case.kernel, case.label, tolerance=case.tolerance)
     try:
-        error = None if case.reference is None else largest_error(case.run, case.reference)
+        error = None if case.reference is None else largest_error(_checked(case), case.reference)
         elapsed = seconds(case.run, device)
     except Exception as problem:  # a kernel that does not launch is a result, and the others still want theirs
         return dataclasses.replace(found, problem=_words(problem))
@@ -119,16 +119,28 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings) -> Measurement
     return dataclasses.replace(found, verdicts=tuple(_judge(bar, found) for bar in case.bars))
 
 
+def _checked(case: Case) -> Run:
+    if case.result is None:
+        return case.run
+    result = case.result
+
+    def run_and_read() -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        case.run()
+        return result()
+
+    return run_and_read
+
+
 def largest_error(run: Run, reference: Run) -> float:
     """Largest absolute difference over the reference's largest absolute value, the worst of several results.
 
-    Integer results (token ids, counts) must be equal: any difference is an infinite error.
+    Token ids and counts (32 or 64 bits) must be equal: any difference is an infinite error. 8-bit ones are numbers.
     """
     worst = 0.0
     for ours, theirs in zip(_several(run()), _several(reference()), strict=True):
         if ours.shape != theirs.shape:
             return float("inf")
-        if not theirs.is_floating_point():
+        if theirs.dtype in (torch.int32, torch.int64, torch.bool):
             worst = max(worst, 0.0 if torch.equal(ours, theirs) else float("inf"))
             continue
         if theirs.numel():

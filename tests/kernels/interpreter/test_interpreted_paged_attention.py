@@ -123,9 +123,8 @@ def test_triton_and_reference_agree_through_the_same_signature():
         case.scale,
         case.window,
     )
-    torch.testing.assert_close(
-        paged_attention_triton(*arguments), paged_attention_reference(*arguments), atol=1e-5, rtol=0
-    )
+    for found, expected in zip(paged_attention_triton(*arguments), paged_attention_reference(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_a_query_that_is_not_contiguous_in_its_head_is_refused():
