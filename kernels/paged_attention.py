@@ -12,6 +12,7 @@ of the chunks that a long context is cut into.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -152,11 +153,18 @@ def default_config(decode: bool, head_dim: int, dtype: torch.dtype, quantized: b
     return "prefill 64x64, 8 warps" if quantized else "prefill 128x32"
 
 
-def _pick(decode: bool, group_size: int, head_dim: int, query: torch.Tensor, format: str) -> PagedAttentionConfig:
-    key = ("decode" if decode else "prefill", head_dim, group_size, TYPE_NAMES[query.dtype], format)
-    capability = _capability(query.device)
-    rule = default_config(decode, head_dim, query.dtype, format != "model", capability)
-    config = CONFIGS[select("paged_attention", key, rule, query.device)]
+def _key(decode: bool, group_size: int, head_dim: int, dtype: torch.dtype, format: str) -> tuple[int | str, ...]:
+    return "decode" if decode else "prefill", head_dim, group_size, TYPE_NAMES[dtype], format
+
+
+def _pick(
+    decode: bool, group_size: int, head_dim: int, query: torch.Tensor, format: str, name: str | None
+) -> PagedAttentionConfig:
+    if name is None:
+        rule = default_config(decode, head_dim, query.dtype, format != "model", _capability(query.device))
+        key = _key(decode, group_size, head_dim, query.dtype, format)
+        name = select("paged_attention", key, rule, query.device)
+    config = CONFIGS[name]
     return dataclasses.replace(config, block_m=max(config.block_m, triton.next_power_of_2(group_size)))
 
 
@@ -190,6 +198,7 @@ def paged_attention_triton(
     sinks: torch.Tensor | None = None,
     scales: KVScales | None = None,
     num_splits: int | None = None,
+    config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`paged_attention_reference`, without ever making the score matrix.
 
@@ -205,6 +214,7 @@ def paged_attention_triton(
     Args:
         As the reference's; innermost dimensions contiguous, head_dim at most 256, bfloat16, float16 or float32.
         num_splits: programs that share a context; None for what the shapes suggest. Only where all sequences decode.
+        config: a name in :data:`CONFIGS`; None for what was measured, or the rule's.
 
     Raises:
         ValueError: naming the argument whose layout does not fit.
@@ -215,8 +225,8 @@ def paged_attention_triton(
     _check(query, key_cache, value_cache, block_tables, sinks, scales)
     decode = num_tokens == num_seqs
     group_size = num_heads // num_kv_heads
-    config = _pick(decode, group_size, head_dim, query, format_of(key_cache).name)
-    queries_per_block = config.block_m // group_size
+    chosen = _pick(decode, group_size, head_dim, query, format_of(key_cache).name, config)
+    queries_per_block = chosen.block_m // group_size
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=query.device)
     table_tokens = block_tables.shape[1] * block_size
@@ -263,13 +273,13 @@ def paged_attention_triton(
         GROUP_SIZE=group_size,
         BLOCK_SIZE=block_size,
         CHUNK_N=CHUNK,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
         BLOCK_D=block_d,
         # The interpreter multiplies bfloat16 wrongly (Triton 3.7): compute in float32 there.
         DOT_IN_FLOAT32=query.device.type == "cpu",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
     )
     if chunks > 1:
         _merge_kernel[(num_tokens, num_heads)](
@@ -710,7 +720,24 @@ def _merge_kernel(
     tl.store(lse_ptr + row + one, lse)
 
 
-# -- ahead of time ----------------------------------------------------------------------------------------------------
+# -- for the tuner and ahead of time ----------------------------------------------------------------------------------
+
+
+def tuning_problems(device: torch.device) -> Iterator[tuple[tuple[int | str, ...], dict[str, Callable[[], object]]]]:
+    """32 sequences that decode at context 4096, and a prompt of 4096, with the heads of Llama-3.1-8B."""
+    dtype, heads, kv_heads, head_dim, context, block = torch.bfloat16, 32, 8, 128, 4096, 16
+    for num_seqs, query_len in ((32, 1), (1, context)):
+        blocks = context // block
+        caches = torch.randn(2, num_seqs * blocks, block, kv_heads, head_dim, device=device).to(dtype)
+        tables = torch.arange(num_seqs * blocks, dtype=torch.int32, device=device).view(num_seqs, blocks)
+        starts = torch.arange(0, num_seqs * query_len + 1, query_len, dtype=torch.int32, device=device)
+        lengths = torch.full((num_seqs,), context, dtype=torch.int32, device=device)
+        query = torch.randn(num_seqs * query_len, heads, head_dim, device=device).to(dtype)
+        arguments = (query, caches[0], caches[1], tables, starts, lengths, head_dim**-0.5)
+        way = "decode" if query_len == 1 else "prefill"
+        names = [name for name in CONFIGS if name.startswith(way)]
+        key = _key(query_len == 1, heads // kv_heads, head_dim, dtype, "model")
+        yield key, {name: functools.partial(paged_attention_triton, *arguments, config=name) for name in names}
 
 
 def aot_variants() -> list[Variant]:

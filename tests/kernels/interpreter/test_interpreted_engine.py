@@ -4,6 +4,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.errors import ConfigError
 from engine.models import load_model
 from engine.sampling import SamplingParams
 
@@ -15,9 +16,9 @@ def model(tiny_llama):
     return load_model(str(tiny_llama), dtype="float32", device="cpu")
 
 
-def generate(model, attention, speculation):
+def generate(model, attention, speculation, **more):
     """Greedy tokens of all prompts, prefilled in chunks and decoded in one batch, and the path on record."""
-    knobs = {"attention": attention, "speculation": speculation, "dtype": "float32", "device": "cpu"}
+    knobs = {"attention": attention, "speculation": speculation, "dtype": "float32", "device": "cpu", **more}
     config = EngineConfig.from_mapping({**knobs, "token_budget": 24, "memory_limit_gib": 0.02, "draft_length": 3})
     engine = Engine(model, config)
     for index, prompt in enumerate(PROMPTS):
@@ -26,13 +27,57 @@ def generate(model, attention, speculation):
     while engine.has_unfinished():
         for output in engine.step():
             tokens[output.request_id] = list(output.token_ids)
-    return tokens, engine.status().path["attention"]
+    return tokens, engine.status().path
 
 
 @pytest.mark.parametrize("speculation", ["off", "ngram"])
 def test_engine_on_the_triton_path_generates_the_tokens_of_the_torch_path(model, speculation):
     expected, _ = generate(model, "sdpa", "off")
-    tokens, path = generate(model, "triton", speculation)
-    assert path == "triton (interpreter)"
+    tokens, path = generate(model, "triton", speculation, execution="eager")
+    assert path["attention"] == "triton (interpreter)"
     assert [len(tokens[str(index)]) for index in range(len(PROMPTS))] == [8] * len(PROMPTS)
     assert tokens == expected
+
+
+def test_engine_with_every_triton_kernel_generates_the_tokens_of_the_torch_path(model):
+    expected, _ = generate(model, "sdpa", "off")
+    tokens, path = generate(model, "triton", "off", execution="fused", sampling="triton", linear="triton")
+    assert tokens == expected
+    assert (path["execution"], path["sampling"]) == ("fused", "triton (interpreter)")
+
+
+def test_int4_weights_through_triton_generate_the_tokens_of_the_same_weights_through_torch(tiny_llama):
+    results = [
+        # Each way from a fresh copy: the engine exchanges the weights of the model that it is given.
+        generate(load_model(str(tiny_llama), dtype="float32"), "sdpa", "off", weights="int4", linear=linear)
+        for linear in ("triton", "torch")
+    ]
+    assert "triton" in results[0][1]["weights"]
+    assert "triton" not in results[1][1]["weights"]
+    pairs = [pair for name in results[0][0] for pair in zip(results[0][0][name], results[1][0][name], strict=True)]
+    # torch's INT4 operator rounds activations to bfloat16: a near tie may turn.
+    assert sum(ours == theirs for ours, theirs in pairs) >= 0.75 * len(pairs)
+
+
+def test_execution_can_go_to_the_fused_kernels_and_back_while_requests_are_in_flight(model):
+    expected, _ = generate(model, "sdpa", "off")
+    config = EngineConfig.from_mapping({"attention": "triton", "execution": "eager", "memory_limit_gib": 0.02})
+    engine = Engine(model, config)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+    tokens, ran = {}, set()
+    modes = ["eager", "fused"]
+    while engine.has_unfinished():
+        engine.reconfigure({"execution": modes[len(engine.steps) % 2]})
+        for output in engine.step():
+            tokens[output.request_id] = list(output.token_ids)
+        ran.add(engine.steps[-1].execution)
+    assert tokens == expected
+    assert ran == {"eager", "fused"}
+
+
+def test_fused_execution_without_its_attention_is_refused_with_the_remedy(model):
+    with pytest.raises(ConfigError) as caught:
+        Engine(model, EngineConfig.from_mapping({"attention": "sdpa", "execution": "fused", "memory_limit_gib": 0.02}))
+    assert caught.value.field == "execution"
+    assert "attention to triton" in caught.value.remedy
