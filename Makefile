@@ -11,7 +11,7 @@ HEADROOM_HOME ?= $(HOME)/.cache/headroom
 PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format bench peers soak clean
+.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ format: $(VENV)/.installed-dev ## Let ruff fix what it can.
 
 bench: setup-dev ## Measure the engine beside its peers on this machine, in one run (ARGS=…, see tests/benchmarks).
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)
+
+gpu: $(VENV)/.installed-dev ## Prove the kernels and the engine on this machine's GPU (OUT=…, nine minutes at most).
+	$(BIN)/python -m tests.gpu.run --out $(or $(OUT),tests/artifacts/gpu) $(ARGS)
 
 # Each peer of the benchmark has an environment of its own; one that cannot be installed does not keep the other away.
 peers: ## Install the peers that the benchmark compares with (minutes: one is built from source).

@@ -27,7 +27,7 @@ BLOCK = 4
 
 class Shape(PreparedShape):
     def __init__(self, low: int, high: int, mode: str = "compiled") -> None:
-        self.tokens, self.mode = TokenRange(low, high), mode
+        self.tokens, self.mode, self.decode_only = TokenRange(low, high), mode, mode == "graphs"
 
     def forward(self, step: Step) -> torch.Tensor:
         raise AssertionError("the dispatcher answers, it never runs a shape")
@@ -75,6 +75,18 @@ def test_compiled_serves_every_layout_and_backend_and_graphs_only_decodes_with_t
     assert ask(graphs, 3)[0] == "graphs"
     assert ask(graphs, 3, pure_decode=False)[0] == "eager"
     assert "triton" in ask(graphs, 3, attention="sdpa")[1]
+
+
+def test_fused_layers_serve_the_steps_that_no_graph_holds_and_graphs_come_first():
+    graphs = Dispatcher("graphs")
+    graphs.add("model#0", Shape(1, 4096, "fused"))
+    assert ask(graphs, 3) == ("fused", "3 tokens are not prepared")
+    graphs.add("model#0", Shape(1, 64, "graphs"))
+    assert ask(graphs, 3) == ("graphs", "prepared for 1–64 tokens")
+    assert ask(graphs, 65)[0] == "fused"
+    assert ask(graphs, 3, pure_decode=False) == ("fused", "a graph holds pure decode batches only")
+    assert [str(tokens) for tokens in graphs.prepared("model#0")] == ["1–64"]
+    assert graphs.direct("model#0") == "fused"
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 16, 40, 64, 100])

@@ -23,6 +23,7 @@ VALUES: dict[str, list[Any]] = {
     "ngram_min": [2, 1],
     "attention": ["auto", "sdpa", "reference"],
     "execution": ["auto", "eager"],
+    "sampling": ["auto", "torch"],
 }
 LIMITS = ("max_running", "token_budget")
 LOSSLESS: list[dict[str, Any]] = [

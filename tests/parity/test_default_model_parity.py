@@ -142,6 +142,7 @@ TOGGLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"execution": "compiled", "speculation": "ngram"}, {"execution": "eager"}),
     ({"attention": "auto"}, {"attention": "reference"}),
     ({"attention": "reference"}, {"attention": "sdpa"}),
+    ({"sampling": "auto"}, {"sampling": "torch"}),
 ]
 
 
