@@ -43,7 +43,7 @@ from engine.speculation.draft_control import DraftControl
 from engine.speculation.proposers import make_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
-from kernels.dispatch import choose
+from kernels.dispatch import Op, choose
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel, PreparedWeights
@@ -627,7 +627,7 @@ class Engine:
         return self._runner.prompt_logits(token_ids, self._attention)
 
     def path(self) -> dict[str, str]:
-        """What really runs, for the record of every run."""
+        """What really runs and why these kernels and not quicker ones, for the record of every run."""
         return {
             "device": str(self.model.device),
             "decoder": self.model.decoder_path(),
@@ -639,6 +639,20 @@ class Engine:
             "sampling": self._sampling_path,
             "speculation": self.config.speculation,
             "threads": str(torch.get_num_threads()),
+            **self._reasons(),
+        }
+
+    def _reasons(self) -> dict[str, str]:
+        """What the dispatcher says of each choice of kernels in force, by the knob that asked."""
+        asked: dict[str, tuple[Op, str]] = {
+            "attention": ("paged_attention", self.config.attention),
+            "linear": ("linear", self.config.linear if self.model.decoder.exchanges_weights else "torch"),
+            "sampling": ("sample", self.config.sampling),
+        }
+        device, dtype, heads = self.model.device, self.model.dtype, {"attention": self.model.decoder.head_dim}
+        return {
+            f"{name}_reason": choose(op, value, device=device, dtype=dtype, head_dim=heads.get(name)).reason
+            for name, (op, value) in asked.items()
         }
 
     def status(self) -> EngineStatus:

@@ -12,6 +12,7 @@ What a layer launches, T tokens at once:
     gate and up product             (1)         gate and up product                  (1)
     activation, product             (2)         gated_mul                            (1)
     down product                    (1)         down product                         (1)
+    experts              (3 for each one)       two products for all, sorted on the device
 
 It computes what eager execution computes and rounds where that rounds, so the two differ by the order of sums alone.
 Everything is launched from shapes: nothing is read back, so a CUDA graph can hold it.
@@ -25,11 +26,13 @@ import torch
 
 from engine.execution.attend_op import AttendContext
 from engine.execution.base import PreparedShape, Step, TokenRange
+from engine.layers.mixture import MixtureMLP
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.fallback import TransformersDecoder
 from kernels.dispatch import Op, choose
+from kernels.expert_linear import expert_linear_triton, sort_by_expert
 from kernels.gated_mul import ACTIVATIONS, gated_mul_triton
 from kernels.paged_attention import paged_attention_triton
 from kernels.rms_norm import rms_norm_triton
@@ -102,10 +105,20 @@ class FusedExecution(PreparedShape):
 
 def _mlp(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     mlp = layer.mlp
-    if not isinstance(mlp, GatedMLP):
+    if isinstance(mlp, GatedMLP):
+        return mlp.down_proj(gated_mul_triton(mlp.gate_up_proj(x), mlp.activation_name))
+    assert isinstance(mlp, MixtureMLP)
+    stacked = mlp.stacked()
+    if stacked is None:  # quantized experts: one product for each, counted on the host
         output: torch.Tensor = mlp(x)
         return output
-    return mlp.down_proj(gated_mul_triton(mlp.gate_up_proj(x), mlp.activation_name))
+    gate_up, down = stacked
+    shares, chosen = mlp.route(x)
+    routing = sort_by_expert(chosen, gate_up.shape[0])
+    activation = cast("GatedMLP", mlp.experts[0]).activation_name
+    hidden = gated_mul_triton(expert_linear_triton(x, gate_up, routing, of_tokens=True), activation)
+    pairs = expert_linear_triton(hidden, down, routing, of_tokens=False, pair_weights=shares)
+    return pairs.view(*chosen.shape, -1).sum(dim=1)  # in the order of a token's choices, whatever else is in the batch
 
 
 def add_norm(x: torch.Tensor | None, total: torch.Tensor, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

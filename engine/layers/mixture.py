@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
+from engine.quantization.formats import ModelDtypeFormat, WeightFormat
 
 
 class MixtureMLP(nn.Module):
@@ -38,6 +41,22 @@ class MixtureMLP(nn.Module):
         self.experts_per_token = experts_per_token
         self.normalizes = normalizes
 
+    def stack(self) -> None:
+        """Let all experts' weights lie in one tensor for each product, of which each expert has a view."""
+        for linears in self._products():
+            weights = [linear.format.tensors()["weight"] for linear in linears]
+            for linear, view in zip(linears, torch.stack(weights), strict=True):
+                linear.exchange(ModelDtypeFormat(view))
+
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The weights [E, 2 · width, hidden_size] and [E, hidden_size, width] if they lie so, and are not quantized."""
+        found = [_stacked([linear.format for linear in linears]) for linears in self._products()]
+        return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+    def _products(self) -> tuple[list[Linear], list[Linear]]:
+        experts = [cast("GatedMLP", expert) for expert in self.experts]
+        return [expert.gate_up_proj for expert in experts], [expert.down_proj for expert in experts]
+
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] → each token's k weights (float32) and experts (int64), [T, k], best first."""
         probabilities = F.softmax(F.linear(x, self.router), dim=-1, dtype=torch.float32)
@@ -58,3 +77,17 @@ class MixtureMLP(nn.Module):
         pairs = torch.empty_like(rows).index_copy_(0, order, torch.cat(outputs))
         pairs = pairs.view(*chosen.shape, -1) * weights.to(x.dtype).unsqueeze(-1)
         return pairs.sum(dim=1)
+
+
+def _stacked(formats: Sequence[WeightFormat]) -> torch.Tensor | None:
+    """The tensor whose consecutive views the weights are; None if they are no such views."""
+    plain = [format.weight for format in formats if isinstance(format, ModelDtypeFormat)]
+    first = plain[0] if len(plain) == len(formats) else None
+    if first is None or not first.is_contiguous():
+        return None
+    storage, begin = first.untyped_storage().data_ptr(), first.data_ptr()
+    for index, weight in enumerate(plain):
+        apart = weight.data_ptr() - begin - index * first.nbytes
+        if apart or weight.shape != first.shape or weight.untyped_storage().data_ptr() != storage:
+            return None
+    return first.as_strided((len(plain), *first.shape), (first.numel(), *first.stride()))

@@ -213,4 +213,6 @@ def _make_mixture(config: DecoderConfig, mixture: MixtureConfig, weights: Weight
         for expert in range(mixture.num_experts)
     ]
     router = weights.tensor(layout.router, mixture.num_experts, config.hidden_size)
-    return MixtureMLP(router, experts, mixture.experts_per_token, normalizes=mixture.normalizes)
+    mlp = MixtureMLP(router, experts, mixture.experts_per_token, normalizes=mixture.normalizes)
+    mlp.stack()  # for kernels that take all experts at once
+    return mlp

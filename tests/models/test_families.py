@@ -215,3 +215,17 @@ def test_mixture_of_which_an_expert_is_missing_is_refused(save_model):
     (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 5}))
     with pytest.raises(ModelLoadError, match=r"lacks the tensor 'model.layers.0.block_sparse_moe.experts.4.w1.weight'"):
         load_model(str(folder), device="cpu")
+
+
+def test_experts_lie_in_one_tensor_until_they_are_quantized(save_model):
+    model = load_model(str(save_model(family_cases.FAMILIES["qwen3 moe"])), dtype="float32", device="cpu")
+    mixture = next(layer.mlp for layer in model.decoder.layers if isinstance(layer.mlp, MixtureMLP))
+    stacked = mixture.stacked()
+    assert stacked is not None
+    gate_up, down = stacked
+    for index, expert in enumerate(mixture.experts):
+        assert torch.equal(gate_up[index], expert.gate_up_proj.format.weight)
+        assert torch.equal(down[index], expert.down_proj.format.weight)
+        assert gate_up[index].data_ptr() == expert.gate_up_proj.format.weight.data_ptr()  # views, not copies
+    model.commit_weights(model.prepare_weights("int8", 32))
+    assert mixture.stacked() is None
