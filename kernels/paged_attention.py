@@ -282,23 +282,37 @@ def paged_attention_triton(
         num_stages=chosen.num_stages,
     )
     if chunks > 1:
-        _merge_kernel[(num_tokens, num_heads)](
-            output,
-            lse,
-            partial,
-            state,
-            lse if sinks is None else sinks,
-            context_lens,
-            window or 0,
-            chunks,
-            HAS_WINDOW=window is not None,
-            HAS_SINKS=sinks is not None,
-            HEAD_DIM=head_dim,
-            CHUNK_N=CHUNK,
-            BLOCK_D=block_d,
-            num_warps=2,
-        )
+        _merge(output, lse, partial, state, sinks, context_lens, window)
     return output, lse
+
+
+def _merge(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    partial: torch.Tensor,
+    state: torch.Tensor,
+    sinks: torch.Tensor | None,
+    context_lens: torch.Tensor,
+    window: int | None,
+) -> None:
+    """Join the chunks' states into ``output`` and ``lse``; all sequences decode."""
+    num_tokens, num_heads, head_dim = output.shape
+    _merge_kernel[(num_tokens, num_heads)](
+        output,
+        lse,
+        partial,
+        state,
+        lse if sinks is None else sinks,
+        context_lens,
+        window or 0,
+        partial.shape[2],
+        HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks is not None,
+        HEAD_DIM=head_dim,
+        CHUNK_N=CHUNK,
+        BLOCK_D=partial.shape[3],
+        num_warps=2,
+    )
 
 
 def _check(
@@ -337,6 +351,28 @@ def find_sequence(query_start_ptr, query_block, num_seqs, BLOCK_Q: tl.constexpr)
         else:
             high = middle
     return low - 1
+
+
+@triton.jit
+def _tile(query_start_ptr, num_seqs, BLOCK_Q: tl.constexpr, DECODE: tl.constexpr):
+    """(sequence, its first row, how many it has, the first of them in this program's tile)."""
+    if DECODE:
+        sequence = tl.program_id(0)
+        first_query = 0
+    else:
+        sequence = find_sequence(query_start_ptr, tl.program_id(0), num_seqs, BLOCK_Q)
+        first_query = (tl.program_id(0) - (tl.load(query_start_ptr + sequence) // BLOCK_Q + sequence)) * BLOCK_Q
+    query_begin = tl.load(query_start_ptr + sequence)
+    return sequence, query_begin, tl.load(query_start_ptr + sequence + 1) - query_begin, first_query
+
+
+@triton.jit
+def _store_state(partial_ptr, state_ptr, place, row_max, row_sum, accumulator, row_inside, BLOCK_D: tl.constexpr):
+    """Leave a chunk's softmax at ``place`` [M] for the second kernel."""
+    target = partial_ptr + place[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(target, accumulator, mask=row_inside[:, None])
+    tl.store(state_ptr + place * 2, row_max, mask=row_inside)
+    tl.store(state_ptr + place * 2 + 1, row_sum, mask=row_inside)
 
 
 @triton.jit
@@ -607,14 +643,7 @@ def _paged_attention_kernel(
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_SIZE
     kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-    if DECODE:
-        sequence = tl.program_id(0)
-        first_query = 0
-    else:
-        sequence = find_sequence(query_start_ptr, tl.program_id(0), num_seqs, BLOCK_Q)
-        first_query = (tl.program_id(0) - (tl.load(query_start_ptr + sequence) // BLOCK_Q + sequence)) * BLOCK_Q
-    query_begin = tl.load(query_start_ptr + sequence)
-    query_len = tl.load(query_start_ptr + sequence + 1) - query_begin
+    sequence, query_begin, query_len, first_query = _tile(query_start_ptr, num_seqs, BLOCK_Q, DECODE)
     if first_query >= query_len:
         return
     past = tl.load(context_lens_ptr + sequence) - query_len
@@ -664,10 +693,9 @@ def _paged_attention_kernel(
             )  # fmt: skip
             if SPLIT:
                 place = row_out * chunks + chunk
-                target = partial_ptr + place[:, None] * BLOCK_D + dim[None, :]
-                tl.store(target, chunk_accumulator, mask=row_inside[:, None])
-                tl.store(state_ptr + place * 2, chunk_max, mask=row_inside)
-                tl.store(state_ptr + place * 2 + 1, chunk_sum, mask=row_inside)
+                _store_state(
+                    partial_ptr, state_ptr, place, chunk_max, chunk_sum, chunk_accumulator, row_inside, BLOCK_D
+                )
             else:
                 row_max, row_sum, accumulator = _join(
                     row_max, row_sum, accumulator, chunk_max, chunk_sum, chunk_accumulator
