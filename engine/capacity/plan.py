@@ -282,8 +282,7 @@ def _budget(request: CompleteRequest, stage: Stage) -> tuple[MemoryBudget, int]:
     )
     non_torch = non_torch_bytes(profile, request.tp * request.pp)
     left = limit - weights - adapters - draft - activation - non_torch
-    most = request.max_num_seqs * blocks_for(request.context, request.block_size) if profile.caps_cache else None
-    cache = whole_blocks(left, _block_bytes(request, stage), request.block_size, most)
+    cache = whole_blocks(left, _block_bytes(request, stage), request.block_size, _most_blocks(request, stage))
     # A stage of recurrent layers alone keeps states and no blocks.
     kv = cache.bytes if cache.num_blocks or _block_bytes(request, stage) else max(left, 0)
     budget = MemoryBudget(
@@ -299,6 +298,17 @@ def _budget(request: CompleteRequest, stage: Stage) -> tuple[MemoryBudget, int]:
         excess=max(-left, 0),
     )
     return budget, cache.num_blocks
+
+
+def _most_blocks(request: CompleteRequest, stage: Stage) -> int | None:
+    """More KV blocks than all sequences can use are not made by some engines: that many; None for as many as fit."""
+    if not request.profile.caps_cache:
+        return None
+    # A sequence's recurrent states come out of the same memory.
+    states = state_bytes_per_sequence(request.spec, request.dtype, request.tp, stage=stage)
+    block = _block_bytes(request, stage)
+    blocks = blocks_for(request.context, request.block_size) + (-(-states // block) if block else 0)
+    return request.max_num_seqs * blocks
 
 
 def _weights(request: CompleteRequest, stage: Stage) -> tuple[int, int, int]:

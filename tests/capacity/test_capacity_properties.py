@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.capacity import (
@@ -62,6 +62,13 @@ def _plan_or_none(request: PlanRequest):
         return None
 
 
+RECURRENT_AND_CAPPED = PlanRequest(
+    model_spec("Nemotron-3-Nano-30B-A3B"), custom_gpu("test", 3.0), tp=4, pp=2, weights="int4-g128", context=65,
+    utilization=1.0, profile="headroom",
+)  # fmt: skip
+
+
+@example(RECURRENT_AND_CAPPED)  # short contexts had blocks for their tokens and no memory for their states
 @given(requests())
 @settings(max_examples=150, deadline=None)
 def test_any_budget_adds_up_and_any_limit_is_consistent(request: PlanRequest):
