@@ -82,6 +82,10 @@ class EngineClient:
         parameters = {"steps_since": steps_since, "events_since": events_since}
         return dict(self._send("GET", "/admin/series", params=parameters).json())
 
+    def telemetry(self, *, since: int = -1) -> dict[str, Any]:
+        """``{"samples", "last_index", "interval_s"}``: samples numbered above the given one."""
+        return dict(self._send("GET", "/admin/telemetry", params={"since": since}).json())
+
     def load(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """Load a model with these knobs in the worker's background; :meth:`health` tells how far it is."""
         return dict(self._send("POST", "/admin/load", json=dict(knobs)).json())

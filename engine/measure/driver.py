@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config import Tier, knob
 from engine.errors import CapacityError, ConfigError, EngineDeadError, HeadroomError, RequestError, WorkloadError
+from engine.measure.energy import EnergyMeter, energy_meter
 from engine.measure.metrics import Slo, summarize
 from engine.measure.prompts import WorkloadRequest, expand, expand_warmup, workload_hash
 from engine.measure.quality import QualityComparison, is_lossy, measure_quality
@@ -32,6 +33,7 @@ from engine.provenance import collect_provenance
 
 if TYPE_CHECKING:
     from engine.loop import EngineLoop
+    from engine.telemetry_sampler import TelemetrySampler
 
 _POLL_S = 0.1
 _ABORT_TIMEOUT_S = 10.0
@@ -109,6 +111,7 @@ def run_workload(
     label: str = "",
     kind: Literal["bench", "compare"] = "bench",
     run_id: str | None = None,
+    telemetry: TelemetrySampler | None = None,
     progress: ProgressCallback | None = None,
     cancel: threading.Event | None = None,
     on_start: Callable[[RunResult], None] | None = None,
@@ -120,6 +123,7 @@ def run_workload(
     Args:
         changes: knobs for this run alone; what was in force before is restored afterwards.
         slo: objectives for goodput, instead of the workload's own.
+        telemetry: samples the GPU, for the run's energy; one of the run's own if not given.
         progress: called in this thread at least ten times a second.
         cancel: set it to end the run early; its requests are aborted, the status is "cancelled".
         on_start: called with the announced record (status "running") before the first request.
@@ -136,7 +140,8 @@ def run_workload(
     if changes:
         loop.reconfigure(changes)
     try:
-        return _Run(loop, plan, progress, cancel or threading.Event()).measure(on_start)
+        with energy_meter(loop.engine, telemetry) as energy:
+            return _Run(loop, plan, energy, progress, cancel or threading.Event()).measure(on_start)
     finally:
         if changes:
             _restore(loop, former)
@@ -154,6 +159,7 @@ def run_comparison(
     label: str = "",
     quality: bool = True,
     comparison_id: str | None = None,
+    telemetry: TelemetrySampler | None = None,
     progress: ProgressCallback | None = None,
     cancel: threading.Event | None = None,
     on_run: Callable[[RunResult], None] | None = None,
@@ -168,6 +174,7 @@ def run_comparison(
         arm_a, arm_b: changes of knobs against what is in force now, which is restored at the end.
         quality: where an arm is lossy, first measure the quality of both on the bundled text and put it into the
             metrics of every run (see :mod:`engine.measure.quality`).
+        telemetry: as for :func:`run_workload`; idle power is measured once, before the first run.
         on_run: called after each run, so that a crash loses nothing. If it raises, the comparison ends as "failed".
 
     Returns:
@@ -187,14 +194,15 @@ def run_comparison(
     stop = cancel or threading.Event()
     try:
         measured = _measure_quality(loop, arm_a, arm_b, tracker, stop) if quality else None
-        for run in _runs(loop, comparison, definition, former, seed, label, tracker, stop, on_start):
-            _attach_quality(run, measured)
-            comparison.runs.append(run)
-            if on_run is not None:
-                on_run(run)
-            if run.status != "completed":
-                comparison.status, comparison.error = run.status, run.error
-                break
+        with energy_meter(loop.engine, telemetry) as energy:
+            for run in _runs(loop, comparison, definition, former, seed, label, energy, tracker, stop, on_start):
+                _attach_quality(run, measured)
+                comparison.runs.append(run)
+                if on_run is not None:
+                    on_run(run)
+                if run.status != "completed":
+                    comparison.status, comparison.error = run.status, run.error
+                    break
     except Exception as problem:
         if not comparison.runs:
             raise
@@ -211,6 +219,7 @@ def _runs(
     former: Mapping[str, Any],
     seed: int,
     label: str,
+    energy: EnergyMeter,
     tracker: _ComparisonProgress,
     cancel: threading.Event,
     on_start: Callable[[RunResult], None] | None,
@@ -221,7 +230,7 @@ def _runs(
         plan = _make_plan(loop, workload, seed + repeat, run_id=uuid.uuid4().hex, arm=arm, repeat=repeat, **filing)
         loop.reconfigure({**former, **(comparison.arm_a if arm == "A" else comparison.arm_b)})
         tracker.begin(plan)
-        yield _Run(loop, plan, tracker.update, cancel).measure(on_start)
+        yield _Run(loop, plan, energy, tracker.update, cancel).measure(on_start)
 
 
 def _measure_quality(
@@ -312,10 +321,16 @@ class _Run:
     """One run in progress; used once."""
 
     def __init__(
-        self, loop: EngineLoop, plan: _Plan, progress: ProgressCallback | None, cancel: threading.Event
+        self,
+        loop: EngineLoop,
+        plan: _Plan,
+        energy: EnergyMeter,
+        progress: ProgressCallback | None,
+        cancel: threading.Event,
     ) -> None:
         self.loop = loop
         self.plan = plan
+        self.energy = energy
         self.progress = progress
         self.cancel = cancel
         self.log = RequestLog(plan.requests)
@@ -335,11 +350,13 @@ class _Run:
             self.sampler.start()
             self._note_other_traffic()
             result.started_unix_s = time.time()
+            self.energy.begin()
             self._drive()
         except (_CancelledError, KeyboardInterrupt):
             status = "cancelled"
         except Exception as problem:  # anything at all: what was measured must not be lost
             status, error = "failed", describe_error(problem)
+        self.energy.end()
         self._abort_rest()
         self.sampler.stop()
         return self._finish(result, status, error)
@@ -366,6 +383,7 @@ class _Run:
         plan = self.plan
         detail = {"run_id": plan.run_id, "workload": plan.workload.name, "arm": plan.arm, "repeat": plan.repeat}
         self.loop.add_event("run", f"run of {plan.workload.name} begins{f' ({plan.arm})' if plan.arm else ''}", detail)
+        self.energy.measure_idle(self._wait, lambda: not self._other_requests())
         warmup = RequestLog(plan.warmup)
         self._report("warming up")
         for request in plan.warmup:
@@ -446,9 +464,20 @@ class _Run:
         eta = elapsed / self.done * (total - self.done) if self.done else None
         self.progress(RunProgress(self.done, total, elapsed, eta, detail))
 
-    def _note_other_traffic(self) -> None:
+    def _wait(self, seconds: float) -> None:
+        """Let time pass while the engine is idle."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._check()
+            self._report("measuring idle power")
+            time.sleep(min(left, _POLL_S))
+
+    def _other_requests(self) -> int:
         status = self.loop.call(lambda engine: engine.status())
-        others = status.running + status.waiting
+        return status.running + status.waiting
+
+    def _note_other_traffic(self) -> None:
+        others = self._other_requests()
         if others:
             summary = f"{others} requests of other clients were in flight at the start"
             self.sampler.events.append(EventRecord(0.0, "run", summary, {"other_requests": others}))
@@ -474,7 +503,13 @@ class _Run:
         result.duration_s = max(0.0, end - self.start)
         result.samples, result.events = self.sampler.samples, self.sampler.events
         slo = self.plan.workload.slo
-        result.metrics = {**summarize(result.requests, result.duration_s, slo), **self.sampler.metrics()}
+        spent = self.energy.report(sum(request.output_tokens for request in result.requests))
+        result.metrics = {
+            **summarize(result.requests, result.duration_s, slo),
+            **self.sampler.metrics(),
+            **spent.metrics,
+        }
+        result.events.append(EventRecord(0.0, "energy", spent.summary, spent.detail))
         result.status, result.error = status, error
         failed = [request for request in result.requests if request.finish_reason == "error"]
         if status == "completed" and failed:

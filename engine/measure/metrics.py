@@ -275,6 +275,32 @@ METRICS: dict[str, MetricInfo] = {
     "resident_bytes_peak": MetricInfo(
         "Memory, peak", "bytes", False, "Most resident memory of the process (device memory on a GPU) in the samples."
     ),
+    # Of the engine's GPU during the run; None without a power reading: see engine.measure.energy. The run's "energy"
+    # event states how they were made, or why they were not.
+    "energy_j": MetricInfo("Energy", "J", False, "Energy of the GPU's board from the first arrival to the last end."),
+    "energy_per_output_token_j": MetricInfo(
+        "Energy per output token", "J/token", False, "Energy / output tokens of all requests, idle power included."
+    ),
+    "net_energy_per_output_token_j": MetricInfo(
+        "Energy per output token, net",
+        "J/token",
+        False,
+        "(Energy − idle power · time) / output tokens of all requests: what is drawn beyond a GPU that waits.",
+    ),
+    "idle_power_w": MetricInfo(
+        "Idle power", "W", None, "Mean power before the run while the engine had no request, its model loaded."
+    ),
+    "power_w_mean": MetricInfo("Power, mean", "W", None, "Energy / time of the run."),
+    "power_w_peak": MetricInfo("Power, peak", "W", None, "Most power in a sample of the run."),
+    "gpu_utilization_percent_mean": MetricInfo(
+        "GPU utilisation, mean", "%", None, "Share of time in which a kernel ran, mean over the samples of the run."
+    ),
+    "gpu_memory_bytes_peak": MetricInfo(
+        "GPU memory, peak", "bytes", False, "Most device memory in use by all processes in a sample of the run."
+    ),
+    "throttled_percent": MetricInfo(
+        "Throttled", "%", False, "Samples of the run in which something held the GPU's clocks back."
+    ),
     # Of lossy settings, once for each arm of a comparison: see engine.measure.quality. The run's events state text,
     # window and stride.
     "perplexity": MetricInfo(

@@ -19,7 +19,7 @@ from engine.measure import WORKLOADS
 from engine.server.host import EngineHost, NotReadyError
 from engine.server.jobs import JobRunner
 from engine.server.schemas import RunBody
-from engine.telemetry import Telemetry
+from engine.telemetry_sampler import TelemetrySampler
 
 
 class UnauthorizedError(HeadroomError):
@@ -49,10 +49,9 @@ def _reset_prefix_cache(engine: Engine) -> int:
     return blocks
 
 
-def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
+def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler, token: str) -> APIRouter:
     """Routes under ``/admin``."""
     router = APIRouter(prefix="/admin", dependencies=[Depends(require_token(token))])
-    telemetry = Telemetry()
 
     @router.get("/status")
     def status() -> dict[str, Any]:
@@ -62,7 +61,7 @@ def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
             engine = dataclasses.asdict(host.loop.status())
         except NotReadyError:
             engine = None
-        return {"worker": worker, "engine": engine, "telemetry": telemetry.sample()}
+        return {"worker": worker, "engine": engine, "telemetry": telemetry.latest().sample}
 
     @router.get("/config")
     def config() -> dict[str, Any]:
@@ -99,6 +98,7 @@ def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
         return {"blocks": host.loop.call(_reset_prefix_cache)}
 
     _add_run_routes(router, host, jobs)
+    _add_telemetry_route(router, telemetry)
 
     @router.post("/shutdown", status_code=202)
     def shutdown() -> dict[str, Any]:
@@ -106,6 +106,18 @@ def admin_router(host: EngineHost, jobs: JobRunner, token: str) -> APIRouter:
         return {"stopping": True}
 
     return router
+
+
+def _add_telemetry_route(router: APIRouter, telemetry: TelemetrySampler) -> None:
+    @router.get("/telemetry")
+    def samples(since: int = -1) -> dict[str, Any]:
+        """Samples numbered above the given one; the last quarter of an hour is kept."""
+        entries = telemetry.since(since + 1)
+        return {
+            "samples": [entry.to_dict() for entry in entries],
+            "last_index": entries[-1].index if entries else telemetry.last_index,
+            "interval_s": telemetry.interval_s,
+        }
 
 
 def _add_run_routes(router: APIRouter, host: EngineHost, jobs: JobRunner) -> None:

@@ -17,6 +17,7 @@ from engine.server.host import EngineHost, NotReadyError, error_document
 from engine.server.jobs import BusyError, JobRunner, UnknownJobError
 from engine.server.metrics import RequestMetrics, metrics_router
 from engine.server.openai import UnknownModelError, openai_error, openai_router
+from engine.telemetry_sampler import TelemetrySampler
 
 _STATUS = (
     (NotReadyError, 503),
@@ -27,12 +28,13 @@ _STATUS = (
 )
 
 
-def create_app(config: EngineConfig | None, *, admin_token: str) -> FastAPI:
+def create_app(config: EngineConfig | None, *, admin_token: str, telemetry: TelemetrySampler | None = None) -> FastAPI:
     """The worker's ASGI application.
 
     Args:
         config: load this at once, in the background; None serves nothing until ``POST /admin/load``.
         admin_token: what the admin API asks for.
+        telemetry: not yet started; sampled at its default interval if not given. It ends with the host.
     """
     metrics = RequestMetrics()
 
@@ -40,12 +42,14 @@ def create_app(config: EngineConfig | None, *, admin_token: str) -> FastAPI:
         metrics.model = host.state().model
         metrics.observe(output)
 
-    host = EngineHost(observe)
+    telemetry = telemetry or TelemetrySampler()
+    telemetry.start()
+    host = EngineHost(observe, telemetry)
     app = FastAPI(title="Headroom worker", docs_url=None, redoc_url=None)
     app.state.host = host
     app.include_router(openai_router(host))
-    app.include_router(admin_router(host, JobRunner(), admin_token))
-    app.include_router(metrics_router(host, metrics))
+    app.include_router(admin_router(host, JobRunner(telemetry), telemetry, admin_token))
+    app.include_router(metrics_router(host, metrics, telemetry))
     _add_error_answers(app)
 
     @app.get("/health")

@@ -16,6 +16,8 @@ from engine.loop import EngineLoop
 from engine.models import resolve
 from engine.outputs import RequestOutput
 from engine.sizing import release_memory
+from engine.telemetry_gpu import gpu_uuid
+from engine.telemetry_sampler import TelemetrySampler
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +54,16 @@ class EngineHost:
 
     Args:
         on_finished: sees the last output of every request.
+        telemetry: is told which GPU the model is on, and closed with the host.
     """
 
-    def __init__(self, on_finished: Callable[[RequestOutput], None] | None = None) -> None:
+    def __init__(
+        self,
+        on_finished: Callable[[RequestOutput], None] | None = None,
+        telemetry: TelemetrySampler | None = None,
+    ) -> None:
         self._on_finished = on_finished
+        self._telemetry = telemetry
         self._loop: EngineLoop | None = None
         self._lock = threading.Lock()
         self._loading = False
@@ -111,6 +119,8 @@ class EngineHost:
         loop = self._loop
         if loop is not None:
             loop.stop(timeout)
+        if self._telemetry is not None:
+            self._telemetry.close()
         return not self._loading and (loop is None or not loop.running)
 
     def _load(self, config: EngineConfig) -> None:
@@ -137,12 +147,18 @@ class EngineHost:
         loop.on_finished = self._on_finished
         loop.start()
         self._loop = loop
+        self._tell_telemetry(gpu_uuid(engine.model.device))
         self._state = LoadState("ready", config.model, "ready", 1.0, None)
+
+    def _tell_telemetry(self, gpu: str | None) -> None:
+        if self._telemetry is not None:
+            self._telemetry.engine_gpu = gpu
 
     def _unload(self) -> None:
         if self._loop is not None:
             self._loop.stop()
             self._loop = None
+            self._tell_telemetry(None)
             release_memory()
 
     def _recover(self, former: EngineConfig | None, error: dict[str, str | None]) -> None:

@@ -13,6 +13,7 @@ from engine.loop import EngineLoop
 from engine.measure import RunProgress, get_workload, run_comparison, run_workload
 from engine.measure.results import RunResult, to_json
 from engine.server.schemas import RunBody
+from engine.telemetry_sampler import TelemetrySampler
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,14 @@ class Job:
 
 
 class JobRunner:
-    """Starts jobs and remembers the last ones until they are read."""
+    """Starts jobs and remembers the last ones until they are read.
 
-    def __init__(self) -> None:
+    Args:
+        telemetry: what the runs measure their energy with.
+    """
+
+    def __init__(self, telemetry: TelemetrySampler) -> None:
+        self._telemetry = telemetry
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
 
@@ -109,7 +115,8 @@ class JobRunner:
 
     def _run(self, loop: EngineLoop, job: Job) -> None:
         try:
-            status, error = _compare(loop, job) if job.body.comparison else _bench(loop, job)
+            measure = _compare if job.body.comparison else _bench
+            status, error = measure(loop, job, self._telemetry)
             job.error = {"message": error, "field": None, "remedy": None} if error else None
             job.status = status
         except HeadroomError as problem:
@@ -121,7 +128,7 @@ class JobRunner:
             job.status = "failed"
 
 
-def _bench(loop: EngineLoop, job: Job) -> tuple[JobStatus, str | None]:
+def _bench(loop: EngineLoop, job: Job, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:
     body = job.body
     result = run_workload(
         loop,
@@ -131,6 +138,7 @@ def _bench(loop: EngineLoop, job: Job) -> tuple[JobStatus, str | None]:
         slo=body.slo,
         label=body.label,
         run_id=job.run_ids[0],
+        telemetry=telemetry,
         progress=job.report,
         cancel=job.cancel,
         on_start=job.take,
@@ -139,7 +147,7 @@ def _bench(loop: EngineLoop, job: Job) -> tuple[JobStatus, str | None]:
     return result.status, result.error
 
 
-def _compare(loop: EngineLoop, job: Job) -> tuple[JobStatus, str | None]:
+def _compare(loop: EngineLoop, job: Job, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:
     body, arms = job.body, job.body.comparison
     assert arms is not None
     comparison = run_comparison(
@@ -153,6 +161,7 @@ def _compare(loop: EngineLoop, job: Job) -> tuple[JobStatus, str | None]:
         label=body.label,
         quality=arms.quality,
         comparison_id=job.job_id,
+        telemetry=telemetry,
         progress=job.report,
         cancel=job.cancel,
         on_run=job.take,

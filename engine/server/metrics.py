@@ -1,4 +1,4 @@
-"""``/metrics`` for Prometheus, under vLLM's names where they exist (so its dashboards work), ours otherwise."""
+"""``/metrics`` for Prometheus: vLLM's names for the engine, DCGM's for GPUs (so their dashboards work), else ours."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from itertools import pairwise
 
 from fastapi import APIRouter
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.outputs import RequestOutput
 from engine.server.host import EngineHost, NotReadyError
+from engine.telemetry_gpu import GpuReading
+from engine.telemetry_sampler import TelemetrySampler
 
 # Seconds; vLLM's buckets for time to first token and for the time between tokens.
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -29,6 +38,23 @@ _TOTALS = (
     ("vllm:spec_decode_num_drafts", "drafts", "Speculative drafts verified."),
     ("vllm:spec_decode_num_draft_tokens", "draft_tokens", "Speculative tokens proposed."),
     ("vllm:spec_decode_num_accepted_tokens", "accepted_tokens", "Speculative tokens accepted."),
+)
+
+_MIB = 2.0**-20  # mebibytes in a byte
+# Readings of a GPU: (name in DCGM's exporter, key of GpuReading, what one of our units is in DCGM's, help).
+_GPU_GAUGES: tuple[tuple[str, str, float, str], ...] = (
+    ("DCGM_FI_DEV_GPU_UTIL", "utilization_percent", 1, "GPU utilization (in %)."),
+    ("DCGM_FI_DEV_MEM_COPY_UTIL", "memory_utilization_percent", 1, "Memory utilization (in %)."),
+    ("DCGM_FI_DEV_FB_USED", "memory_used_bytes", _MIB, "Frame buffer memory used (in MiB)."),
+    ("DCGM_FI_DEV_FB_TOTAL", "memory_total_bytes", _MIB, "Frame buffer memory in all (in MiB)."),
+    ("DCGM_FI_DEV_GPU_TEMP", "temperature_c", 1, "GPU temperature (in C)."),
+    ("DCGM_FI_DEV_POWER_USAGE", "power_w", 1, "Power draw (in W)."),
+    ("DCGM_FI_DEV_ENFORCED_POWER_LIMIT", "power_limit_w", 1, "Power limit in force (in W)."),
+    # a counter, but under DCGM's name, which lacks the ending that this library gives to counters
+    ("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "energy_mj", 1, "Energy since the driver was loaded (in mJ)."),
+    ("DCGM_FI_DEV_SM_CLOCK", "sm_clock_mhz", 1, "SM clock frequency (in MHz)."),
+    ("DCGM_FI_DEV_MEM_CLOCK", "memory_clock_mhz", 1, "Memory clock frequency (in MHz)."),
+    ("DCGM_FI_DEV_CLOCKS_EVENT_REASONS", "clocks_event_reasons", 1, "Why the clocks are what they are (bit mask)."),
 )
 
 
@@ -127,9 +153,42 @@ def _accepted_per_position(model: str, accepted: Sequence[int]) -> Metric:
     return family
 
 
-def metrics_router(host: EngineHost, metrics: RequestMetrics) -> APIRouter:
+class TelemetryCollector(Collector):
+    """Gives the newest sample of the machine and of its GPUs; a reading that is not to be had is left out."""
+
+    def __init__(self, telemetry: TelemetrySampler) -> None:
+        self._telemetry = telemetry
+
+    def collect(self) -> Iterator[Metric]:
+        """See ``prometheus_client``."""
+        sample = self._telemetry.latest().sample
+        system = sample["system"]
+        yield GaugeMetricFamily("headroom:machine_cpu_percent", "CPU use, 100 is all cores.", system["cpu_percent"])
+        yield GaugeMetricFamily(
+            "headroom:machine_memory_total_bytes", "Memory of the machine.", system["memory_total_bytes"]
+        )
+        yield GaugeMetricFamily(
+            "headroom:machine_memory_available_bytes", "Memory to be had.", system["memory_available_bytes"]
+        )
+        for metric, key, factor, text in _GPU_GAUGES if sample["gpu"] else ():
+            yield _gpu_gauge(metric, text, sample["gpu"] or (), key, factor)
+
+
+def _gpu_gauge(metric: str, text: str, gpus: Sequence[GpuReading], key: str, factor: float) -> Metric:
+    family = GaugeMetricFamily(metric, text, labels=["gpu", "UUID", "modelName", "engine"])
+    for gpu in gpus:
+        value = dict(gpu)[key]
+        if isinstance(value, (int, float)):
+            own = "true" if gpu["own"] else "false"
+            family.add_metric([str(gpu["index"]), gpu["uuid"] or "", gpu["name"] or "", own], value * factor)
+    return family
+
+
+def metrics_router(host: EngineHost, metrics: RequestMetrics, telemetry: TelemetrySampler) -> APIRouter:
     """``GET /metrics``."""
     metrics.registry.register(EngineCollector(host))
+    metrics.registry.register(TelemetryCollector(telemetry))
+    ProcessCollector(registry=metrics.registry)  # process_resident_memory_bytes, process_cpu_seconds_total …
     router = APIRouter()
 
     @router.get("/metrics")

@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.server.app import create_app
 from engine.server.host import EngineHost
+from engine.telemetry_sampler import TelemetrySampler, interval_from_environment
 
 _PARENT_POLL_S = 0.5
 _SHUTDOWN_GRACE_S = 3
@@ -44,14 +45,15 @@ def serve(
         ready_file: written (``{"port", "pid"}``) once the port accepts connections.
 
     Raises:
-        ConfigError: if the port cannot be had, or the ready file not be written.
+        ConfigError: if the port cannot be had, the ready file not be written, or the telemetry's interval is wrong.
     """
+    telemetry = TelemetrySampler(interval_from_environment())
     if admin_token is None:
         admin_token = secrets.token_urlsafe(24)
         print(f"admin token: {admin_token}", file=sys.stderr, flush=True)
     listener = _listen(host, port)
     bound_port = listener.getsockname()[1]
-    app = create_app(config, admin_token=admin_token)
+    app = create_app(config, admin_token=admin_token, telemetry=telemetry)
     options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_GRACE_S, lifespan="off")
     server = _WorkerServer(options, app.state.host)
     if parent_pid is not None:
