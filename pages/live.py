@@ -13,7 +13,6 @@ from pages.background.feed import Snapshot
 from pages.services import Services, get_services
 from pages.widgets.block_map import block_map
 from pages.widgets.chat import chat, streams
-from pages.widgets.device import device
 from pages.widgets.event_log import event_log
 from pages.widgets.knobs import config_in_force, knob_panel, load_form, settle_change, show_toasts
 from pages.widgets.live_charts import live_charts
@@ -104,8 +103,6 @@ def _charts(services: Services, ready: bool, was_busy: bool, window: str) -> Non
         _history_charts(snapshot, was_busy)
     if engine is not None:
         _memory(services, engine)
-        with st.container(border=True):
-            device(snapshot.readings, snapshot.taken_unix_s, _WINDOWS[window])
 
 
 def _config_moved(snapshot: Snapshot) -> bool:

@@ -14,7 +14,6 @@ from engine.outputs import EngineEvent, EngineStatus, MemoryReport, StepStats
 
 #: Steps kept for the charts: about half an hour of a busy CPU engine.
 _KEPT_STEPS = 65536
-_KEPT_READINGS = 900  # one a second for as long as the longest chart looks back
 _KEPT_EVENTS = 512
 _FIRST_PATIENCE_S = 3.0
 
@@ -35,7 +34,6 @@ class Snapshot:
         engine: the engine's status, None while nothing is loaded or reachable.
         worker: the worker's own facts (pid, uptime_s, load …), empty if unreachable.
         telemetry: memory and device readings, as the worker gives them.
-        readings: of the last quarter of an hour, one for each time the worker was asked.
         steps, events: oldest first.
         begun_unix_s, taken_unix_s: when the reading was begun and when it was there.
         error: why the last reading failed, None if it did not.
@@ -49,7 +47,6 @@ class Snapshot:
     begun_unix_s: float
     taken_unix_s: float
     error: str | None = None
-    readings: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -77,7 +74,6 @@ class Feed:
         self._last_step = -1
         self._last_event = -1
         self._pid: int | None = None
-        self._readings: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=_KEPT_READINGS)
         self._snapshot = Snapshot(None, {}, {}, (), (), 0.0, 0.0)
 
     def latest(self) -> Snapshot:
@@ -116,16 +112,12 @@ class Feed:
         if worker.get("pid") != self._pid:
             self._pid, self._last_step, self._last_event = worker.get("pid"), -1, -1
         engine = engine_status(status.get("engine"))
-        telemetry = status.get("telemetry") or {}
-        if telemetry:
-            self._readings.append(telemetry)
         if engine is not None:
             self._extend(source.series(steps_since=self._last_step, events_since=self._last_event))
         return Snapshot(
             engine=engine,
             worker=worker,
-            telemetry=telemetry,
-            readings=tuple(self._readings),
+            telemetry=status.get("telemetry") or {},
             steps=tuple(self._steps),
             events=tuple(self._events),
             begun_unix_s=begun_unix_s,

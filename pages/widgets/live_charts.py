@@ -8,7 +8,6 @@ they are drawn every second, and building them through Altair's checked classes 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,29 +20,20 @@ _MARKS_SHOWN = 4
 _MARK_COLOR = "#f43f5e"
 
 Spec = dict[str, Any]
-Chart = tuple[str, str, dict[str, str], str]
-"""(title, unit, labels of the table's columns, kind of mark)."""
 
 
 def live_charts(table: pd.DataFrame, marks: pd.DataFrame, window_s: float) -> None:
     """Draw the six charts, two in a row, from :func:`pages.widgets.series.bin_steps` and its marks."""
-    draw_charts(_CHARTS, table, marks, window_s)
-
-
-def draw_charts(
-    charts: Sequence[Chart], table: pd.DataFrame, marks: pd.DataFrame, window_s: float, height: int = _HEIGHT
-) -> None:
-    """Draw charts over the columns of a table with ``t``, two in a row; marks are labelled in the first row."""
-    for row in range(0, len(charts), 2):
-        for column, (title, unit, columns, kind) in zip(st.columns(2), charts[row : row + 2], strict=False):
+    for row in range(0, len(_CHARTS), 2):
+        for column, (title, unit, columns, kind) in zip(st.columns(2), _CHARTS[row : row + 2], strict=True):
             with column:
                 st.markdown(f"**{title}** :small[:gray[{unit}]]")
                 data = {"series": long(table, columns), "marks": _placed(marks, window_s)}
-                spec = {**_spec(kind, tuple(columns.values()), window_s, row == 0), "datasets": data, "height": height}
+                spec = {**_spec(kind, tuple(columns.values()), window_s, row == 0), "datasets": data}
                 st.vega_lite_chart(spec, width="stretch", key=f"live-{title}")
 
 
-_CHARTS: tuple[Chart, ...] = (
+_CHARTS: tuple[tuple[str, str, dict[str, str], str], ...] = (
     ("Throughput", "tokens/s", {"output_tokens_s": "output", "total_tokens_s": "with prompts"}, "line"),
     ("Requests", "running and waiting", {"running": "running", "waiting": "waiting"}, "steps"),
     ("Work of the steps", "tokens/s", {"decode": "decode", "prefill": "prefill", "draft": "drafts"}, "area"),

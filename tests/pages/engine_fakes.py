@@ -136,7 +136,6 @@ class FakeClient:
         self.running = 0
         self.patches: list[dict[str, Any]] = []
         self.loads: list[dict[str, Any]] = []
-        self.telemetry_now: dict[str, Any] = {}
         self.prefix_resets = 0
         self.job_polls = 3
         self.hold_after = 1 << 30
@@ -171,11 +170,7 @@ class FakeClient:
                     "prefix_query_tokens": 400, "prefix_hit_tokens": 100},
             execution=self.execution,
         )  # fmt: skip
-        return {
-            "worker": {"pid": 1, "uptime_s": 1.0},
-            "engine": dataclasses.asdict(engine),
-            "telemetry": self.telemetry_now,
-        }
+        return {"worker": {"pid": 1, "uptime_s": 1.0}, "engine": dataclasses.asdict(engine), "telemetry": {}}
 
     def reset_prefix_cache(self) -> int:
         self._check()
