@@ -73,6 +73,7 @@ class GpuReader:
         self.reason: str | None = None
         self._nvml: Any = None
         self._lost_s: float | None = None
+        self._known: dict[int, GpuReading] = {}
         try:
             self._nvml = importlib.import_module("pynvml")
         except ImportError:
@@ -127,6 +128,7 @@ class GpuReader:
     def _restart(self) -> None:
         """Begin anew, for a driver that was reloaded: what the old one has given is void."""
         _ignoring(self._nvml, self._nvml.nvmlShutdown)
+        self._known.clear()
         self._start()
 
     def _read_device(self, index: int) -> GpuReading:
@@ -139,8 +141,10 @@ class GpuReader:
             self._read_load(reading, handle)
             self._read_power(reading, handle)
             self._read_clocks(reading, handle)
-        except nvml.NVMLError as problem:
-            return {**_nothing_read(index), "uuid": reading["uuid"], "name": reading["name"], "error": str(problem)}
+        except nvml.NVMLError as problem:  # a GPU that fell off the bus does not even tell its name any more
+            known = self._known.get(index, reading)
+            return {**_nothing_read(index), "uuid": known["uuid"], "name": known["name"], "error": str(problem)}
+        self._known[index] = reading
         return reading
 
     def _read_load(self, reading: GpuReading, handle: Any) -> None:

@@ -19,10 +19,12 @@ from pages.widgets.live_charts import live_charts
 from pages.widgets.memory import memory_bar
 from pages.widgets.messages import bytes_text, seconds_text
 from pages.widgets.series import bin_steps, event_marks
+from pages.widgets.telemetry_charts import telemetry_charts
 from pages.widgets.workloads import workload_launcher
 
 _BUSY_S = 1.0
 _IDLE_S = 5.0
+_HARDWARE_S = 4.0  # slower than the engine's charts: each drawing takes processor time from an engine on the CPU
 _CHANGE_S = 0.4
 _BINS = 60
 _WINDOWS = {"1 min": 60.0, "5 min": 300.0, "15 min": 900.0}
@@ -82,6 +84,7 @@ def _monitor(services: Services, snapshot: Snapshot, ready: bool) -> None:
     busy = ready and _is_busy(services, snapshot)
     interval = (_BUSY_S if busy else _IDLE_S) if ready else None
     st.fragment(_charts, run_every=interval)(services, ready, busy, window)
+    st.fragment(_hardware, run_every=_HARDWARE_S if ready else None)(services)
 
 
 def _is_busy(services: Services, snapshot: Snapshot) -> bool:
@@ -103,6 +106,13 @@ def _charts(services: Services, ready: bool, was_busy: bool, window: str) -> Non
         _history_charts(snapshot, was_busy)
     if engine is not None:
         _memory(services, engine)
+
+
+def _hardware(services: Services) -> None:
+    snapshot = services.feed.latest()
+    span, end = _WINDOWS[st.session_state.get("live-window") or "1 min"], snapshot.taken_unix_s
+    with st.container(border=True):
+        telemetry_charts(snapshot.samples, event_marks(snapshot.events, end_unix_s=end, window_s=span), end, span)
 
 
 def _config_moved(snapshot: Snapshot) -> bool:

@@ -134,6 +134,10 @@ class Sample(Base):
     kv_blocks_cached: Mapped[int]
     step_ms: Mapped[float | None]
     resident_bytes: Mapped[int]
+    gpu_power_w: Mapped[float | None]
+    gpu_utilization_percent: Mapped[float | None]
+    gpu_memory_bytes: Mapped[int | None]
+    gpu_sm_clock_mhz: Mapped[int | None]
 
 
 class Event(Base):

@@ -334,7 +334,7 @@ class _Run:
         self.progress = progress
         self.cancel = cancel
         self.log = RequestLog(plan.requests)
-        self.sampler = Sampler(loop)
+        self.sampler = Sampler(loop, energy.gpu)
         self.done = 0
         self.start = time.perf_counter()
 

@@ -94,6 +94,10 @@ class EnergyMeter:
         self._first: Entry | None = None
         self._last: Entry | None = None
 
+    def gpu(self) -> GpuReading | None:
+        """The newest reading of the engine's GPU, at most one interval of the telemetry old; None without one."""
+        return own_gpu(self._telemetry.latest().sample["gpu"])
+
     def measure_idle(self, wait: Callable[[float], None], is_idle: Callable[[], bool]) -> None:
         """Measure idle power, once for all runs of this meter; takes no time where there is no power reading.
 

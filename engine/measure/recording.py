@@ -9,7 +9,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.errors import HeadroomError
@@ -17,6 +17,7 @@ from engine.measure.metrics import UNSENT
 from engine.measure.prompts import WorkloadRequest
 from engine.measure.results import EventRecord, RequestRecord, SampleRecord
 from engine.outputs import EngineStatus, RequestOutput, StepStats
+from engine.telemetry_gpu import GpuReading
 
 
 class RequestLog:
@@ -115,13 +116,15 @@ class Sampler:
 
     Args:
         loop: the engine's loop.
+        gpu: the newest reading of the engine's GPU, None where there is none.
         interval_s: seconds between two samples.
     """
 
-    def __init__(self, loop: Any, interval_s: float = 0.25) -> None:
+    def __init__(self, loop: Any, gpu: Callable[[], GpuReading | None], interval_s: float = 0.25) -> None:
         self.samples: list[SampleRecord] = []
         self.events: list[EventRecord] = []
         self._loop = loop
+        self._gpu = gpu
         self._interval = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="run-sampler", daemon=True)
@@ -193,6 +196,7 @@ class Sampler:
         seconds = max(now - self._last, 1e-9)
         output = sum(step.output_tokens for step in steps)
         used = status.blocks.count("u") + status.blocks.count("s")
+        gpu = self._gpu()
         return SampleRecord(
             t_s=now - self._start,
             output_tokens_s=output / seconds,
@@ -203,6 +207,10 @@ class Sampler:
             kv_blocks_cached=steps[-1].kv_blocks_cached if steps else status.blocks.count("c"),
             step_ms=sum(step.duration_ms for step in steps) / len(steps) if steps else None,
             resident_bytes=status.memory.resident,
+            gpu_power_w=gpu and gpu["power_w"],
+            gpu_utilization_percent=gpu and gpu["utilization_percent"],
+            gpu_memory_bytes=gpu and gpu["memory_used_bytes"],
+            gpu_sm_clock_mhz=gpu and gpu["sm_clock_mhz"],
         )
 
     def _collect_events(self) -> None:

@@ -48,6 +48,8 @@ class SampleRecord:
         kv_blocks_used, kv_blocks_cached: blocks.
         step_ms: mean step time since the previous sample; None if there was no step.
         resident_bytes: memory of the process.
+        gpu_power_w, gpu_utilization_percent, gpu_memory_bytes, gpu_sm_clock_mhz: of the engine's GPU, see
+            :class:`engine.telemetry_gpu.GpuReading`; None if it has none or the reading is not to be had.
     """
 
     t_s: float
@@ -59,6 +61,10 @@ class SampleRecord:
     kv_blocks_cached: int
     step_ms: float | None
     resident_bytes: int
+    gpu_power_w: float | None = None
+    gpu_utilization_percent: float | None = None
+    gpu_memory_bytes: int | None = None
+    gpu_sm_clock_mhz: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from engine.outputs import EngineEvent, EngineStatus, MemoryReport, StepStats
 #: Steps kept for the charts: about half an hour of a busy CPU engine.
 _KEPT_STEPS = 65536
 _KEPT_EVENTS = 512
+_KEPT_SAMPLES = 1800  # a quarter of an hour, as the worker keeps them
 _FIRST_PATIENCE_S = 3.0
 
 
@@ -25,6 +26,8 @@ class SeriesSource(Protocol):
 
     def series(self, *, steps_since: int = -1, events_since: int = -1) -> Mapping[str, Any]: ...
 
+    def telemetry(self, *, since: int = -1) -> Mapping[str, Any]: ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -34,7 +37,7 @@ class Snapshot:
         engine: the engine's status, None while nothing is loaded or reachable.
         worker: the worker's own facts (pid, uptime_s, load …), empty if unreachable.
         telemetry: memory and device readings, as the worker gives them.
-        steps, events: oldest first.
+        steps, events, samples: oldest first; samples are the telemetry of the last quarter of an hour.
         begun_unix_s, taken_unix_s: when the reading was begun and when it was there.
         error: why the last reading failed, None if it did not.
     """
@@ -47,6 +50,7 @@ class Snapshot:
     begun_unix_s: float
     taken_unix_s: float
     error: str | None = None
+    samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -73,6 +77,8 @@ class Feed:
         self._events: collections.deque[EngineEvent] = collections.deque(maxlen=_KEPT_EVENTS)
         self._last_step = -1
         self._last_event = -1
+        self._samples: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=_KEPT_SAMPLES)
+        self._last_sample = -1
         self._pid: int | None = None
         self._snapshot = Snapshot(None, {}, {}, (), (), 0.0, 0.0)
 
@@ -110,8 +116,11 @@ class Feed:
         status = source.status()
         worker = status.get("worker") or {}
         if worker.get("pid") != self._pid:
-            self._pid, self._last_step, self._last_event = worker.get("pid"), -1, -1
+            self._pid, self._last_step, self._last_event, self._last_sample = worker.get("pid"), -1, -1, -1
         engine = engine_status(status.get("engine"))
+        telemetry = source.telemetry(since=self._last_sample)
+        self._samples.extend(telemetry["samples"])
+        self._last_sample = int(telemetry["last_index"])
         if engine is not None:
             self._extend(source.series(steps_since=self._last_step, events_since=self._last_event))
         return Snapshot(
@@ -120,6 +129,7 @@ class Feed:
             telemetry=status.get("telemetry") or {},
             steps=tuple(self._steps),
             events=tuple(self._events),
+            samples=tuple(self._samples),
             begun_unix_s=begun_unix_s,
             taken_unix_s=time.time(),
         )

@@ -13,6 +13,7 @@ from engine.measure.claims import claims_for, judge_claim
 from engine.measure.comparison import MetricComparison, compare, compare_all
 from engine.measure.metrics import METRICS
 from engine.measure.results import RunResult, to_json
+from pages.widgets.energy import compared_energy
 from pages.widgets.messages import bytes_text, history_link, value_text
 
 #: The metrics of the interval chart, in its order; all others are in the table.
@@ -25,6 +26,8 @@ _HEADLINES = (
     "itl_ms_p99",
     "e2e_ms_p50",
     "step_ms_mean",
+    "energy_per_output_token_j",
+    "net_energy_per_output_token_j",
     "weights_bytes",
     "resident_bytes_peak",
 )
@@ -86,6 +89,7 @@ def results(runs: Sequence[RunResult], *, final: bool = True) -> None:
     _quality(runs_a, runs_b)
     _claims(runs_a, runs_b, change)
     _table(compared)
+    compared_energy(runs_a, runs_b)
     _paths(runs_a[0], runs_b[0])
     _links(runs)
 

@@ -15,6 +15,7 @@ from engine.measure.metrics import percentile
 from engine.measure.results import RequestRecord, RunResult
 from engine.measure.workloads import WORKLOADS
 from pages.widgets.actions import act, show_problem
+from pages.widgets.energy import ENERGY_METRICS, PER_TOKEN, energy_words, has_energy
 from pages.widgets.history_charts import (
     PERCENTILES,
     histogram,
@@ -117,8 +118,9 @@ def _running(store: Store, row: RunRow) -> None:
 
 
 def _headlines(run: RunResult) -> None:
-    columns = st.columns(len(HEADLINES) + 1)
-    for column, name in zip(columns, HEADLINES, strict=False):
+    names = (*HEADLINES, PER_TOKEN) if has_energy(run) else HEADLINES
+    columns = st.columns(len(names) + 1)
+    for column, name in zip(columns, names, strict=False):
         info = metric_info(name)
         column.metric(info.label, metric_text(name, run.metrics.get(name)), help=info.definition, border=True)
     done = sum(request.finish_reason in ("stop", "length") for request in run.requests)
@@ -137,8 +139,12 @@ def _over_time(run: RunResult) -> None:
         ("KV cache", "blocks", {"kv_blocks_used": "in use", "kv_blocks_cached": "free, prefix kept"}, True),
         ("Step time", "ms", {"step_ms": "mean"}, False),
     ]
+    if table["gpu_power_w"].notna().any():
+        charts.append(("GPU power", "W", {"gpu_power_w": "board"}, False))
+    if table["gpu_utilization_percent"].notna().any():
+        charts.append(("GPU use", "% of time", {"gpu_utilization_percent": "a kernel ran"}, False))
     for start in range(0, len(charts), 2):
-        for column, (title, unit, columns, stacked) in zip(st.columns(2), charts[start : start + 2], strict=True):
+        for column, (title, unit, columns, stacked) in zip(st.columns(2), charts[start : start + 2], strict=False):
             with column:
                 st.markdown(f"**{title}** :small[:gray[{unit}]]")
                 chart = time_chart(table, columns, marks, stacked=stacked, labels=start == 0)
@@ -217,11 +223,21 @@ def _all_metrics(run: RunResult) -> None:
         return
     st.markdown("**Latencies** :small[:gray[ms]]")
     st.table(_latency_table(run.metrics), border="horizontal")
+    st.markdown("**Energy and GPU**")
+    st.caption(energy_words(run))
+    measured = {name: run.metrics[name] for name in ENERGY_METRICS if run.metrics.get(name) is not None}
+    if measured:
+        _metric_table(measured)
     st.markdown("**Everything else**")
+    rest = (name for name in run.metrics if name not in ENERGY_METRICS and not name.startswith(tuple(_LATENCIES)))
+    _metric_table({name: run.metrics[name] for name in rest})
+
+
+def _metric_table(metrics: Mapping[str, float | None]) -> None:
     rows = [
         {"Metric": info.label, "Value": metric_text(name, value), "What it is": info.definition}
-        for name, value in run.metrics.items()
-        if not name.startswith(tuple(_LATENCIES)) and (info := metric_info(name))
+        for name, value in metrics.items()
+        if (info := metric_info(name))
     ]
     st.table(pd.DataFrame(rows).set_index("Metric"), border="horizontal")
 

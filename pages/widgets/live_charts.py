@@ -8,7 +8,8 @@ they are drawn every second, and building them through Altair's checked classes 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 import streamlit as st
@@ -22,24 +23,69 @@ _MARK_COLOR = "#f43f5e"
 Spec = dict[str, Any]
 
 
+class Chart(NamedTuple):
+    """One chart over the columns of a table.
+
+    Attributes:
+        title, unit: above the chart.
+        columns: column of the table to its label.
+        kind: a key of ``_MARK_OF``.
+        top: where the value axis ends, unless a value is higher; None for the highest value.
+    """
+
+    title: str
+    unit: str
+    columns: dict[str, str]
+    kind: str
+    top: float | None = None
+
+
 def live_charts(table: pd.DataFrame, marks: pd.DataFrame, window_s: float) -> None:
     """Draw the six charts, two in a row, from :func:`pages.widgets.series.bin_steps` and its marks."""
-    for row in range(0, len(_CHARTS), 2):
-        for column, (title, unit, columns, kind) in zip(st.columns(2), _CHARTS[row : row + 2], strict=True):
+    draw_charts(_CHARTS, table, marks, window_s)
+
+
+def draw_charts(
+    charts: Sequence[Chart],
+    table: pd.DataFrame,
+    marks: pd.DataFrame,
+    window_s: float,
+    *,
+    in_a_row: int = 2,
+    height: int = _HEIGHT,
+    labelled: bool = True,
+) -> None:
+    """Draw charts of one window of time.
+
+    Args:
+        table: with ``t``, seconds before the end (≤ 0), and every chart's columns.
+        marks: see :func:`pages.widgets.series.event_marks`; they have labels in the first row if ``labelled``.
+        height: of a chart, pixels.
+    """
+    for row in range(0, len(charts), in_a_row):
+        for column, chart in zip(st.columns(in_a_row), charts[row : row + in_a_row], strict=False):
             with column:
-                st.markdown(f"**{title}** :small[:gray[{unit}]]")
-                data = {"series": long(table, columns), "marks": _placed(marks, window_s)}
-                spec = {**_spec(kind, tuple(columns.values()), window_s, row == 0), "datasets": data}
-                st.vega_lite_chart(spec, width="stretch", key=f"live-{title}")
+                st.markdown(f"**{chart.title}** :small[:gray[{chart.unit}]]")
+                data = {"series": long(table, chart.columns), "marks": _placed(marks, window_s)}
+                labels = tuple(chart.columns.values())
+                spec = _spec(chart.kind, labels, window_s, labelled and row == 0, chart.top)
+                spec = {**spec, "height": height, "datasets": data}
+                st.vega_lite_chart(spec, width="stretch", key=f"live-{chart.title}")
 
 
-_CHARTS: tuple[tuple[str, str, dict[str, str], str], ...] = (
-    ("Throughput", "tokens/s", {"output_tokens_s": "output", "total_tokens_s": "with prompts"}, "line"),
-    ("Requests", "running and waiting", {"running": "running", "waiting": "waiting"}, "steps"),
-    ("Work of the steps", "tokens/s", {"decode": "decode", "prefill": "prefill", "draft": "drafts"}, "area"),
-    ("Step time", "ms", {"step_mean_ms": "mean", "step_max_ms": "longest"}, "gaps"),
-    ("Prefix hits and draft acceptance", "%", {"prefix_hit": "prefix hits", "acceptance": "accepted drafts"}, "points"),
-    ("Preemptions", "requests put back", {"preempted": "preempted"}, "bar"),
+_CHARTS = (
+    Chart("Throughput", "tokens/s", {"output_tokens_s": "output", "total_tokens_s": "with prompts"}, "line"),
+    Chart("Requests", "running and waiting", {"running": "running", "waiting": "waiting"}, "steps"),
+    Chart("Work of the steps", "tokens/s", {"decode": "decode", "prefill": "prefill", "draft": "drafts"}, "area"),
+    Chart("Step time", "ms", {"step_mean_ms": "mean", "step_max_ms": "longest"}, "gaps"),
+    Chart(
+        "Prefix hits and draft acceptance",
+        "%",
+        {"prefix_hit": "prefix hits", "acceptance": "accepted drafts"},
+        "points",
+        100.0,
+    ),
+    Chart("Preemptions", "requests put back", {"preempted": "preempted"}, "bar"),
 )
 _MARK_OF: dict[str, Spec] = {
     "line": {"type": "line", "strokeWidth": 1.8, "interpolate": "monotone"},
@@ -52,11 +98,11 @@ _MARK_OF: dict[str, Spec] = {
 
 
 @functools.cache
-def _spec(kind: str, labels: tuple[str, ...], window_s: float, labelled: bool) -> Spec:
-    """The specification of a chart without its data."""
+def _spec(kind: str, labels: tuple[str, ...], window_s: float, labelled: bool, top: float | None) -> Spec:
+    """The specification of a chart without its data and height."""
     y: Spec = {"field": "value", "type": "quantitative", "axis": {"title": None, "tickCount": 4}}
-    if kind == "points":
-        y |= {"scale": {"domain": [0, 100]}, "axis": {"title": None, "values": [0, 25, 50, 75, 100]}}
+    if top is not None:
+        y["scale"] = {"domain": {"unionWith": [0, top]}, "nice": False}
     elif kind == "bar":
         y |= {"scale": {"domain": {"unionWith": [0, 1]}}, "axis": {"title": None, "tickMinStep": 1, "format": "d"}}
     y["stack"] = "zero" if kind in ("area", "steps") else None
@@ -67,7 +113,6 @@ def _spec(kind: str, labels: tuple[str, ...], window_s: float, labelled: bool) -
     }
     return {
         "layer": [series, *_marks(window_s, labelled)],
-        "height": _HEIGHT,
         "resolve": {"scale": {"y": "independent"}},
         "config": {"view": {"strokeWidth": 0}},
     }

@@ -74,7 +74,7 @@ def test_steps_show_prompts_answers_and_drafts_and_a_full_cache_shows_preemption
     expect(page.get_by_text("recorded", exact=True).first).to_be_visible(timeout=240_000)
     for title in CHARTS:
         expect(page.get_by_text(title, exact=False).first).to_be_visible()
-    expect(page.get_by_test_id("stVegaLiteChart").locator("svg.marks")).to_have_count(6)
+    expect(page.get_by_test_id("stVegaLiteChart").locator("svg.marks")).to_have_count(8)
     steps = dashboard.client().series()["steps"]
     for part in ("prefill_tokens", "decode_tokens", "draft_tokens", "preempted"):
         assert sum(step[part] for step in steps) > 0, part

@@ -124,6 +124,8 @@ def test_run_has_its_energy_with_idle_power_in_it_and_without(scripted_loop, nvm
     assert metrics["gpu_utilization_percent_mean"] == 93.0
     assert metrics["gpu_memory_bytes_peak"] == 5 * 2**30
     assert metrics["throttled_percent"] == 0.0
+    assert {sample.gpu_power_w for sample in run.samples} <= {300.0, 70.0}
+    assert run.samples[-1].gpu_memory_bytes == 5 * 2**30
     event = energy_event(run)
     assert "by its energy counter" in event.summary
     assert "idle power " in event.summary
@@ -204,6 +206,7 @@ def test_without_a_power_reading_there_is_no_energy_but_a_reason(scripted_loop, 
     assert run.status == "completed"
     assert run.metrics["energy_j"] is None
     assert run.metrics["energy_per_output_token_j"] is None
+    assert energy_event(run).detail["reason"] in energy_event(run).summary
     assert energy_event(run).summary.startswith("energy not measured: ")
     assert reason in energy_event(run).summary
 
@@ -239,9 +242,11 @@ def test_cancelled_run_has_the_energy_until_then_and_cancelling_ends_the_wait_fo
 
 
 def test_run_without_a_given_telemetry_samples_for_itself_and_ends_its_thread(scripted_loop, nvml):
-    run = run_workload(scripted_loop(), BURST)
+    before = set(threading.enumerate())
+    loop = scripted_loop()
+    run = run_workload(loop, BURST)
     assert "the model is not on a GPU" in energy_event(run).summary
-    assert not [thread for thread in threading.enumerate() if thread.name == "telemetry"]
+    assert "telemetry" not in {thread.name for thread in set(threading.enumerate()) - before}
     assert nvml.references == 0
 
 

@@ -136,6 +136,7 @@ class FakeClient:
         self.running = 0
         self.patches: list[dict[str, Any]] = []
         self.loads: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
         self.prefix_resets = 0
         self.job_polls = 3
         self.hold_after = 1 << 30
@@ -199,6 +200,10 @@ class FakeClient:
             "last_step": len(self.steps) - 1,
             "last_event": len(self.events) - 1,
         }
+
+    def telemetry(self, *, since: int = -1) -> dict[str, Any]:
+        self._check()
+        return {"samples": self.samples[since + 1 :], "last_index": len(self.samples) - 1, "interval_s": 0.5}
 
     def add_step(self, at: float | None = None) -> None:
         """One step of decoding, with a prefill now and then."""

@@ -27,7 +27,7 @@ from pages.widgets.history_compare import groups_by_run, groups_by_setting, metr
 from pages.widgets.history_detail import repeat_command
 from pages.widgets.history_values import changed_knobs
 from storage import StorageError, Store
-from tests.storage.run_examples import failed_run, make_comparison, make_run
+from tests.storage.run_examples import failed_run, make_comparison, make_run, with_gpu_samples
 
 PAGE = str(Path(__file__).parents[2] / "pages" / "history.py")
 TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
@@ -343,6 +343,49 @@ def test_opening_the_record_fails_the_runs_of_a_dashboard_that_died(store):
         connection.execute(sqlalchemy.text("UPDATE runs SET owner_started_unix_s = 1000"))  # of a former process
     close_stores()
     assert get_store().get_run(make_run(1).run_id).status == "failed"
+
+
+def test_energy_of_a_run_is_told_with_how_it_was_measured_and_drawn_over_time(store):
+    run = with_gpu_samples(make_run(1))
+    store.save_run(run)
+    page = _open(run.run_id)
+    per_token = next(item for item in page.metric if item.label == "Energy per output token")
+    assert per_token.value.endswith("J/token")
+    assert "**GPU power** :small[:gray[W]]" in _texts(page)
+    assert "**GPU use** :small[:gray[% of time]]" in _texts(page)
+    page.session_state["history-tab"] = "All metrics"
+    page.run()
+    assert not page.exception
+    text = _texts(page)
+    assert "by its energy counter; idle power 70.0 W, measured for 2.0 s before the run" in text
+    assert "software power cap (25 %)" in text
+    assert "Energy per output token, net" in text
+    assert "GPU memory, peak" in text
+
+
+def test_run_without_a_power_reading_says_why(store):
+    summary = "energy not measured: there is no NVIDIA driver on this machine"
+    reason = EventRecord(0.0, "energy", summary, {"reason": "there is no NVIDIA driver on this machine"})
+    store.save_run(make_run(1, events=[reason]))
+    store.save_run(make_run(2))
+    page = _open(make_run(1).run_id)
+    assert "GPU power" not in _texts(page)
+    page.session_state["history-tab"] = "All metrics"
+    page.run()
+    assert "Energy not measured: there is no NVIDIA driver on this machine." in _texts(page)
+    other = _open(make_run(2).run_id)
+    other.session_state["history-tab"] = "All metrics"
+    other.run()
+    assert "from a version that did not measure it" in _texts(other)
+
+
+def test_runs_side_by_side_show_energy_per_token_where_it_was_measured():
+    without, measured = make_run(1), with_gpu_samples(make_run(2))
+    row = metric_row("energy_per_output_token_j", groups_by_run([without, measured]))
+    values = list(row.values())
+    assert values[0] == "Energy per output token"
+    assert values[1] == "–"
+    assert values[2].startswith(f"{measured.metrics['energy_per_output_token_j']:.3g}"[:3])
 
 
 def test_the_command_that_repeats_a_run_has_its_model_workload_seed_and_setting():

@@ -243,6 +243,16 @@ def test_one_lost_gpu_does_not_hide_the_others(nvml: FakeNvml):
     assert sample["gpu_reason"] is None
 
 
+def test_lost_gpu_that_does_not_tell_its_name_any_more_is_still_known(nvml: FakeNvml):
+    nvml.set(devices=2)
+    telemetry = Telemetry()
+    telemetry.engine_gpu = uuid(1)
+    telemetry.sample()
+    nvml.fail("nvmlDeviceGetHandleByIndex_v2", GPU_IS_LOST, device=1)
+    lost = own_gpu(telemetry.sample()["gpu"])
+    assert (lost["uuid"], lost["name"], lost["power_w"]) == (uuid(1), "NVIDIA H100 80GB HBM3", None)
+
+
 def test_closing_shuts_the_library_down(nvml: FakeNvml):
     telemetry = Telemetry()
     assert nvml.references == 1

@@ -49,6 +49,43 @@ def failed_run(seed: int = 0, **fields: Any) -> RunResult:
     return make_run(seed, **(changes | empty | fields))
 
 
+def with_gpu_samples(run: RunResult) -> RunResult:
+    """The same run on a GPU whose power was read, with its energy."""
+    samples = [
+        dataclasses.replace(
+            sample,
+            gpu_power_w=300.0 + number,
+            gpu_utilization_percent=90.0,
+            gpu_memory_bytes=5 * 2**30,
+            gpu_sm_clock_mhz=1980,
+        )
+        for number, sample in enumerate(run.samples)
+    ]
+    energy_j, tokens = 320.0 * run.duration_s, run.metrics["output_tokens"] or 1.0
+    metrics = {
+        "energy_j": energy_j,
+        "power_w_mean": 320.0,
+        "power_w_peak": 349.5,
+        "idle_power_w": 70.0,
+        "energy_per_output_token_j": energy_j / tokens,
+        "net_energy_per_output_token_j": energy_j / tokens * 250 / 320,
+        "gpu_utilization_percent_mean": 90.0,
+        "gpu_memory_bytes_peak": 5.0 * 2**30,
+        "throttled_percent": 25.0,
+    }
+    summary = (
+        f"energy: {energy_j:,.1f} J in {run.duration_s:.2f} s on GPU 0 (NVIDIA H100), by its energy counter; idle "
+        "power 70.0 W, measured for 2.0 s before the run; clocks held back by software power cap (25 %) of the samples"
+    )
+    detail = {
+        "reason": None,
+        "gpu": {"index": 0, "name": "NVIDIA H100"},
+        "throttle_reasons": {"software power cap": 0.25},
+    }
+    events = [*run.events, EventRecord(0.0, "energy", summary, detail)]
+    return dataclasses.replace(run, samples=samples, metrics={**run.metrics, **metrics}, events=events)
+
+
 def make_comparison(seed: int, changes: dict[str, Any], repeats: int = 3) -> list[RunResult]:
     """Interleaved runs of the default setting (A) and of ``changes`` (B)."""
     comparison_id = hashlib.md5(f"comparison {seed}".encode()).hexdigest()

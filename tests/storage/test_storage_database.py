@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 
+import alembic.command
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
@@ -14,15 +15,36 @@ from alembic.runtime.migration import MigrationContext
 
 from engine.measure.results import from_json
 from storage import StorageError, open_store
-from storage.database import database_url
+from storage.database import alembic_config, database_url, make_engine, writer
 from storage.tables import Base
-from tests.storage.run_examples import make_run
+from tests.storage.run_examples import make_run, with_gpu_samples
 
 
 def test_migrations_lead_from_an_empty_database_to_exactly_the_tables_of_the_code(store):
     with store._reading() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "render_as_batch": True})
         assert compare_metadata(context, Base.metadata) == []
+
+
+def test_runs_recorded_before_gpu_readings_were_kept_stay_as_they_are(database):
+    """A database of the first schema, with a run in it, is brought to this one, and back."""
+    store = open_store(database)
+    store.save_run(make_run(1))
+    store.close()
+    engine = make_engine(database_url(database), 5.0)
+    with writer(engine).connect() as connection:
+        alembic.command.downgrade(alembic_config(connection), "0001")
+        connection.commit()
+        columns = {column["name"] for column in sqlalchemy.inspect(connection).get_columns("samples")}
+    engine.dispose()
+    assert "resident_bytes" in columns
+    assert not {name for name in columns if name.startswith("gpu")}
+    again = open_store(database)
+    assert again.get_run(make_run(1).run_id) == make_run(1)
+    measured = with_gpu_samples(make_run(2))
+    again.save_run(measured)
+    assert again.get_run(measured.run_id) == measured
+    again.close()
 
 
 def test_opening_again_keeps_the_runs(database):

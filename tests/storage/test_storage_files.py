@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from engine.measure.results import to_json
 from storage import StorageError, open_store
 from storage.cli import app
-from tests.storage.run_examples import failed_run, make_run
+from tests.storage.run_examples import failed_run, make_run, with_gpu_samples
 
 
 def test_json_export_imports_into_an_empty_record_unchanged_and_twice_does_nothing(store, tmp_path):
@@ -59,6 +59,21 @@ def test_run_csv_has_a_line_a_run_with_metrics_knobs_and_provenance(store):
     assert lines[0]["config.chunked_prefill"] == "true"
     assert lines[2]["metric.output_tokens_s"] == ""
     assert lines[2]["error"].startswith("The engine worker exited")
+
+
+def test_energy_is_exported_and_a_document_from_before_it_is_imported(store):
+    run = with_gpu_samples(make_run(1))
+    store.save_run(run)
+    (line,) = csv.DictReader(io.StringIO(store.export_csv([run.run_id])))
+    assert float(line["metric.energy_per_output_token_j"]) == run.metrics["energy_per_output_token_j"]
+    assert float(line["metric.idle_power_w"]) == 70.0
+    assert json.loads(store.export_json([run.run_id]))[0]["samples"][1]["gpu_power_w"] == 301.0
+    old = to_json(make_run(2))
+    for sample in old["samples"]:
+        for name in [name for name in sample if name.startswith("gpu")]:
+            del sample[name]
+    store.import_json(json.dumps(old))
+    assert store.get_run(make_run(2).run_id) == make_run(2)
 
 
 def test_request_csv_has_a_line_a_request(store):
