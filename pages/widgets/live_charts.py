@@ -103,6 +103,7 @@ def _spec(kind: str, labels: tuple[str, ...], window_s: float, labelled: bool, t
     y: Spec = {"field": "value", "type": "quantitative", "axis": {"title": None, "tickCount": 4}}
     if top is not None:
         y["scale"] = {"domain": {"unionWith": [0, top]}, "nice": False}
+        y["axis"] = {"title": None, "values": [0, top / 2, top], "format": ",.3~r"}
     elif kind == "bar":
         y |= {"scale": {"domain": {"unionWith": [0, 1]}}, "axis": {"title": None, "tickMinStep": 1, "format": "d"}}
     y["stack"] = "zero" if kind in ("area", "steps") else None
@@ -133,7 +134,8 @@ def _x(window_s: float) -> Spec:
 
 
 def _color(labels: tuple[str, ...]) -> Spec:
-    legend = {"title": None, "orient": "top", "direction": "horizontal", "offset": 0, "padding": 0}
+    top = {"title": None, "orient": "top", "direction": "horizontal", "offset": 0, "padding": 0}
+    legend = top if len(labels) > 1 else None  # the title names a single one
     return {"field": "series", "type": "nominal", "scale": {"domain": list(labels)}, "legend": legend}
 
 

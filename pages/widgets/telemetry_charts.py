@@ -16,16 +16,17 @@ Sample = Mapping[str, Any]
 
 _GIB = 2.0**30
 _BINS = 120
-_HEIGHT = 110
+_HEIGHT = 120
 
 #: Title, unit, columns of :func:`values_of` with their labels, and the value that the axis ends at.
 _Panel = tuple[str, str, dict[str, str], float | str | None]
 GPU_PANELS: tuple[_Panel, ...] = (
-    ("GPU use", "% of time", {"gpu_percent": "kernels", "memory_percent": "memory access"}, 100.0),
+    ("GPU use", "% of time", {"gpu_percent": "a kernel ran"}, 100.0),
+    ("Memory access", "% of time", {"memory_percent": "memory was read or written"}, 100.0),
     ("GPU memory", "GiB", {"memory_gib": "in use"}, "memory_total_gib"),
-    ("GPU power", "W", {"power_w": "board"}, "power_limit_w"),
-    ("GPU clocks", "MHz", {"sm_clock_mhz": "SM", "memory_clock_mhz": "memory"}, None),
-    ("GPU temperature", "°C", {"temperature_c": "die"}, 100.0),
+    ("Power", "W", {"power_w": "board"}, "power_limit_w"),
+    ("Clocks", "MHz", {"sm_clock_mhz": "SM", "memory_clock_mhz": "memory"}, None),
+    ("Temperature", "°C", {"temperature_c": "die"}, 100.0),
 )
 CPU_PANELS: tuple[_Panel, ...] = (
     ("Processor", "% of all cores", {"worker_percent": "worker", "machine_percent": "machine"}, 100.0),
@@ -46,27 +47,28 @@ def telemetry_charts(samples: Sequence[Sample], marks: pd.DataFrame, end_unix_s:
         return
     latest = samples[-1]
     panels, in_a_row = (CPU_PANELS, 2) if own_gpu(latest.get("gpu")) is None else (GPU_PANELS, 3)
+    values = values_of(latest)
     st.markdown(headline(latest))
-    charts = [_chart(panel, values_of(latest)) for panel in panels]
+    st.caption(" · ".join(_reading(panel, values) for panel in panels))
+    charts = [Chart(title, unit, keys, "line", _end(top, values)) for title, unit, keys, top in panels]
     table = bin_samples(samples, end_unix_s, window_s)
     draw_charts(charts, table, marks, window_s, in_a_row=in_a_row, height=_HEIGHT, labelled=False)
 
 
-def _chart(panel: _Panel, latest: Mapping[str, float | None]) -> Chart:
-    """The panel with its latest values in the labels: the last point of a small chart cannot be read off."""
-    title, unit, columns, top = panel
-    end = latest.get(top) if isinstance(top, str) else top
-    return Chart(title, f"{unit}{_now(columns, latest)}", columns, "line", end)
+def _end(top: float | str | None, latest: Mapping[str, float | None]) -> float | None:
+    return latest.get(top) if isinstance(top, str) else top
 
 
-def _now(columns: Mapping[str, str], latest: Mapping[str, float | None]) -> str:
-    """What stands behind the unit: `` · 350 of 700`` or `` · kernels 87, memory access 40``."""
-    words = []
-    for key, label in columns.items():
-        value = latest.get(key)
-        shown = "not readable" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-        words.append(shown if len(columns) == 1 else f"{label} {shown}")
-    return f" · {', '.join(words)}"
+def _reading(panel: _Panel, latest: Mapping[str, float | None]) -> str:
+    """The newest values in words: ``Power 350 of 700 W``, ``Processor worker 34, machine 99 % of all cores``."""
+    title, unit, keys, top = panel
+    shown = [_number(latest.get(key)) if len(keys) == 1 else f"{keys[key]} {_number(latest.get(key))}" for key in keys]
+    limit = latest.get(top) if isinstance(top, str) else None
+    return f"{title} {', '.join(shown)}{'' if limit is None else f' of {_number(limit)}'} {unit}"
+
+
+def _number(value: float | None) -> str:
+    return "not readable," if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def headline(sample: Sample) -> str:

@@ -52,13 +52,14 @@ def test_gpu_is_shown_with_use_memory_power_clocks_temperature_and_what_holds_it
     page.run()
     assert not page.exception
     for title, unit, _, _ in GPU_PANELS:
-        assert f"**{title}** :small[:gray[{unit} · " in shown(page)
+        assert f"**{title}** :small[:gray[{unit}]]" in shown(page)
     for reading in (
-        "W · 412",
-        "°C · 71",
-        "MHz · SM 1,755, memory",
-        "GiB · 21",
-        "% of time · kernels 97, memory access",
+        "GPU use 97 % of time",
+        "Memory access 41 % of time",
+        "GPU memory 21 of 80 GiB",
+        "Power 412 of 700 W",
+        "Clocks SM 1,755, memory 2,619 MHz",
+        "Temperature 71 °C",
     ):
         assert reading in shown(page)
     assert "NVIDIA H100 80GB HBM3" in shown(page)
@@ -75,7 +76,7 @@ def test_machine_without_a_gpu_shows_cpu_and_memory_and_says_why(page, client, n
     assert "no GPU reading: there is no NVIDIA GPU." in shown(page)
     for title, *_ in CPU_PANELS:
         assert f"**{title}**" in shown(page)
-    assert "**GPU power**" not in shown(page)
+    assert "**Power**" not in shown(page)
 
 
 def test_model_on_the_cpu_beside_a_gpu_shows_the_machine_and_names_the_gpu(page, client, sampler):
@@ -98,7 +99,7 @@ def test_readings_that_the_device_lacks_are_named_so_and_left_out_of_the_chart(p
     client.samples = [sampler.take().to_dict()]
     page.run()
     assert not page.exception
-    assert "**GPU power** :small[:gray[W · not readable]]" in shown(page)
+    assert "Power not readable, W" in shown(page)
 
 
 def test_axis_ends_at_the_limit_but_never_below_a_value(page, client, sampler):
