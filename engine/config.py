@@ -248,8 +248,8 @@ class EngineConfig:
         group="Execution",
         tier=Tier.SWAP,
         help="Kernels of the linear layers. native: our C++ kernels for the CPU (weights in panels, float32 sums; INT8 "
-        "and INT4 weights multiply activations of 16 bits; need a C++ compiler, once). triton: our kernels for INT8 "
-        "and INT4 weights on a GPU. torch: torch's own operators. auto: the quickest that runs here.",
+        "and INT4 weights multiply activations of 16 bits; need a C++ compiler, once). triton: our kernels for "
+        "quantized weights on a GPU. torch: torch's own operators. auto: the quickest that runs here.",
     )
     sampling: Literal["auto", "torch", "triton"] = _knob(
         "auto",
@@ -261,14 +261,16 @@ class EngineConfig:
         "the same. auto: triton on a GPU.",
     )
     # -- weights ---------------------------------------------------------------------------------------
-    weights: Literal["model", "int8", "int4"] = _knob(
+    weights: Literal["model", "int8", "int4", "w8a8", "fp8"] = _knob(
         "model",
         label="Weight precision",
         group="Weights",
         tier=Tier.SWAP,
         lossless=False,
         help="model: as loaded. int8: one scale per output channel. int4: round-to-nearest in groups with scale "
-        "and zero point. Switching back to model restores the exact weights from the checkpoint.",
+        "and zero point. w8a8, fp8: activations too have 8 bits, INT8 or FP8 (e4m3), with a scale for each token; for "
+        "the matrix units of a GPU, and slow on a CPU. Switching back to model restores the exact weights from the "
+        "checkpoint.",
     )
     group_size: Literal["32", "64", "128"] = _knob(
         "32",

@@ -142,9 +142,9 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
 
     Args:
         name: a dtype (bf16, fp16, fp32 and their long forms), ``fp8`` (a scale per channel), ``fp8-block`` (a scale per
-            128 · 128), ``int8``, ``int4`` (groups of 128) or ``int4-g32|64|128``, ``mxfp4`` (groups of 32, scales of
-            8 bits), ``nvfp4`` (groups of 16, scales of 8 bits), a GGUF type (``q4_k``, ``q8_0`` …) or mixture
-            (``q4_k_m``, ``q5_k_m``).
+            128 · 128), ``int8``, ``w8a8`` (INT8 with activations of 8 bits; scales of 4 bytes), ``int4`` (groups of
+            128) or ``int4-g32|64|128``, ``mxfp4`` (groups of 32, scales of 8 bits), ``nvfp4`` (groups of 16, scales of
+            8 bits), a GGUF type (``q4_k``, ``q8_0`` …) or mixture (``q4_k_m``, ``q5_k_m``).
         zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
             kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
 
@@ -169,8 +169,8 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     raise ConfigError(
         f"{text[:40]!r} is not a weight format.",
         field="weights",
-        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, {choices}, mxfp4, nvfp4, or a GGUF type such as q4_k_m "
-        "or q8_0.",
+        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, {choices}, mxfp4, nvfp4, or a GGUF type such as "
+        "q4_k_m or q8_0.",
     )
 
 
@@ -181,6 +181,7 @@ _NAMED_FORMATS = {
     "fp8-e4m3": _FP8,
     "fp8-block": WeightFormat("fp8-block", 8, scale_bytes=4, tile=128),
     "int8": WeightFormat("int8", 8, scale_bytes=2),
+    "w8a8": WeightFormat("w8a8", 8, scale_bytes=4),
     "mxfp4": WeightFormat("mxfp4", 4, 32, scale_bytes=1, experts_only=True),
     "nvfp4": WeightFormat("nvfp4", 4, 16, scale_bytes=1),
 }

@@ -96,7 +96,7 @@ class LoadedModel:
         """Make another weight format from the checkpoint, in any thread, while the engine keeps running.
 
         Args:
-            weights: ``"model"``, ``"int8"`` or ``"int4"``.
+            weights: a value of the knob: ``"model"``, ``"int8"``, ``"fp8"`` …
             group_size: of INT4, in weights; ignored by the others.
             progress: called with the fraction done.
             head: format of the head, ``"model"`` or ``"int8"``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from engine.errors import ConfigError
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat
 from engine.quantization.int4 import GROUP_SIZES, Int4Format, largest_group_size
 from engine.quantization.int8 import Int8Format
+from engine.quantization.scaled import KINDS, ScaledFormat
 
 MakeFormat = Callable[[torch.Tensor, int, torch.device, torch.dtype], WeightFormat]
 """(weight float32 [N, K] on the CPU, group size, device, compute dtype) → the format."""
@@ -28,7 +30,17 @@ def _make_int4(weight: torch.Tensor, group_size: int, device: torch.device, dtyp
     return Int4Format(weight, fitting, device, dtype)
 
 
-QUANTIZED_FORMATS: dict[str, MakeFormat] = {"int8": _make_int8, "int4": _make_int4}
+def _make_scaled(
+    name: str, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype
+) -> WeightFormat:
+    return ScaledFormat(name, weight, device, dtype)
+
+
+QUANTIZED_FORMATS: dict[str, MakeFormat] = {
+    "int8": _make_int8,
+    "int4": _make_int4,
+    **{name: functools.partial(_make_scaled, name) for name in KINDS},
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +48,7 @@ class WeightChoice:
     """In which format the weights of a model are kept, and which kernels multiply with them.
 
     Attributes:
-        weights: of the blocks' linear layers: ``"model"``, ``"int8"`` or ``"int4"``.
+        weights: of the blocks' linear layers: ``"model"`` or a key of :data:`QUANTIZED_FORMATS`.
         group_size: of INT4.
         head: of the head (and of an embedding tied to it): ``"model"`` or ``"int8"``.
         linear: ``"torch"``, ``"native"`` or ``"triton"``.

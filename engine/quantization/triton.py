@@ -7,6 +7,9 @@ import torch
 from engine.quantization.formats import WeightFormat
 from engine.quantization.int4 import Int4Format
 from engine.quantization.int8 import Int8Format
+from engine.quantization.scaled import ScaledFormat
+from kernels.quantize_rows import quantize_rows_triton
+from kernels.scaled_linear import num_counters, scaled_linear_triton
 from kernels.weight_only_linear import weight_only_linear_triton
 from kernels.weight_only_packing import PackedWeight, pack_int4, pack_int8
 
@@ -49,6 +52,51 @@ class TritonFormat(WeightFormat):
         return f"{self.name.replace('-', ' ')}, triton, float32 sums"
 
 
+class TritonScaledFormat(WeightFormat):
+    """W8A8 by :func:`kernels.scaled_linear.scaled_linear_triton`: the same tensors, multiplied in 8 bits.
+
+    Args:
+        plain: the format whose tensors these are.
+    """
+
+    bits = 8
+
+    def __init__(self, plain: ScaledFormat) -> None:
+        self.name = plain.name
+        self.kind = plain.kind
+        self.shape = plain.shape
+        self.plain = plain
+        # its own: two products with the same counters could overlap
+        self.counters = torch.zeros(num_counters(plain.shape[0]), dtype=torch.int32, device=plain.q.device)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        p, token_scales = quantize_rows_triton(x, self.kind)
+        plain = self.plain
+        return scaled_linear_triton(p, token_scales, plain.q, plain.scales, bias, x.dtype, counters=self.counters)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.plain.rows(index)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.plain.tensors()
+
+    def dequantize(self) -> torch.Tensor:
+        return self.plain.dequantize()
+
+    def largest_step(self) -> float:
+        return self.plain.largest_step()
+
+    @property
+    def path(self) -> str:
+        sums = "int32" if self.kind == "int8" else "float32"
+        return f"{self.name}, triton, 8-bit activations by token, {sums} sums"
+
+
+def _multiplies(kind: str, device: torch.device) -> bool:
+    """True if our kernel runs there: FP8 came to the matrix units with compute capability 8.9."""
+    return kind == "int8" or device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def to_triton(format: WeightFormat) -> WeightFormat:
     """The same weight for the Triton kernels; formats that they do not know come back as they are."""
     if isinstance(format, Int8Format):
@@ -56,4 +104,6 @@ def to_triton(format: WeightFormat) -> WeightFormat:
     if isinstance(format, Int4Format):
         scales, zeros = (part.t().contiguous() for part in format.scales_and_zeros.unbind(dim=-1))
         return TritonFormat(format, pack_int4(format.unpacked(), scales, zeros))
+    if isinstance(format, ScaledFormat) and _multiplies(format.kind, format.q.device):
+        return TritonScaledFormat(format)
     return format

@@ -22,7 +22,14 @@ def test_planned_weights_are_the_weights_that_the_default_model_holds(default_mo
 
 
 @pytest.mark.parametrize(
-    ("weights", "group", "planned"), [("int8", 64, "int8"), ("int4", 32, "int4-g32"), ("int4", 64, "int4-g64")]
+    ("weights", "group", "planned"),
+    [
+        ("int8", 64, "int8"),
+        ("int4", 32, "int4-g32"),
+        ("int4", 64, "int4-g64"),
+        ("w8a8", 64, "w8a8"),
+        ("fp8", 64, "fp8"),
+    ],
 )
 def test_planned_quantized_weights_are_what_the_engine_keeps(tiny_llama: Any, weights: str, group: int, planned: str):
     from engine.models import load_model

@@ -29,6 +29,8 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"weights": "model"},
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4", "group_size": "128"},
+    "w8a8": {"weights": "w8a8"},
+    "fp8": {"weights": "fp8"},
 }
 BATCHES = {"full": (1, 32, 256), "tiny": (1, 2)}
 PROMPT_TOKENS = {"full": 128, "tiny": 3}

@@ -36,7 +36,9 @@ def model(request, tiny_llama):
     return load_model(str(tiny_llama), dtype=request.param, device="cpu")
 
 
-@pytest.mark.parametrize(("weights", "label"), [("int8", "int8"), ("int4", "int4-g32")])
+@pytest.mark.parametrize(
+    ("weights", "label"), [("int8", "int8"), ("int4", "int4-g32"), ("w8a8", "w8a8"), ("fp8", "fp8")]
+)
 def test_exchange_and_back_is_bit_identical(model, weights, label):
     before = snapshot(model)
     bytes_before = model.weight_bytes()

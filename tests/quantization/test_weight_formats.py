@@ -14,6 +14,7 @@ from engine.quantization.formats import ModelDtypeFormat
 from engine.quantization.int4 import Int4Format, largest_group_size
 from engine.quantization.int8 import Int8Format
 from engine.quantization.registry import QUANTIZED_FORMATS, WeightChoice
+from engine.quantization.scaled import ScaledFormat
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,11 @@ MAKERS = {
     "int4-g128": lambda weight, dtype=torch.float32: Int4Format(weight, 128, CPU, dtype),
 }
 
+SCALED = {
+    name: lambda weight, dtype=torch.float32, name=name: ScaledFormat(name, weight, CPU, dtype)
+    for name in ("w8a8", "fp8")
+}
+
 
 def plain_int8(weight):
     """w ≈ q·s with s = max abs(w) / 127 rounded up to bfloat16, written out."""
@@ -50,10 +56,10 @@ def plain_int8(weight):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, *SCALED])
 def test_every_weight_is_within_half_a_step_of_the_original(name, kind):
     weight = weights_of_kind(kind)
-    error = quantization_error(weight, MAKERS[name](weight))
+    error = quantization_error(weight, (MAKERS | SCALED)[name](weight))
     assert error.max_error <= error.half_step * (1 + 1e-5)
     assert error.rms_error <= error.max_error
     assert error.format == name
@@ -91,6 +97,51 @@ def test_float32_product_of_many_rows_is_exact_to_float32(name):
     format = MAKERS[name](weights_of_kind("normal"))
     x = torch.randn(200, 256, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(format.forward(x, None), x @ format.dequantize().t(), atol=1e-5, rtol=1e-5)
+
+
+def scaled_product(x, format):
+    """(p qᵀ) · s · t, written out in float64, with p and s from the definition: the largest becomes 127 or 448."""
+    largest = 127.0 if format.name == "w8a8" else 448.0
+    scales = x.float().abs().amax(1, keepdim=True) / largest
+    p = x.float() / torch.where(scales > 0, scales, 1.0)
+    p = p.round() if format.name == "w8a8" else p.to(torch.float8_e4m3fn).float()
+    return (p.double() * scales.double()) @ format.dequantize().double().t()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "outliers", "zero"])
+@pytest.mark.parametrize("name", SCALED)
+def test_w8a8_product_is_that_of_activations_and_weights_of_8_bits(name, kind, dtype, rows):
+    format = SCALED[name](weights_of_kind(kind), dtype)
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0] *= 300  # a loud token takes nothing from the others: each has its scale
+    if rows > 1:
+        x[1] = 0
+    bias = torch.randn(128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = scaled_product(x, format) + bias.double()
+    result = format.forward(x, bias)
+    assert result.dtype == dtype
+    # one activation may fall to the other side of a tie, by the last digit of its scale
+    bound = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
+    assert ((result.double() - expected).abs().amax(1) <= bound * expected.abs().amax(1)).all()
+
+
+def test_every_number_of_e4m3_is_widened_to_itself():
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.float().isnan()]
+    format = SCALED["fp8"](torch.zeros(2, len(numbers)))
+    format.q = numbers.expand(2, -1).contiguous()
+    assert torch.equal(format._widened().float() * format._unit(), numbers.float().expand(2, -1))
+
+
+def test_fp8_needs_a_gpu_that_has_it_and_int8_does_not(monkeypatch):
+    from engine.quantization import triton
+
+    for capability, has_fp8 in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert triton._multiplies("fp8", torch.device("cuda")) is has_fp8
+        assert triton._multiplies("int8", torch.device("cuda"))
 
 
 def test_int4_operator_of_torch_means_q_minus_8_times_scale_plus_zero():
@@ -149,9 +200,12 @@ def test_width_without_a_fitting_group_stays_in_the_model_dtype():
     assert format.path == "model: bfloat16 matmul"
 
 
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8 + 16 / 256), ("int4-g32", 5), ("int4-g64", 4.5)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("int8", 8 + 16 / 256), ("int4-g32", 5), ("int4-g64", 4.5), ("w8a8", 8 + 32 / 256), ("fp8", 8 + 32 / 256)],
+)
 def test_resident_bytes_are_the_bits_of_the_format(name, bits):
-    assert MAKERS[name](weights_of_kind("normal")).nbytes() == 128 * 256 * bits / 8
+    assert (MAKERS | SCALED)[name](weights_of_kind("normal")).nbytes() == 128 * 256 * bits / 8
 
 
 def test_linear_refuses_a_weight_of_another_shape_and_keeps_its_own():
