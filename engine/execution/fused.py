@@ -14,33 +14,51 @@ What a layer launches, T tokens at once:
     down product                    (1)         down product                         (1)
     experts              (3 for each one)       two products for all, sorted on the device
 
+Where a product takes activations of 8 bits, the norm or the gated activation before it quantizes them: only the output
+product's are a launch of their own.
+
 It computes what eager execution computes and rounds where that rounds, so the two differ by the order of sums alone.
 Everything is launched from shapes: nothing is read back, so a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
 from engine.execution.attend_op import AttendContext
 from engine.execution.base import PreparedShape, Step, TokenRange
+from engine.layers.linear import Linear
 from engine.layers.mixture import MixtureMLP
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder, DecoderLayer
 from engine.models.fallback import TransformersDecoder
+from engine.quantization.triton import TritonScaledFormat
 from kernels.dispatch import Op, choose
 from kernels.expert_linear import expert_linear_triton, sort_by_expert
 from kernels.gated_mul import ACTIVATIONS, gated_mul_triton
 from kernels.paged_attention import paged_attention_triton
+from kernels.quantize_rows import gated_mul_quantize_triton, rms_norm_quantize_triton
 from kernels.rms_norm import rms_norm_triton
 from kernels.rotary_kv_write import rotary_kv_write_triton
 
 ATTENTION = "triton"
 OPERATIONS: tuple[Op, ...] = ("rms_norm", "rotary_kv_write", "gated_mul")
 Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class EightBitRows(NamedTuple):
+    """Activations quantized already: ``payload`` [T, K], ``scales`` float32 [T], and the type they came from."""
+
+    payload: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+
+Rows = torch.Tensor | EightBitRows
+"""[T, K] as a linear layer takes it."""
 
 
 class FusedExecution(PreparedShape):
@@ -65,19 +83,22 @@ class FusedExecution(PreparedShape):
         angles = [rotary(step.positions) for rotary in decoder.rotaries]
         layers = [cast("DecoderLayer", layer) for layer in decoder.layers]
         total = decoder.embed(step.token_ids)
-        normed, total = add_norm(None, total, layers[0].input_norm)
-        after = [*(layer.input_norm for layer in layers[1:]), decoder.norm]
-        for layer, rotary, next_norm in zip(layers, decoder.layer_rotaries, after, strict=True):
-            attended = self._attend(layer, normed, angles[rotary], step)
+        x, total = add_norm(None, total, layers[0].input_norm, layers[0].qkv_proj)
+        after: list[tuple[torch.nn.Module, Linear | None]]
+        after = [*((layer.input_norm, layer.qkv_proj) for layer in layers[1:]), (decoder.norm, None)]
+        for layer, rotary, (next_norm, reader) in zip(layers, decoder.layer_rotaries, after, strict=True):
+            attended = self._attend(layer, x, angles[rotary], step)
             attended = norm(attended, layer.attention_output_norm)
-            normed, total = add_norm(attended, total, layer.mlp_norm)
-            normed, total = add_norm(norm(_mlp(layer, normed), layer.mlp_output_norm), total, next_norm)
-        return normed
+            x, total = add_norm(attended, total, layer.mlp_norm, getattr(layer.mlp, "gate_up_proj", None))
+            x, total = add_norm(norm(_mlp(layer, x), layer.mlp_output_norm), total, next_norm, reader)
+        assert isinstance(x, torch.Tensor)
+        return x
 
-    def _attend(self, layer: DecoderLayer, x: torch.Tensor, angles: Angles, step: Step) -> torch.Tensor:
+    def _attend(self, layer: DecoderLayer, x: Rows, angles: Angles, step: Step) -> torch.Tensor:
         """[T, hidden_size] → the same: products, norms of heads, rotary, cache write and attention of one layer."""
         batch, cache = step.context.batch, step.context.cache
-        heads = layer.qkv_proj(x).view(x.shape[0], -1, layer.head_dim)
+        heads = product(layer.qkv_proj, x)
+        heads = heads.view(heads.shape[0], -1, layer.head_dim)
         keys, values = cache.keys[layer.index], cache.values[layer.index]
         query = rotary_kv_write_triton(
             heads,
@@ -100,14 +121,19 @@ class FusedExecution(PreparedShape):
             self._context.scale(layer.index),
             self._context.window(layer.index),
         )
-        return layer.o_proj(attended.view(x.shape[0], -1))
+        return layer.o_proj(attended.view(heads.shape[0], -1))
 
 
-def _mlp(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+def _mlp(layer: DecoderLayer, x: Rows) -> torch.Tensor:
     mlp = layer.mlp
     if isinstance(mlp, GatedMLP):
-        return mlp.down_proj(gated_mul_triton(mlp.gate_up_proj(x), mlp.activation_name))
+        gate_up, kind = product(mlp.gate_up_proj, x), activation_kind(mlp.down_proj)
+        if kind is None:
+            return mlp.down_proj(gated_mul_triton(gate_up, mlp.activation_name))
+        rows = gated_mul_quantize_triton(gate_up, mlp.activation_name, kind)
+        return product(mlp.down_proj, EightBitRows(*rows, gate_up.dtype))
     assert isinstance(mlp, MixtureMLP)
+    assert isinstance(x, torch.Tensor)
     stacked = mlp.stacked()
     if stacked is None:  # quantized experts: one product for each, counted on the host
         output: torch.Tensor = mlp(x)
@@ -121,11 +147,33 @@ def _mlp(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     return pairs.view(*chosen.shape, -1).sum(dim=1)  # in the order of a token's choices, whatever else is in the batch
 
 
-def add_norm(x: torch.Tensor | None, total: torch.Tensor, module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + total), x + total), [T, hidden_size] each; without x the norm of ``total`` alone."""
+def activation_kind(linear: Linear) -> str | None:
+    """The 8-bit type that a layer takes its activations in; None if it takes them as they are."""
+    return linear.format.kind if isinstance(linear.format, TritonScaledFormat) else None
+
+
+def product(linear: Linear, x: Rows) -> torch.Tensor:
+    """[T, in_features] → [T, out_features]."""
+    if isinstance(x, torch.Tensor):
+        return cast("torch.Tensor", linear(x))
+    return cast("TritonScaledFormat", linear.format).product(*x, linear.bias)
+
+
+def add_norm(
+    x: torch.Tensor | None, total: torch.Tensor, module: torch.nn.Module, reader: Linear | None = None
+) -> tuple[Rows, torch.Tensor]:
+    """(norm(x + total), x + total), [T, hidden_size] each; without x the norm of ``total`` alone.
+
+    The first is as ``reader`` takes it, the layer that multiplies it.
+    """
     if not isinstance(module, RMSNorm):  # a family without a norm here
         total = total if x is None else x + total
         return total, total
+    kind = None if reader is None else activation_kind(reader)
+    if kind is not None:
+        hidden, residual = (total, None) if x is None else (x, total)
+        payload, scales, summed = rms_norm_quantize_triton(hidden, module.weight, module.eps, kind, residual)
+        return EightBitRows(payload, scales, total.dtype), summed
     if x is None:
         return rms_norm_triton(total, module.weight, module.eps)[0], total
     return rms_norm_triton(x, module.weight, module.eps, residual=total)

@@ -70,9 +70,14 @@ class TritonScaledFormat(WeightFormat):
         self.counters = torch.zeros(num_counters(plain.shape[0]), dtype=torch.int32, device=plain.q.device)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        p, token_scales = quantize_rows_triton(x, self.kind)
+        return self.product(*quantize_rows_triton(x, self.kind), x.dtype, bias)
+
+    def product(
+        self, payload: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """:meth:`forward` of activations that are quantized already: payload [M, in_features], float32 scales [M]."""
         plain = self.plain
-        return scaled_linear_triton(p, token_scales, plain.q, plain.scales, bias, x.dtype, counters=self.counters)
+        return scaled_linear_triton(payload, scales, plain.q, plain.scales, bias, dtype, counters=self.counters)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         return self.plain.rows(index)

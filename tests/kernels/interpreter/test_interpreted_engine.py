@@ -61,6 +61,25 @@ def test_quantized_weights_through_triton_generate_the_tokens_of_the_same_weight
     assert sum(ours == theirs for ours, theirs in pairs) >= 0.75 * len(pairs)
 
 
+@pytest.mark.parametrize("weights", ["w8a8", "fp8"])
+def test_fused_layers_quantize_activations_where_they_make_them(tiny_llama, weights, monkeypatch):
+    """The same tokens, and of four products a layer only one that has its activations quantized by a launch."""
+    from engine.execution import fused
+    from engine.quantization import triton
+
+    launches = []
+    alone = triton.quantize_rows_triton
+    monkeypatch.setattr(triton, "quantize_rows_triton", lambda x, kind: launches.append(kind) or alone(x, kind))
+    knobs = {"weights": weights, "linear": "triton", "execution": "fused"}
+    tokens, _ = generate(load_model(str(tiny_llama), dtype="float32"), "triton", "off", **knobs)
+    together = len(launches)
+    monkeypatch.setattr(fused, "activation_kind", lambda linear: None)
+    apart, _ = generate(load_model(str(tiny_llama), dtype="float32"), "triton", "off", **knobs)
+    assert tokens == apart
+    assert together > 0
+    assert len(launches) - together == 4 * together
+
+
 def test_execution_can_go_to_the_fused_kernels_and_back_while_requests_are_in_flight(model):
     expected, _ = generate(model, "sdpa", "off")
     config = EngineConfig.from_mapping({"attention": "triton", "execution": "eager", "memory_limit_gib": 0.02})
