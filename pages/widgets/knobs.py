@@ -22,6 +22,7 @@ _TIER_WORDS = {
     Tier.RELOAD: "loads the model again",
 }
 #: A live knob is set within one step; the page waits for that long before it shows "applying".
+_SHORT = 5  # letters
 _LIVE_WAIT_S = 0.4
 
 
@@ -72,6 +73,8 @@ def control(
     if knob.kind == "choice":
         if len(knob.choices) <= 3:
             return st.segmented_control(text, knob.choices, required=True, width="stretch", **common)
+        if all(len(choice) <= _SHORT for choice in knob.choices):  # they wrap, where segments would lie in two bars
+            return st.pills(text, knob.choices, required=True, **common)
         return st.selectbox(text, knob.choices, **common)
     if knob.kind == "str":
         return st.text_input(text, **common)
