@@ -35,6 +35,8 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 BATCHES = {"full": (1, 32, 256), "tiny": (1, 2)}
 PROMPT_TOKENS = {"full": 128, "tiny": 3}
 OUTPUT_TOKENS = {"full": 96, "tiny": 3}
+#: The matrix units that a format's products use, a key of the ceilings; of others the compute dtype's.
+FLOP_UNITS = {"w8a8": "int8", "fp8": "float8"}
 ONE_STREAM_BARS = {"bfloat16": 0.85, "int4": 0.65}
 PEER_BAR = {256: 3.0}
 
@@ -161,17 +163,15 @@ def _decode_step_s(engine: Engine, batch: int, size: Size) -> float:
     return statistics.median(samples)
 
 
-def floor_s(model: LoadedModel, batch: int, size: Size, ceilings: Ceilings) -> float:
-    """Least time of a decode step in the middle of the measurement."""
+def floor_s(model: LoadedModel, batch: int, size: Size, ceilings: Ceilings) -> float | None:
+    """Least time of a decode step in the middle of the measurement; None where the rate of its units is not known."""
     spec = model.decoder
     context = PROMPT_TOKENS[size] + OUTPUT_TOKENS[size] // 2
     kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize * context * batch
     table = model.decoder.embed_tokens.format.nbytes()  # of which a step reads a row a sequence
     moved = model.weight_bytes() - table + kv_bytes
     flops = 2 * batch * (model.num_parameters() - model.decoder.vocab_size * model.decoder.hidden_size)
-    floor = ceilings.floor_s(moved, flops, "bfloat16")
-    assert floor is not None, "every device multiplies bfloat16"
-    return floor
+    return ceilings.floor_s(moved, flops, FLOP_UNITS.get(model.weights_choice.weights, "bfloat16"))
 
 
 # -- transformers -----------------------------------------------------------------------------------------------------

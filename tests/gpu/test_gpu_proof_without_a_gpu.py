@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from kernels.dispatch import IMPLEMENTATIONS
-from tests.gpu import kernels, table
+from tests.gpu import engine_speed, kernels, random_model, table
 from tests.gpu.case import Bar, Case
 from tests.gpu.ceilings import Ceilings
+from tests.gpu.random_model import tokenizer_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +57,7 @@ def test_the_engine_gives_the_tokens_of_transformers_in_every_setting(document):
 
 def test_the_engine_is_measured_in_every_weight_format(document):
     ours = {item["setting"] for item in document["engine"] if item["engine"] == "headroom" and item["step_ms"]}
-    assert {name.partition(",")[0] for name in ours} >= {"bfloat16", "int8", "int4"}
+    assert {name.partition(",")[0] for name in ours} == {"bfloat16", "int8", "int4", "w8a8", "fp8"}
     assert any(item["engine"] == "transformers" and item["step_ms"] for item in document["engine"])
 
 
@@ -116,3 +117,15 @@ def test_the_floor_is_the_roofline_of_the_measured_ceilings():
     assert CEILINGS.floor_s(10**12, 0, "bfloat16") == pytest.approx(1.0)
     assert CEILINGS.floor_s(10**11, 2 * 10**14, "bfloat16") == pytest.approx(2.0)
     assert CEILINGS.floor_s(1, 1, "float8") is None
+
+
+def test_the_floor_of_8_bit_products_is_that_of_the_8_bit_units():
+    device = torch.device("cpu")
+    model = random_model.make(random_model.TINY, device, torch.bfloat16, tokenizer_of(random_model.TINY["vocab_size"]))
+    quick_copy = {"copy_bytes_s": 1e30, "absent": {}}
+    rates = Ceilings(flops_s={"bfloat16": 1e12, "int8": 2e12, "float8": 4e12}, **quick_copy)
+    plain = engine_speed.floor_s(model, 8, "tiny", rates)
+    for weights, faster in (("int8", 1), ("w8a8", 2), ("fp8", 4)):
+        model.commit_weights(model.prepare_weights(weights, 32))
+        assert engine_speed.floor_s(model, 8, "tiny", rates) == pytest.approx(plain / faster)
+    assert engine_speed.floor_s(model, 8, "tiny", Ceilings(flops_s={"bfloat16": 1e12}, **quick_copy)) is None
