@@ -27,8 +27,14 @@ from storage.differences import Difference, differences
 
 MOST = 8
 _MAIN = (
-    *(*HEADLINES[:-1], "ttft_ms_p99", "requests_s", "acceptance_rate", "prefix_hit_rate", "preemptions"),
-    *("energy_per_output_token_j", "net_energy_per_output_token_j"),
+    *HEADLINES[:-1],
+    "ttft_ms_p99",
+    "requests_s",
+    "acceptance_rate",
+    "prefix_hit_rate",
+    "preemptions",
+    "energy_per_output_token_j",
+    "net_energy_per_output_token_j",
 )
 _BY_RUN, _BY_SETTING = "Each run", "By setting"
 _SECTIONS = {
