@@ -161,13 +161,15 @@ class EngineConfig:
         tier=Tier.LIVE,
         help="Keep the KV blocks of finished requests and reuse them for prompts that start the same way.",
     )
-    kv_dtype: Literal["model"] = _knob(
+    kv_dtype: Literal["model", "fp8", "int8", "int4"] = _knob(
         "model",
         label="KV cache precision",
         group="Cache",
         tier=Tier.SWAP,
         lossless=False,
-        help="Number format of the KV cache. model: the dtype the model computes in.",
+        help="Number format of stored keys and values. model: the dtype the model computes in. fp8 (e4m3), int8: one "
+        "byte a value and a scale for each token and head. int4: half a byte, with scale and minimum. The memory stays "
+        "what it is and holds more tokens; requests in flight are computed again, and known prefixes are forgotten.",
     )
     # -- speculation -----------------------------------------------------------------------------------
     speculation: Literal["off", "ngram"] = _knob(

@@ -20,7 +20,7 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
 from engine.detokenizer import Detokenizer, token_bytes
-from engine.errors import ConfigError, RequestError
+from engine.errors import CapacityError, ConfigError, RequestError
 from engine.execution import Executor
 from engine.layers.attention import get_backend
 from engine.models import load_model
@@ -44,6 +44,7 @@ from engine.speculation.proposers import make_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
 from kernels.dispatch import Op, choose
+from kernels.kv_formats import KV_FORMATS
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel, PreparedWeights
@@ -89,11 +90,9 @@ class Engine:
         with sizing.Explained(lambda: sizing.swap_shortage(model, config)):
             self._bring_weights(self._weight_choice(config))
         self.envelope = sizing.size_engine(model, config)
-        with sizing.Explained(lambda: sizing.cache_shortage(model, config, self.envelope)):
-            self.cache = _make_cache(model, config, self.envelope.num_blocks)
         self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
-        self._executor = self._make_executor(config)
-        self._runner = Runner(model, self.cache, self._executor)
+        self._use_cache(self._new_cache(config, self.envelope))
+        self._executor.check(config, self._attention)
         self._proposer = make_proposer(config)
         self._draft_control = DraftControl()
         self._draft_statistics = DraftStatistics(LONGEST_DRAFT)
@@ -120,18 +119,24 @@ class Engine:
         )
         self._executor.configure(config, self._attention)
 
-    def _make_executor(self, config: EngineConfig) -> Executor:
-        executor = Executor(
+    def _new_cache(self, config: EngineConfig, envelope: sizing.Envelope) -> KVCache:
+        with sizing.Explained(lambda: sizing.cache_shortage(self.model, config, envelope)):
+            return _make_cache(self.model, config, envelope.num_blocks)
+
+    def _use_cache(self, cache: KVCache) -> None:
+        """Make what works on the cache; nothing of what worked on another is left."""
+        config, longest = self.config, self.envelope.max_model_len
+        self.cache = cache
+        self._executor = Executor(
             self.model.decoder,
-            self.cache,
+            cache,
             self.model.device,
-            max_tokens=max(config.max_num_batched_tokens, self.envelope.max_model_len),  # unchunked prompts exceed it
+            max_tokens=max(config.max_num_batched_tokens, longest),  # unchunked prompts exceed it
             max_num_seqs=config.max_num_seqs,
-            max_model_len=self.envelope.max_model_len,
+            max_model_len=longest,
             add_event=self.add_event,
         )
-        executor.check(config, self._attention)
-        return executor
+        self._runner = Runner(self.model, cache, self._executor)
 
     def close(self) -> None:
         """Stop what runs beside the engine (the preparation of compiled shapes)."""
@@ -503,10 +508,12 @@ class Engine:
         attention, _ = self._make_attention(target)
         get_sampler(target.sampling, self.model.device)
         self._executor.check(target, attention)
-        weights = None
+        weights, envelope = None, self.envelope
+        if "kv_dtype" in differences:
+            envelope = sizing.resize_cache(self.model, target, envelope)
         choice = self._weight_choice(target)
         if not choice.same_as(self.model.weights_choice):
-            sizing.check_weights_fit(self.model, self.envelope, target)
+            sizing.check_weights_fit(self.model, envelope, target)
             with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
                 weights = self.model.prepare_weights(
                     choice.weights, choice.group_size, head=choice.head, linear=choice.linear
@@ -526,9 +533,10 @@ class Engine:
         new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
         proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
-        if prepared.weights is not None:  # the last thing that can fail
-            with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
-                notes += self._exchange_weights(prepared.weights)
+        if "kv_dtype" in differences:
+            notes += self._exchange_cache(target, prepared.weights)
+        elif prepared.weights is not None:  # the last thing that can fail
+            notes += self._exchange_weights(prepared.weights, target)
         if new_proposer:
             self._proposer = proposer
             for request in self.scheduler.running:
@@ -566,8 +574,45 @@ class Engine:
         """
         return self.scheduler.pool.reset_prefixes()
 
-    def _exchange_weights(self, prepared: PreparedWeights) -> list[str]:
-        self.model.commit_weights(prepared)
+    def _exchange_cache(self, target: EngineConfig, weights: PreparedWeights | None) -> list[str]:
+        """A cache in another format in place of the present one and, with it, other weights.
+
+        Raises:
+            CapacityError: if a request in flight could not finish in it, or memory runs out; then there is a cache in
+                the former format again, and requests go on.
+        """
+        former, room = self.config, self.envelope
+        envelope = sizing.resize_cache(self.model, target, room)
+        longest = max((request.max_total_tokens for request in self._requests.values()), default=0)
+        sizing.check_requests_fit(longest, envelope, target)
+        count = self.scheduler.vacate()
+        self.totals["preemptions"] += count
+        notes = [f"the KV cache holds {envelope.num_blocks:,} blocks (before: {room.num_blocks:,})"]
+        if count:
+            notes.append(f"{count} running requests are computed again, with the tokens they have")
+        try:
+            self._replace_cache(target, envelope)
+            if weights is not None:
+                notes += self._exchange_weights(weights, target)
+        except CapacityError:
+            self._replace_cache(former, room)
+            self._executor.configure(former, self._attention)
+            raise
+        return notes
+
+    def _replace_cache(self, config: EngineConfig, envelope: sizing.Envelope) -> None:
+        """Another cache and another pool of blocks, of which nobody may hold one now."""
+        self._executor.close()
+        self._use_cache(self.cache.like(0))  # the old one goes first: there is no memory for both
+        sizing.release_memory()
+        cache = self._new_cache(config, envelope)
+        self.envelope = envelope
+        self._use_cache(cache)
+        self.scheduler.exchange_pool(BlockPool(envelope.num_blocks, config.block_size))
+
+    def _exchange_weights(self, prepared: PreparedWeights, target: EngineConfig) -> list[str]:
+        with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
+            self.model.commit_weights(prepared)
         # Cached keys and values came from the old weights: nobody may take them for the new ones' work.
         self.scheduler.pool.reset_prefixes()
         for request in self.scheduler.running:
@@ -612,8 +657,14 @@ class Engine:
         self.model.commit_weights(prepared)
 
     def _make_attention(self, config: EngineConfig) -> tuple[Any, str]:
-        decoder = self.model.decoder
-        return get_backend(config.attention, self.model.device, self.model.dtype, decoder.head_dim)
+        head_dim, packed = self.model.decoder.head_dim, KV_FORMATS[config.kv_dtype].values_per_element
+        if head_dim % packed:
+            raise ConfigError(
+                f"{config.kv_dtype!r} packs {packed} dimensions, and heads of this model have {head_dim}.",
+                field="kv_dtype",
+                remedy="Choose int8 or fp8.",
+            )
+        return get_backend(config.attention, self.model.device, self.model.dtype, head_dim)
 
     # -- looking at it ---------------------------------------------------------------------------------
 
@@ -634,7 +685,7 @@ class Engine:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": self._attention_path,
             "weights": self.model.weights_path(),
-            "kv_cache": str(self.model.dtype).removeprefix("torch."),
+            "kv_cache": sizing.kv_format_name(self.config, self.model.dtype),
             "execution": self._executor.path(),
             "sampling": self._sampling_path,
             "speculation": self.config.speculation,
@@ -659,7 +710,7 @@ class Engine:
         """A consistent picture between two steps."""
         self._executor.poll()  # an idle engine takes no steps, and what is prepared should show
         return EngineStatus(
-            model=sizing.describe_model(self.model),
+            model=sizing.describe_model(self.model, self.config),
             config=self.config.to_dict(),
             config_hash=self.config.hash(),
             path=self.path(),
@@ -736,6 +787,7 @@ def _make_cache(model: LoadedModel, config: EngineConfig, num_blocks: int) -> KV
         head_dim=decoder.head_dim,
         dtype=model.dtype,
         device=model.device,
+        format=KV_FORMATS[config.kv_dtype],
     )
 
 

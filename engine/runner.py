@@ -69,7 +69,7 @@ class Runner:
 
     @torch.inference_mode()
     def prompt_logits(self, token_ids: Sequence[int], attention: AttentionBackend) -> torch.Tensor:
-        """Logits of every position of a text, computed eagerly on a scratch cache of its own.
+        """Logits of every position of a text, computed eagerly on a scratch cache in the format of the engine's.
 
         Args:
             token_ids: T tokens, T ≥ 1.
@@ -79,15 +79,7 @@ class Runner:
         """
         decoder, size, length = self.model.decoder, self.cache.block_size, len(token_ids)
         blocks = -(-length // size)
-        scratch = KVCache(
-            num_layers=decoder.num_layers,
-            num_blocks=blocks,
-            block_size=size,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype=self.model.dtype,
-            device=self.model.device,
-        )
+        scratch = self.cache.like(blocks)
         tensors = build_step_tensors(
             token_ids=list(token_ids),
             starts=[0],

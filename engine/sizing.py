@@ -63,9 +63,25 @@ def size_engine(model: LoadedModel, config: EngineConfig) -> Envelope:
         ConfigError: if `max_model_len` is above the model's own context length.
         CapacityError: if not even one block fits; the message has the arithmetic.
     """
-    context = _context_length(model, config)
     weights = model.weight_bytes()
-    limit = memory_limit_bytes(config, model.device, weights)
+    return _sized(model, config, memory_limit_bytes(config, model.device, weights), weights)
+
+
+def resize_cache(model: LoadedModel, target: EngineConfig, envelope: Envelope) -> Envelope:
+    """What the same memory holds with the KV cache in the format of ``target``.
+
+    Weights count as at load, or as they are now if that is more, so that what fitted once can come back.
+
+    Raises:
+        CapacityError: if not even one block fits; the message has the arithmetic.
+    """
+    weights = max(envelope.weights_bytes, predicted_weight_bytes(model, target))
+    resized = _sized(model, target, envelope.limit_bytes, weights)
+    return dataclasses.replace(resized, weights_bytes=envelope.weights_bytes)
+
+
+def _sized(model: LoadedModel, config: EngineConfig, limit: int, weights: int) -> Envelope:
+    context = _context_length(model, config)
     activations = capacity.activation_bytes(
         model.spec, config.max_num_batched_tokens, config.max_num_seqs, _dtype_name(model.dtype)
     )
@@ -75,7 +91,7 @@ def size_engine(model: LoadedModel, config: EngineConfig) -> Envelope:
         weights_bytes=weights,
         activation_bytes=activations,
         block_size=config.block_size,
-        kv_dtype=_dtype_name(model.dtype),
+        kv_dtype=kv_format_name(config, model.dtype),
         max_blocks=config.max_num_seqs * -(-context // config.block_size),
     )
     longest = min(context, size.num_blocks * config.block_size)
@@ -195,8 +211,36 @@ def swap_shortage(model: LoadedModel, target: EngineConfig) -> CapacityError:
 
 
 def _kv_bytes(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> int:
-    block = capacity.kv_bytes_per_block(model.spec, config.block_size, _dtype_name(model.dtype))
+    block = capacity.kv_bytes_per_block(model.spec, config.block_size, kv_format_name(config, model.dtype))
     return envelope.num_blocks * block
+
+
+def kv_format_name(config: EngineConfig, dtype: torch.dtype) -> str:
+    """The format of the KV cache in the planner's words, see :func:`engine.capacity.formats.kv_format`.
+
+    >>> kv_format_name(EngineConfig(kv_dtype="int8"), torch.bfloat16)
+    'int8_per_token_head'
+    """
+    names = {"model": _dtype_name(dtype), "fp8": "fp8_per_token_head", "int8": "int8_per_token_head", "int4": "int4"}
+    return names[config.kv_dtype]
+
+
+def check_requests_fit(longest_request: int, envelope: Envelope, target: EngineConfig) -> None:
+    """Refuse a cache format under which a request in flight could not finish.
+
+    Args:
+        longest_request: tokens that the longest of them may grow to; 0 without any.
+
+    Raises:
+        CapacityError: naming the remedy.
+    """
+    if longest_request > envelope.max_model_len:
+        raise CapacityError(
+            f"a request in flight may grow to {longest_request:,} tokens; with kv_dtype={target.kv_dtype} one may hold "
+            f"{envelope.max_model_len:,} ({envelope.limited_by}).",
+            field="kv_dtype",
+            remedy="Wait until it is done, or abort it.",
+        )
 
 
 def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
@@ -231,7 +275,7 @@ def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> Mem
     )
 
 
-def describe_model(model: LoadedModel) -> dict[str, Any]:
+def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
     """Facts of the model for display."""
     spec = model.spec
     return {
@@ -247,7 +291,7 @@ def describe_model(model: LoadedModel) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "vocab_size": spec.vocab_size,
         "context_length": model.max_position,
-        "kv_bytes_per_token": capacity.kv_bytes_per_token(spec, _dtype_name(model.dtype)),
+        "kv_bytes_per_token": capacity.kv_bytes_per_token(spec, kv_format_name(config, model.dtype)),
     }
 
 

@@ -112,7 +112,7 @@ def quantize(x: torch.Tensor, format: KVFormat) -> tuple[torch.Tensor, torch.Ten
     wide = x.float()
     if format.number == INT4:
         low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-        scale, minimum = _stored((high - low) / 15.0), low.half()
+        scale, minimum = _stored((high - low) / 15.0), _stored(low)
         q = ((wide - minimum.float()) / _divisor(scale)).round().clamp(0, 15).to(torch.uint8)
         return q[..., 0::2] | (q[..., 1::2] << 4), torch.cat((scale, minimum), dim=-1)
     largest = 127.0 if format.number == INT8 else FP8_LARGEST
@@ -122,7 +122,7 @@ def quantize(x: torch.Tensor, format: KVFormat) -> tuple[torch.Tensor, torch.Ten
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:
-    return scale.clamp(max=65504.0).half()
+    return scale.clamp(-65504.0, 65504.0).half()
 
 
 def _divisor(scale: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def quantized_rows(x, inside, FORMAT: tl.constexpr):
         low = tl.min(tl.where(inside, x, float("inf")), axis=1)
         high = tl.max(tl.where(inside, x, float("-inf")), axis=1)
         scale = tl.minimum((high - low) / 15.0, 65504.0).to(tl.float16)
-        minimum = low.to(tl.float16)
+        minimum = tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
         largest = 15.0
         smallest = 0.0
     else:

@@ -199,34 +199,14 @@ def _rotary_kv_write_kernel(
         values = values.to(tl.float32)
     key_head = head - num_heads
     store_rows(
-        key_cache_ptr,
-        key_scales_ptr,
-        slot,
-        key_head,
-        num_kv_heads,
-        turned,
-        is_key,
-        dims,
-        FORMAT,
-        HEAD_DIM,
-        BLOCK_H,
+        key_cache_ptr, key_scales_ptr, slot, key_head, num_kv_heads, turned, is_key, dims, FORMAT, HEAD_DIM, BLOCK_H,
         BLOCK_D,
-    )
+    )  # fmt: skip
     value_head = key_head - num_kv_heads
     store_rows(
-        value_cache_ptr,
-        value_scales_ptr,
-        slot,
-        value_head,
-        num_kv_heads,
-        values,
-        is_value,
-        dims,
-        FORMAT,
-        HEAD_DIM,
-        BLOCK_H,
-        BLOCK_D,
-    )
+        value_cache_ptr, value_scales_ptr, slot, value_head, num_kv_heads, values, is_value, dims, FORMAT, HEAD_DIM,
+        BLOCK_H, BLOCK_D,
+    )  # fmt: skip
 
 
 def aot_variants() -> list[Variant]:

@@ -119,29 +119,12 @@ def scaled_linear_triton(
     part = torch.int32 if integer else torch.float32
     partial = torch.empty((splits if splits > 1 else 0, num_rows, outputs), dtype=part, device=x.device)
     _scaled_linear_kernel[(tiles, splits)](
-        output,
-        partial,
-        partial if counters is None else counters,
-        x,
-        x_scales,
-        weight,
-        weight_scales,
-        x_scales if bias is None else bias,
-        num_rows,
-        outputs,
-        inputs,
-        x.stride(0),
-        INTEGER=integer,
-        HAS_BIAS=bias is not None,
-        SPLITS=splits,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
-        BLOCK_K=chosen.block_k,
-        GROUP=GROUP_M,
-        IN_FLOAT32=x.device.type == "cpu",
-        num_warps=chosen.num_warps,
+        output, partial, partial if counters is None else counters, x, x_scales, weight, weight_scales,
+        x_scales if bias is None else bias, num_rows, outputs, inputs, x.stride(0),
+        INTEGER=integer, HAS_BIAS=bias is not None, SPLITS=splits, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
+        BLOCK_K=chosen.block_k, GROUP=GROUP_M, IN_FLOAT32=x.device.type == "cpu", num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-    )
+    )  # fmt: skip
     return output
 
 

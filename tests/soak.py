@@ -3,8 +3,9 @@
     python -m tests.soak [--minutes 10] [--seed 0]      (make soak)
 
 Exits with 1 unless, at the end, no request is stuck, every block is back, the invariants held whenever they were
-checked, every request that saw no other weights got exactly its tokens, and the resident memory is within 2 % of what
-it was after the warm-up (one fifth of the time, and until the log of steps, which is of bounded length, is full).
+checked, every request that saw no other weights and no other cache got exactly its tokens, and the resident memory is
+within 2 % of what it was after the warm-up (one fifth of the time, and until the log of steps, which is of bounded
+length, is full).
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ PROMPTS, LONGEST_OUTPUT = 40, 48
 MAX_IN_FLIGHT = 40
 STUCK_S = 120.0
 FLAT = 0.02
+SWAPS = [{"weights": "int8"}, {"weights": "int4"}, {"kv_dtype": "int8"}, {"kv_dtype": "fp8"}, {"kv_dtype": "int4"}]
 LIMITS = [{"token_budget": 7}, {"token_budget": 64}, {"max_running": 3}, {"max_running": 16}]
 
 
 @dataclasses.dataclass
 class Flight:
-    """A request under way; ``exact`` and ``swaps`` tell which weights it was submitted to."""
+    """A request under way; ``exact`` and ``swaps`` tell which weights and cache it was submitted to."""
 
     prompt: int
     max_tokens: int
@@ -159,10 +161,11 @@ class Soak:
         self.loop.abort(name)
 
     def _swap(self) -> None:
-        weights = self._random.choice(["int8", "int4"]) if self._exact else "model"
+        back = not self._exact
+        change = {"weights": "model", "kv_dtype": "model"} if back else self._random.choice(SWAPS)
         self._now_exact(False)  # whoever is submitted from now on may see both
-        self.loop.reconfigure({"weights": weights})
-        self._now_exact(weights == "model")
+        self.loop.reconfigure(change)
+        self._now_exact(back)
         self.outcome.swaps += 1
 
     def _now_exact(self, exact: bool) -> None:
@@ -215,9 +218,10 @@ def expected_outputs(engine: Engine, prompts: list[list[int]]) -> list[list[int]
     return [results[str(index)] for index in range(len(prompts))]
 
 
-def report(soak: Soak, free_blocks: int) -> bool:
+def report(soak: Soak) -> bool:
     """Print the table; True if everything is as it should be."""
-    totals, outcome = soak.loop.engine.totals, soak.outcome
+    engine, outcome = soak.loop.engine, soak.outcome
+    totals, pool = engine.totals, engine.scheduler.pool
     growth = soak.growth()
     rows: list[tuple[str, Any, bool]] = [
         ("requests", outcome.requests, outcome.requests > 0),
@@ -231,7 +235,7 @@ def report(soak: Soak, free_blocks: int) -> bool:
         ("prefix-hit tokens", totals["prefix_hit_tokens"], totals["prefix_hit_tokens"] > 0),
         ("accepted draft tokens", totals["accepted_tokens"], totals["accepted_tokens"] > 0),
         ("invariants checked", outcome.checks, outcome.checks > 0),
-        ("blocks back", f"{free_blocks} of {BLOCKS}", free_blocks == BLOCKS),
+        ("blocks back", f"{pool.num_free} of {pool.num_blocks}", pool.num_free == pool.num_blocks),
         ("resident MiB at the end", f"{soak.resident[-1][1] / 2**20:.1f}", True),
         ("growth after the warm-up", f"{100 * growth:+.2f} %", growth <= FLAT),
     ]
@@ -256,7 +260,7 @@ def main() -> int:
         engine = engine_with_blocks(model, BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=16)
         soak = Soak(engine, prompts, expected, arguments.seed)
         soak.run(60 * arguments.minutes)
-        good = report(soak, engine.scheduler.pool.num_free) and soak.loop.alive
+        good = report(soak) and soak.loop.alive
         soak.loop.stop()
     return 0 if good else 1
 

@@ -123,6 +123,20 @@ class Scheduler:
         self._static_batch.discard(request.request_id)
         request.state = RequestState.FINISHED
 
+    def vacate(self) -> int:
+        """Put every running request back into the queue, to be computed again from its first token; how many."""
+        schedule, count = Schedule(), len(self.running)
+        for request in list(self.running):
+            self._preempt(request, schedule)
+        return count
+
+    def exchange_pool(self, pool: BlockPool) -> None:
+        """Go on with other blocks, of the same size; nobody may hold one of the old ones (see :meth:`vacate`)."""
+        assert not self.running, "a running request holds blocks of the old pool"
+        assert pool.block_size == self.pool.block_size, "digests of prefixes are those of the old block size"
+        self.pool = pool
+        self._releases += 1
+
     def schedule(self, config: EngineConfig) -> Schedule:
         """Decide the next step under the knobs in force now."""
         self._step += 1

@@ -218,7 +218,8 @@ def kv_format(name: str, model_dtype: str = "bfloat16") -> KVFormat:
     Args:
         name: a compute dtype, ``auto`` or ``model`` (the model's dtype), ``fp8`` (scales per layer, which cost
             nothing), ``int8`` (a 4-byte scale per token and head), ``int4`` (scale and zero point of 2 bytes each per
-            token and head).
+            token and head), ``fp8_per_token_head`` or ``int8_per_token_head`` (this engine's: a 2-byte scale per token
+            and head).
         model_dtype: what ``auto`` stands for.
 
     Raises:
@@ -233,6 +234,8 @@ def kv_format(name: str, model_dtype: str = "bfloat16") -> KVFormat:
         return KVFormat("fp8", 8)
     if text == "int8":
         return KVFormat("int8", 8, head_overhead_bytes=4)
+    if text in ("fp8_per_token_head", "int8_per_token_head"):
+        return KVFormat(text, 8, head_overhead_bytes=2)
     if text == "int4":
         return KVFormat("int4", 4, head_overhead_bytes=4)
     raise ConfigError(

@@ -84,6 +84,8 @@ def _headroom(request: CompleteRequest, workload: Workload | None) -> Launch:
         settings += ["weights=int4", f"group_size={request.weights.removeprefix('int4-g')}"]
     elif _needs_checkpoint(request):
         remarks.append(f"This engine has no {request.weights} weights.")
+    if request.kv_dtype in ("fp8", "int8", "int4"):
+        settings.append(f"kv_dtype={request.kv_dtype}")
     if request.tp * request.pp > 1:
         remarks.append("This engine runs on one GPU: it cannot start this plan.")
     if workload is not None and workload.draft_length and request.draft is None:

@@ -77,6 +77,7 @@ class AttendContext:
             self.batch,
             scale=self._scales[layer],
             window=self._windows[layer],
+            kv_scales=self.cache.scales(layer),
         )
 
     def scale(self, layer: int) -> float:

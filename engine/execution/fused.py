@@ -99,7 +99,7 @@ class FusedExecution(PreparedShape):
         batch, cache = step.context.batch, step.context.cache
         heads = product(layer.qkv_proj, x)
         heads = heads.view(heads.shape[0], -1, layer.head_dim)
-        keys, values = cache.keys[layer.index], cache.values[layer.index]
+        keys, values, scales = cache.keys[layer.index], cache.values[layer.index], cache.scales(layer.index)
         query = rotary_kv_write_triton(
             heads,
             *angles,
@@ -110,6 +110,7 @@ class FusedExecution(PreparedShape):
             query_norm=_weight(layer.query_norm),
             key_norm=_weight(layer.key_norm),
             eps=layer.query_norm.eps if isinstance(layer.query_norm, RMSNorm) else 0.0,
+            scales=scales,
         )
         attended, _ = paged_attention_triton(
             query,
@@ -120,6 +121,7 @@ class FusedExecution(PreparedShape):
             batch.context_lens_tensor,
             self._context.scale(layer.index),
             self._context.window(layer.index),
+            scales=scales,
         )
         return layer.o_proj(attended.view(heads.shape[0], -1))
 

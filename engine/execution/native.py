@@ -57,7 +57,8 @@ class NativeExecution(PreparedShape):
         rotaries = [
             RotaryAngles(rotary.inv_freq.float().contiguous(), rotary.attention_factor) for rotary in decoder.rotaries
         ]
-        self._native = NativeDecoder(shape, layers, rotaries, final_norm, cache.keys, cache.values)
+        scales = [cache.scales(index) for index in range(len(layers))]
+        self._native = NativeDecoder(shape, layers, rotaries, final_norm, cache.keys, cache.values, scales)
 
     def forward(self, step: Step) -> torch.Tensor:
         """As :meth:`Execution.forward`; between the layers all is kept in float32."""

@@ -24,6 +24,7 @@ import torch
 
 from engine.errors import ConfigError
 from kernels.dispatch import choose
+from kernels.kv_write import KVScales
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,16 +73,20 @@ class AttentionBackend(abc.ABC):
         *,
         scale: float,
         window: int | None,
+        kv_scales: KVScales | None = None,
     ) -> torch.Tensor:
         """Write this step's keys and values into the cache, then attend.
 
         Args:
             query: [T, num_heads, head_dim], rotary embedding already applied.
             key, value: [T, num_kv_heads, head_dim], keys rotated.
-            key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] of this layer; written in place.
+            key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] of this layer in a format of
+                :mod:`kernels.kv_formats`; written in place.
             batch: the step's layout.
             scale: factor on the scores, usually head_dim ** -0.5.
             window: a query sees at most this many positions, itself included; None for all.
+            kv_scales: of a quantized cache; written in place. Every query, a fresh prompt's too, then reads keys and
+                values as they are stored: what it sees depends neither on chunks nor on what was cached.
 
         Returns:
             [T, num_heads, head_dim] in the dtype of ``query``.

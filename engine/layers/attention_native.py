@@ -6,6 +6,7 @@ import torch
 
 from engine.layers.attention import AttentionBackend, AttentionBatch
 from kernels.cpu.attention import kv_write, paged_attention
+from kernels.kv_write import KVScales
 
 
 class NativeAttention(AttentionBackend):
@@ -24,9 +25,10 @@ class NativeAttention(AttentionBackend):
         *,
         scale: float,
         window: int | None,
+        kv_scales: KVScales | None = None,
     ) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
-        kv_write(key, value, key_cache, value_cache, batch.slot_mapping)
+        kv_write(key, value, key_cache, value_cache, batch.slot_mapping, kv_scales)
         return paged_attention(
             query,
             key_cache,
@@ -36,4 +38,5 @@ class NativeAttention(AttentionBackend):
             batch.context_lens_tensor,
             scale,
             window,
+            kv_scales,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.layers.attention import AttentionBackend, AttentionBatch
-from kernels.kv_write import kv_write_reference
+from kernels.kv_write import KVScales, kv_write_reference
 from kernels.paged_attention import paged_attention_reference
 
 
@@ -25,9 +25,10 @@ class ReferenceAttention(AttentionBackend):
         *,
         scale: float,
         window: int | None,
+        kv_scales: KVScales | None = None,
     ) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
-        kv_write_reference(key, value, key_cache, value_cache, batch.slot_mapping)
+        kv_write_reference(key, value, key_cache, value_cache, batch.slot_mapping, kv_scales)
         attended, _ = paged_attention_reference(
             query,
             key_cache,
@@ -37,5 +38,6 @@ class ReferenceAttention(AttentionBackend):
             batch.context_lens_tensor,
             scale,
             window,
+            scales=kv_scales,
         )
         return attended

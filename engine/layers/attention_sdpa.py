@@ -38,7 +38,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.attention import AttentionBackend, AttentionBatch
-from kernels.kv_write import kv_write_reference
+from kernels.kv_formats import KVFormat, dequantize, format_of, quantize
+from kernels.kv_write import KVScales, kv_write_reference
 
 _TILE_BYTES = 6 << 20  # keys and values of one tile; the best of 1.5 … 24 MiB measured, see above
 _TILE_BYTES_GPU = 256 << 20  # there a launch is dear and no cache holds a tile anyway: only bounds the workspace
@@ -62,18 +63,22 @@ class SdpaAttention(AttentionBackend):
         *,
         scale: float,
         window: int | None,
+        kv_scales: KVScales | None = None,
     ) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
-        kv_write_reference(key, value, key_cache, value_cache, batch.slot_mapping)
+        kv_write_reference(key, value, key_cache, value_cache, batch.slot_mapping, kv_scales)
         plan = batch.plan.get(_plan_key(window))
         if not isinstance(plan, _Plan):
             plan = _make_plan(batch, window, query, key_cache)
             batch.plan[_plan_key(window)] = plan
+        if kv_scales is not None and any(tile.fresh for tile in plan.tiles):
+            key, value = (_as_stored(x, format_of(key_cache)) for x in (key, value))
+        sides = _Sides(key, value, key_cache, value_cache, kv_scales, plan.workspace)
         if len(plan.tiles) == 1 and isinstance(plan.tiles[0].rows, slice):
-            return _attend_tile(plan.tiles[0], query, key, value, key_cache, value_cache, plan.workspace, scale)
+            return _attend_tile(plan.tiles[0], query, sides, scale)
         output = torch.empty_like(query)
         for tile in plan.tiles:
-            result = _attend_tile(tile, query, key, value, key_cache, value_cache, plan.workspace, scale)
+            result = _attend_tile(tile, query, sides, scale)
             if isinstance(tile.rows, slice):
                 output[tile.rows] = result
             else:
@@ -105,9 +110,22 @@ class _Tile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Plan:
-    """A step's tiles for one window, and the buffer [2, slots, num_kv_heads, head_dim] that they gather into."""
+    """A step's tiles for one window, and the buffer [2, slots, num_kv_heads, head_dim] that they gather into; empty for
+    a quantized cache, whose rows are decoded into new tensors."""
 
     tiles: list[_Tile]
+    workspace: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sides:
+    """Where keys and values come from: this step's own rows, the cache with its scales, the plan's ``workspace``."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    scales: KVScales | None
     workspace: torch.Tensor
 
 
@@ -132,7 +150,7 @@ def _plan_key(window: int | None) -> str:
 
 def _make_plan(batch: AttentionBatch, window: int | None, query: torch.Tensor, key_cache: torch.Tensor) -> _Plan:
     """Group the step's sequences into tiles and derive their indices and masks."""
-    token_bytes = 2 * key_cache[0, 0].numel() * key_cache.element_size()
+    token_bytes = 2 * key_cache.shape[2] * query.shape[2] * query.element_size()
     tile_bytes = _TILE_BYTES if query.device.type == "cpu" else _TILE_BYTES_GPU
     groups: dict[tuple[int, bool], list[_Member]] = {}
     for index, (query_len, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
@@ -147,6 +165,7 @@ def _make_plan(batch: AttentionBatch, window: int | None, query: torch.Tensor, k
         for members in _pack(group, token_bytes, tile_bytes)
     ]
     gathered = max((t.num_seqs * t.kv_len for t in tiles if isinstance(t.slots, torch.Tensor)), default=0)
+    gathered = gathered if format_of(key_cache).dtype is None else 0
     return _Plan(tiles, key_cache.new_empty(2, gathered, *key_cache.shape[2:]))
 
 
@@ -246,18 +265,14 @@ def _mask(
 def _attend_tile(
     tile: _Tile,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    workspace: torch.Tensor,
+    sides: _Sides,
     scale: float,
 ) -> torch.Tensor:
     """[n · q, num_heads, head_dim], the attention of one tile."""
     num_heads, head_dim = query.shape[1:]
-    num_kv_heads = key.shape[1]
+    num_kv_heads = sides.key.shape[1]
     rows_q = _take(query, tile.rows).view(tile.num_seqs, tile.query_len, num_heads, head_dim)
-    keys, values = _tile_kv(tile, key, value, key_cache, value_cache, workspace)
+    keys, values = _tile_kv(tile, sides)
     if tile.fresh or tile.query_len > _FOLD_MAX_QUERIES:
         attended = F.scaled_dot_product_attention(
             rows_q.transpose(1, 2),
@@ -281,24 +296,34 @@ def _take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
-def _tile_kv(
-    tile: _Tile,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    workspace: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tile's keys and values, each [n, num_kv_heads, S, head_dim]: fresh, in place, or gathered."""
+def _tile_kv(tile: _Tile, sides: _Sides) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tile's keys and values, each [n, num_kv_heads, S, head_dim]: fresh, in place, gathered, or decoded."""
+    key, value = sides.key, sides.value
     shape = (tile.num_seqs, tile.kv_len, *key.shape[1:])
     if tile.slots is None:
         keys, values = _take(key, tile.rows), _take(value, tile.rows)
+    elif sides.scales is not None:
+        keys = _decoded(sides.key_cache, sides.scales[0], tile.slots, key.dtype)
+        values = _decoded(sides.value_cache, sides.scales[1], tile.slots, key.dtype)
     else:
-        keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+        keys, values = sides.key_cache.flatten(0, 1), sides.value_cache.flatten(0, 1)
         if isinstance(tile.slots, slice):
             keys, values = keys[tile.slots], values[tile.slots]
         else:
-            buffer = workspace[:, : tile.slots.shape[0]]
+            buffer = sides.workspace[:, : tile.slots.shape[0]]
             keys = torch.index_select(keys, 0, tile.slots, out=buffer[0])
             values = torch.index_select(values, 0, tile.slots, out=buffer[1])
     return keys.reshape(shape).transpose(1, 2), values.reshape(shape).transpose(1, 2)
+
+
+def _decoded(
+    cache: torch.Tensor, scales: torch.Tensor, slots: slice | torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """[slots, num_kv_heads, head_dim] of a quantized cache in ``dtype``."""
+    payload = _take(cache.view(torch.uint8).flatten(0, 1), slots)  # as bytes: not every device gathers 8-bit floats
+    return dequantize(payload.view(cache.dtype), _take(scales.flatten(0, 1), slots)).to(dtype)
+
+
+def _as_stored(x: torch.Tensor, format: KVFormat) -> torch.Tensor:
+    """What a quantized cache will give back for fresh keys or values."""
+    return dequantize(*quantize(x, format)).to(x.dtype)

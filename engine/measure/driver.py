@@ -197,11 +197,7 @@ def run_comparison(
         with energy_meter(loop.engine, telemetry) as energy:
             for run in _runs(loop, comparison, definition, former, seed, label, energy, tracker, stop, on_start):
                 _attach_quality(run, measured)
-                comparison.runs.append(run)
-                if on_run is not None:
-                    on_run(run)
-                if run.status != "completed":
-                    comparison.status, comparison.error = run.status, run.error
+                if not _take(comparison, run, on_run):
                     break
     except Exception as problem:
         if not comparison.runs:
@@ -210,6 +206,16 @@ def run_comparison(
     finally:
         _restore(loop, former)
     return comparison
+
+
+def _take(comparison: Comparison, run: RunResult, on_run: Callable[[RunResult], None] | None) -> bool:
+    """Add a run and report it; False if the comparison ends with it."""
+    comparison.runs.append(run)
+    if on_run is not None:
+        on_run(run)
+    if run.status != "completed":
+        comparison.status, comparison.error = run.status, run.error
+    return run.status == "completed"
 
 
 def _runs(

@@ -143,9 +143,13 @@ def _declare(library: ctypes.CDLL) -> None:
             *(integer, pointer, pointer, pointer, number, number, number, pointer, number, pointer),
         ],
         "headroom_kv_write": [pointer, pointer, number, number, pointer, pointer, pointer, number, number],
+        "headroom_kv_quantize": [
+            *(pointer, pointer, integer, number, number, pointer, pointer, pointer, pointer, integer),
+            *(pointer, number, number, number),
+        ],
         "headroom_decode_step": [pointer, pointer, integer],
         "headroom_attention": [
-            *(pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer),
+            *(pointer, pointer, pointer, pointer, pointer, integer, pointer, integer, pointer, pointer, pointer),
             *(number, number, number, number, number, number, number, number, ctypes.c_float, integer),
         ],
     }

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.cpu.attention import DTYPES
+from kernels.cpu.attention import CACHE_TYPES
 from kernels.cpu.build import native
 from kernels.cpu.linear import WEIGHT_TYPES, PackedWeight
+from kernels.kv_write import KVScales
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
 """By the name that a ``config.json`` gives them."""
@@ -80,7 +81,9 @@ class NativeDecoder:
         layers: in order.
         rotaries: the rotary embeddings that layers refer to.
         final_norm: float32 [hidden_size].
-        keys, values: of each layer, [num_blocks, block_size, num_kv_heads, head_dim], float32 or bfloat16.
+        keys, values: of each layer, [num_blocks, block_size, num_kv_heads, head_dim] in a format of
+            :mod:`kernels.kv_formats` (of the unquantized ones float32 or bfloat16).
+        scales: of each layer; None where the cache is not quantized.
     """
 
     def __init__(
@@ -91,15 +94,11 @@ class NativeDecoder:
         final_norm: torch.Tensor,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
+        scales: Sequence[KVScales | None],
     ) -> None:
-        self._kept = (
-            tuple(layers),
-            tuple(rotaries),
-            final_norm,
-            tuple(keys),
-            tuple(values),
-        )  # what the structures point into
-        self._layers = (_Layer * len(layers))(*map(_layer, layers, keys, values))
+        # what the structures point into
+        self._kept = (tuple(layers), tuple(rotaries), final_norm, tuple(keys), tuple(values), tuple(scales))
+        self._layers = (_Layer * len(layers))(*map(_layer, layers, keys, values, scales))
         self._rotaries = (_Rotary * len(rotaries))(*map(_rotary, rotaries))
         self._model = _Model(
             layers=ctypes.addressof(self._layers),
@@ -113,7 +112,7 @@ class NativeDecoder:
             dim=shape.head_dim,
             block=keys[0].shape[1],
             activation=ACTIVATIONS[shape.activation],
-            cache_type=DTYPES[keys[0].dtype],
+            cache_type=CACHE_TYPES[keys[0].dtype],
             eps=shape.eps,
         )
 
@@ -169,7 +168,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _NORMS),
         *((name, _Affine) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, ctypes.c_int64) for name in ("rotary", "window")),
         ("scale", ctypes.c_double),
     ]
@@ -219,7 +218,8 @@ def _affine(weight: PackedWeight, bias: torch.Tensor | None) -> _Affine:
     )
 
 
-def _layer(layer: LayerWeights, keys: torch.Tensor, values: torch.Tensor) -> _Layer:
+def _layer(layer: LayerWeights, keys: torch.Tensor, values: torch.Tensor, scales: KVScales | None) -> _Layer:
+    key_scales, value_scales = scales or (None, None)
     return _Layer(
         **{name: _pointer(getattr(layer, name)) for name in _NORMS},
         qkv=_affine(*layer.qkv),
@@ -228,6 +228,8 @@ def _layer(layer: LayerWeights, keys: torch.Tensor, values: torch.Tensor) -> _La
         down=_affine(*layer.down),
         keys=keys.data_ptr(),
         values=values.data_ptr(),
+        key_scales=_pointer(key_scales),
+        value_scales=_pointer(value_scales),
         rotary=layer.rotary,
         window=layer.window or 0,
         scale=layer.scale,

@@ -173,12 +173,20 @@ def test_prompt_longer_than_the_cache_is_refused_with_the_remedy(tiny_llama: Pat
     assert "memory_limit_gib" in str(problem.value.remedy)
 
 
-def test_cache_that_is_allocated_is_the_cache_that_was_planned(engine: Engine):
+@pytest.mark.parametrize(
+    ("kv_dtype", "planned"),
+    [("model", "float32"), ("fp8", "fp8_per_token_head"), ("int8", "int8_per_token_head"), ("int4", "int4")],
+)
+def test_cache_that_is_allocated_is_the_cache_that_was_planned(tiny_llama: Path, kv_dtype: str, planned: str):
     from engine import capacity
 
-    report = engine.status().memory
-    per_block = capacity.kv_bytes_per_block(engine.model.spec, 4, "float32")
+    engine = make_engine(tiny_llama, kv_dtype=kv_dtype)
+    status = engine.status()
+    report = status.memory
+    per_block = capacity.kv_bytes_per_block(engine.model.spec, 4, planned)
     assert report.kv_cache == engine.envelope.num_blocks * per_block
+    assert status.model["kv_bytes_per_token"] == per_block // 4
+    assert status.path["kv_cache"] == planned
     assert report.weights_at_load + report.activations + report.kv_cache <= report.limit
 
 

@@ -1,9 +1,9 @@
 """Anything in any order, and every token still right.
 
 Hypothesis adds and cancels requests, steps, toggles every lossless live knob, moves the limits, swaps the weights and
-resets the cache of an engine whose KV cache is so small that requests are preempted. After every rule the invariants
-are recomputed from scratch; at the end every request that was not cancelled has finished, and one whose whole life saw
-nothing but lossless changes has exactly the tokens of the model run alone.
+the format of the cache, and resets the cache of an engine whose KV cache is so small that requests are preempted. After
+every rule the invariants are recomputed from scratch; at the end every request that was not cancelled has finished, and
+one whose whole life saw nothing but lossless changes has exactly the tokens of the model run alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class EngineMachine(RuleBasedStateMachine):
         if speculates:
             self.speculate()
         self.wanted: dict[str, tuple[tuple[int, ...], int]] = {}
-        self.lossy: set[str] = set()  # requests in flight while the weights were others, or swapped
+        self.lossy: set[str] = set()  # requests in flight while weights or cache were others, or swapped
         self.finished: dict[str, RequestOutput] = {}
         self.received: dict[str, list[int]] = {}
         self.count = 0
@@ -97,7 +97,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.add_request(name, prompt, SamplingParams(max_tokens=count, ignore_eos=True), priority)
         self.wanted[name] = (prompt, count)
         self.received[name] = []
-        if self.engine.config.weights != "model":
+        if (self.engine.config.weights, self.engine.config.kv_dtype) != ("model", "model"):
             self.lossy.add(name)
 
     @precondition(lambda self: self.in_flight())
@@ -141,6 +141,13 @@ class EngineMachine(RuleBasedStateMachine):
         if self.engine.reconfigure({"weights": weights}).changed:
             self.lossy |= self.in_flight()
 
+    @rule(kv_dtype=st.sampled_from(["model", "fp8", "int8", "int4"]), really=st.integers(0, 3))
+    def exchange_the_cache(self, kv_dtype: str, really: int) -> None:
+        if really and kv_dtype != "model":
+            return  # a quantized cache has so many blocks that nobody is preempted
+        if self.engine.reconfigure({"kv_dtype": kv_dtype}).changed:
+            self.lossy |= self.in_flight()
+
     @rule()
     def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
@@ -162,7 +169,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.step()
             self.engine.check_invariants()
         assert not self.engine.has_unfinished(), "a request is stuck"
-        assert self.engine.scheduler.pool.num_free == BLOCKS, "a block was not given back"
+        pool = self.engine.scheduler.pool
+        assert pool.num_free == pool.num_blocks, "a block was not given back"
+        assert pool.num_blocks == BLOCKS or self.engine.config.kv_dtype != "model", "a block was lost in an exchange"
         for name in ("preemptions", "prefix_hit_tokens", "accepted_tokens"):
             self.seen[name] += self.engine.totals[name]
         for name, (prompt, count) in self.wanted.items():

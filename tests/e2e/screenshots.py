@@ -100,7 +100,7 @@ def _live(page: Page, url: str, target: Path) -> None:
     for prompt in _PROMPTS:
         ask(page, prompt)
         page.wait_for_timeout(4000)
-    page.get_by_role("radio", name="int4").click()
+    page.get_by_role("radiogroup", name="Weight precision").get_by_role("radio", name="int4").click()
     page.wait_for_timeout(6000)
     page.get_by_role("radio", name="ngram").click()
     page.wait_for_timeout(7000)

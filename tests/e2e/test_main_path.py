@@ -55,14 +55,18 @@ def plan_70b_on_h100(page):
 
 
 def chat_while_toggling_int4(page):
-    """One answer streams on through three toggles, whatever the speed of the machine; then it is stopped."""
+    """One answer streams on through four toggles, whatever the speed of the machine; then it is stopped."""
     page.get_by_role("button", name="Sampling").click()
     set_number(page, "Max tokens", 6000)
     page.keyboard.press("Escape")
     ask(page, "Write a long story about a lighthouse keeper and the sea.")
     expect(answer(page)).to_contain_text("tokens/s")
-    page.get_by_role("radio", name="int4").click()
+    weights = page.get_by_role("radiogroup", name=re.compile("^Weight precision"))
+    weights.get_by_role("radio", name="int4").click()
     expect_change(page, "weights: model → int4")
+    cache = page.get_by_role("radiogroup", name=re.compile("^KV cache precision"))
+    cache.get_by_role("radio", name="int8").click()
+    expect_change(page, "kv_dtype: model → int8")
     page.get_by_role("radio", name="ngram").click()
     expect_change(page, "speculation: off → ngram")
     page.get_by_role("radio", name="off").click()
@@ -72,8 +76,10 @@ def chat_while_toggling_int4(page):
     expect(page.get_by_text(re.compile("weights int4")).first).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(answer(page)).to_contain_text("stopped")
-    page.get_by_role("radiogroup", name=re.compile("^Weight precision")).get_by_role("radio", name="model").click()
+    weights.get_by_role("radio", name="model").click()
     expect_change(page, "weights: int4 → model")
+    cache.get_by_role("radio", name="model").click()
+    expect_change(page, "kv_dtype: int8 → model")
 
 
 def expect_change(page, summary):

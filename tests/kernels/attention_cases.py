@@ -7,6 +7,8 @@ import dataclasses
 import torch
 
 from engine.layers.attention import AttentionBackend, AttentionBatch
+from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache, quantize
+from kernels.kv_write import KVScales, kv_write_reference
 
 # (query_lens, context_lens, window)
 AWKWARD = {
@@ -45,6 +47,7 @@ class Case:
     dense_values: list[torch.Tensor]
     scale: float
     window: int | None
+    kv_scales: KVScales | None = None
 
 
 def make_case(
@@ -133,4 +136,24 @@ def attend(backend: AttentionBackend, case: Case) -> torch.Tensor:
         case.batch,
         scale=case.scale,
         window=case.window,
+        kv_scales=case.kv_scales,
+    )
+
+
+def quantized(case: Case, name: str) -> Case:
+    """The same step over a cache in that format: the past as it stores it, garbage in every other slot, and for the
+    oracle what it will give back of past and fresh alike."""
+    format, (num_blocks, block_size, *heads) = KV_FORMATS[name], case.key_cache.shape
+    made = [empty_cache(format, num_blocks, block_size, *heads, case.query.dtype) for _ in range(2)]
+    caches = [payload.view(torch.uint8).fill_(0x7F).view(payload.dtype) for payload, _ in made]
+    scales = tuple(scale.fill_(float("nan")) for _, scale in made if scale is not None)
+    batch = case.batch
+    for index, (query_len, context_len) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        past = torch.arange(context_len - query_len)
+        slots = batch.block_tables[index].long()[past // block_size] * block_size + past % block_size
+        rows = [dense[index][: len(past)] for dense in (case.dense_keys, case.dense_values)]
+        kv_write_reference(*rows, *caches, slots, scales)
+    dense = [[dequantize(*quantize(rows, format)) for rows in side] for side in (case.dense_keys, case.dense_values)]
+    return dataclasses.replace(
+        case, key_cache=caches[0], value_cache=caches[1], kv_scales=scales, dense_keys=dense[0], dense_values=dense[1]
     )

@@ -5,15 +5,19 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import AWKWARD, attend, make_case, oracle
+from attention_cases import AWKWARD, attend, make_case, oracle, quantized
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.layers.attention import get_backend
+from kernels.cpu.attention import kv_write
 from kernels.cpu.build import native
+from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache
+from kernels.kv_write import kv_write_reference
 
 BACKENDS = ["sdpa", "reference", "native"]
+QUANTIZED = [name for name in KV_FORMATS if name != "model"]
 NO_HALF = ("native", torch.float16)  # refused: no CPU computes in it at speed
 
 
@@ -162,3 +166,78 @@ def test_unknown_attention_backend_is_refused_with_the_known_names():
         get_backend("flash", "cpu", torch.float32, 64)
     assert caught.value.field == "attention"
     assert "sdpa" in (caught.value.remedy or "")
+
+
+# -- over a quantized cache -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", AWKWARD.values(), ids=AWKWARD.keys())
+def test_attention_over_a_quantized_cache_sees_what_it_stores_of_past_and_fresh_tokens(name, shape, format):
+    query_lens, context_lens, window = shape
+    case = quantized(make_case(query_lens, context_lens, window=window), format)
+    torch.testing.assert_close(attend(backend_named(name), case).double(), oracle(case), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("name", ["sdpa", "reference", "native"])
+def test_a_quantized_cache_serves_queries_in_half_precision(name, format):
+    case = quantized(make_case([1, 5, 33, 20], [70, 40, 33, 50], dtype=torch.bfloat16, head_dim=64), format)
+    output = attend(backend_named(name), case)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), oracle(case), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("name", ["sdpa", "native"])
+def test_long_contexts_in_a_quantized_cache_are_split_and_merged_without_changing_the_result(name, format):
+    for query_lens, context_lens in (([1], [1500]), ([3], [1300]), ([300], [800])):
+        case = make_case(query_lens, context_lens, window=700, num_heads=6, num_kv_heads=2, head_dim=64)
+        case = quantized(case, format)
+        torch.testing.assert_close(attend(backend_named(name), case).double(), oracle(case), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=40, deadline=None)
+@given(
+    magnitudes=st.lists(st.floats(-9, 4), min_size=1, max_size=5),
+    ties=st.booleans(),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 64, 80]),
+    seed=st.integers(0, 1000),
+)
+def test_native_write_stores_the_bytes_of_the_reference(format, dtype, magnitudes, ties, heads, head_dim, seed):
+    """Of rows of any size, zeros among them, and of values that lie between two of the format's."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = len(magnitudes) + 1
+    rows = torch.randn(2, tokens, heads, head_dim, generator=generator)
+    if ties:
+        rows = (rows * 16).round() / 8
+    rows = (rows * torch.tensor([0.0, *(10.0**power for power in magnitudes)])[:, None, None]).to(dtype)
+    slots = torch.randperm(12, generator=generator)[:tokens]
+    written = []
+    for write in (kv_write, kv_write_reference):
+        made = [empty_cache(KV_FORMATS[format], 3, 4, heads, head_dim, dtype) for _ in range(2)]
+        for payload, scales in made:
+            payload.view(torch.uint8).fill_(0x55)
+            scales.fill_(7.0)
+        (keys, key_scales), (values, value_scales) = made
+        write(rows[0], rows[1], keys, values, slots, (key_scales, value_scales))
+        written.append([keys.view(torch.uint8), values.view(torch.uint8), key_scales, value_scales])
+    for ours, theirs in zip(*written, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_native_write_skips_what_has_no_slot_in_a_quantized_cache_too():
+    made = [empty_cache(KV_FORMATS["int8"], 1, 4, 1, 16, torch.float32) for _ in range(2)]
+    for payload, scales in made:
+        payload.fill_(9)
+        scales.fill_(1.0)
+    rows = torch.randn(2, 1, 16)
+    scales = (made[0][1], made[1][1])
+    kv_write(rows, rows, made[0][0], made[1][0], torch.tensor([-1, 2]), scales)
+    stored = dequantize(made[0][0], scales[0]).view(4, 16)
+    assert (stored[[0, 1, 3]] == 9).all()
+    assert (stored[2] - rows[1, 0]).abs().max() < 0.03

@@ -3,6 +3,7 @@
 
 #include <omp.h>
 
+#include "cache.h"
 #include "linear.h"
 
 namespace {
@@ -18,7 +19,7 @@ template <class E, class Q>
 struct Attention {
     using Cached = E;
     const Q* query;
-    const E *keys, *values;
+    Side<E> keys, values;
     Q* out;
     const int32_t *tables, *query_start, *context_lens;
     int64_t batch, table_width, heads, kv_heads, dim, block, query_stride, window;
@@ -26,9 +27,9 @@ struct Attention {
 
     int64_t width() const { return (dim + PANEL - 1) / PANEL * PANEL; }  // of a row of outputs while they are summed
 
-    const E* row(const E* cache, int64_t sequence, int64_t kv_head, int64_t position) const {
+    int64_t row(int64_t sequence, int64_t kv_head, int64_t position) const {  // of the cache
         const int64_t index = tables[sequence * table_width + position / block];
-        return cache + ((index * block + position % block) * kv_heads + kv_head) * dim;
+        return (index * block + position % block) * kv_heads + kv_head;
     }
 };
 
@@ -119,17 +120,31 @@ inline void add_values(const float* scores, const E* const* values, int64_t coun
         for (int i = 0; i < D; ++i) store(output + r * width + d + i * LANES, sums[r][i]);
 }
 
-// Few rows (decode, verification): dot products with the cache's own rows.
+// A row of the cache where it lies or, if it is quantized, decoded into `line`.
+template <class E>
+inline auto readable(const Side<E>& side, int64_t index, int64_t dim, float* line) {
+    if constexpr (QUANTIZED<E>) {
+        read_row(side, index, dim, line);
+        return static_cast<const float*>(line);
+    } else {
+        return static_cast<const E*>(side.row(index, dim));
+    }
+}
+
+// Few rows (decode, verification): dot products with the cache's own rows. Quantized ones are decoded a tile at a time,
+// once for the query heads that share them, into key_lines and value_lines [KV_TILE, dim].
 template <class A, int R>
-void attend_few(const A& a, const Rows& rows, int64_t begin, int64_t end, const float* query, float* scores, State s) {
-    using E = typename A::Cached;
+void attend_few(const A& a, const Rows& rows, int64_t begin, int64_t end, const float* query, float* scores,
+                float* key_lines, float* value_lines, State s) {
+    using E = std::conditional_t<QUANTIZED<typename A::Cached>, float, typename A::Cached>;
     constexpr int D = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // sums that run side by side
     const E *keys[KV_TILE], *values[KV_TILE];
     for (int64_t tile = begin; tile < end; tile += KV_TILE) {
         const int64_t count = std::min<int64_t>(KV_TILE, end - tile);
         for (int64_t t = 0; t < count; ++t) {
-            keys[t] = a.row(a.keys, rows.sequence, rows.kv_head, tile + t);
-            values[t] = a.row(a.values, rows.sequence, rows.kv_head, tile + t);
+            const int64_t row = a.row(rows.sequence, rows.kv_head, tile + t);
+            keys[t] = readable(a.keys, row, a.dim, key_lines + t * a.dim);
+            values[t] = readable(a.values, row, a.dim, value_lines + t * a.dim);
         }
         score_few<E, R>(query, keys, count, a.dim, scores);
         soften(a, rows, tile, count, scores, s);
@@ -172,11 +187,11 @@ void attend_many(const A& a, const Rows& rows, int64_t begin, int64_t end, const
             float* column = key_panels + t / PANEL * PANEL * a.dim + t % PANEL;
             float line[MOST_DIM];
             if (t < count) {
-                const auto* key = a.row(a.keys, rows.sequence, rows.kv_head, tile + t);
-                const auto* value = a.row(a.values, rows.sequence, rows.kv_head, tile + t);
-                for (int64_t d = 0; d < a.dim; d += LANES) store(line + d, load_as_float(key + d));
+                const int64_t row = a.row(rows.sequence, rows.kv_head, tile + t);
+                const auto* value = readable(a.values, row, a.dim, line);
                 for (int64_t d = 0; d < a.dim; d += LANES)
                     store(value_panels + d / PANEL * PANEL * count + t * PANEL + d % PANEL, load_as_float(value + d));
+                read_row(a.keys, row, a.dim, line);
             } else {
                 std::fill(line, line + a.dim, 0.0f);
             }
@@ -202,14 +217,14 @@ void attend_rows(const A& a, const Rows& rows, int64_t begin, int64_t end, float
     std::fill(s.sum, s.sum + count, 0.0f);
     std::fill(s.output, s.output + count * a.width(), 0.0f);
     switch (count) {
-        case 1: return attend_few<A, 1>(a, rows, begin, end, query, scores, s);
-        case 2: return attend_few<A, 2>(a, rows, begin, end, query, scores, s);
-        case 3: return attend_few<A, 3>(a, rows, begin, end, query, scores, s);
-        case 4: return attend_few<A, 4>(a, rows, begin, end, query, scores, s);
-        case 5: return attend_few<A, 5>(a, rows, begin, end, query, scores, s);
-        case 6: return attend_few<A, 6>(a, rows, begin, end, query, scores, s);
-        case 7: return attend_few<A, 7>(a, rows, begin, end, query, scores, s);
-        case 8: return attend_few<A, 8>(a, rows, begin, end, query, scores, s);
+        case 1: return attend_few<A, 1>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 2: return attend_few<A, 2>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 3: return attend_few<A, 3>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 4: return attend_few<A, 4>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 5: return attend_few<A, 5>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 6: return attend_few<A, 6>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 7: return attend_few<A, 7>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
+        case 8: return attend_few<A, 8>(a, rows, begin, end, query, scores, key_panels, value_panels, s);
         default: return attend_many(a, rows, begin, end, query, scores, key_panels, value_panels, s);
     }
 }

@@ -26,7 +26,8 @@ struct Affine {
 struct Layer {
     const float *input_norm, *attention_output_norm, *mlp_norm, *mlp_output_norm, *query_norm, *key_norm;  // or null
     Affine qkv, output, gate_up, down;
-    void *keys, *values;  // [blocks, block, kv_heads, dim]
+    void *keys, *values;                  // [blocks, block, kv_heads, dim]; see cache.h
+    uint16_t *key_scales, *value_scales;  // of a quantized cache, else null
     int64_t rotary, window;
     double scale;
 };
@@ -105,17 +106,18 @@ class Walk {
         attended = qkv + s.tokens * heads * m.dim;
         gated = attended + s.tokens * m.heads * m.dim;
         angles = gated + s.tokens * width;
-        partial = angles + s.tokens * angle_floats(m);
+        rounded = angles + s.tokens * angle_floats(m);
+        partial = rounded + team_scratch(s.tokens, widest(m));
         own_normed = own;
         memory = own + ALONE * m.hidden;
     }
 
     static int64_t shared_floats(const Model& m, const Step& s) {  // without the parts of attention
-        return s.tokens * (m.hidden + (2 * m.heads + 2 * m.kv_heads) * m.dim + m.layers[0].down.inputs + angle_floats(m));
+        const int64_t of_token = (2 * m.heads + 2 * m.kv_heads) * m.dim + m.layers[0].down.inputs + angle_floats(m);
+        return s.tokens * (m.hidden + of_token) + team_scratch(s.tokens, widest(m));
     }
     static int64_t own_floats(const Model& m, const Step& s, int64_t attention) {
-        const int64_t widest = std::max({m.hidden, m.heads * m.dim, m.layers[0].down.inputs});
-        return ALONE * m.hidden + std::max(attention, product_scratch(s.tokens, widest));
+        return ALONE * m.hidden + std::max(attention, product_scratch(s.tokens));
     }
 
     // cos and sin of every token's angles, [rotaries][tokens, 2, pairs].
@@ -151,18 +153,24 @@ class Walk {
     }
 
     Attention<E, float> attention(const Layer& layer) const {
-        return {qkv, static_cast<const E*>(layer.keys), static_cast<const E*>(layer.values), attended,
-                s.tables, s.query_start, s.context_lens, s.batch, s.table_width, m.heads, m.kv_heads, m.dim, m.block,
-                (m.heads + 2 * m.kv_heads) * m.dim, layer.window, float(layer.scale)};
+        return {qkv, keys(layer), values(layer), attended, s.tables, s.query_start, s.context_lens, s.batch,
+                s.table_width, m.heads, m.kv_heads, m.dim, m.block, (m.heads + 2 * m.kv_heads) * m.dim, layer.window,
+                float(layer.scale)};
     }
 
    private:
+    static Side<E> keys(const Layer& layer) { return {static_cast<E*>(layer.keys), layer.key_scales}; }
+    static Side<E> values(const Layer& layer) { return {static_cast<E*>(layer.values), layer.value_scales}; }
+
     const Model& m;
     const Step& s;
     const int64_t team, me;
-    float *normed, *qkv, *attended, *gated, *angles, *partial;  // of the team
-    float *own_normed, *memory;                        // of this thread
+    float *normed, *qkv, *attended, *gated, *angles, *rounded, *partial;  // of the team
+    float *own_normed, *memory;                                           // of this thread
 
+    static int64_t widest(const Model& m) {  // rows that a product reads
+        return std::max({m.hidden, m.heads * m.dim, m.layers[0].down.inputs});
+    }
     static int64_t angle_floats(const Model& m) {  // of one token
         int64_t floats = 0;
         for (int64_t index = 0; index < m.num_rotaries; ++index) floats += 2 * m.rotaries[index].pairs;
@@ -186,7 +194,7 @@ class Walk {
 
     void multiply(const Affine& affine, const float* x, float* out) {
         const Weight w = affine.weight();
-        multiply_panels<false>(w, x, s.tokens, memory, [&](int64_t panel, const Pair* outputs) {
+        multiply_panels<false>(w, x, s.tokens, memory, rounded, [&](int64_t panel, const Pair* outputs) {
             for (int64_t t = 0; t < s.tokens; ++t) put_pair(out + t * w.outputs + panel * PANEL, outputs[t]);
         });
         wait();
@@ -205,9 +213,8 @@ class Walk {
             if (!is_value) rotate(values, turned + 2 * token * pairs, turned + (2 * token + 1) * pairs, pairs);
             if (is_query || s.slots[token] < 0) continue;
             const int64_t kv_head = (head - m.heads) % m.kv_heads;
-            E* to = static_cast<E*>(is_value ? layer.values : layer.keys);
-            to += (s.slots[token] * m.kv_heads + kv_head) * m.dim;
-            for (int64_t d = 0; d < m.dim; ++d) put(to + d, values[d]);
+            const Side<E> side = is_value ? Walk::values(layer) : Walk::keys(layer);
+            write_row(side, s.slots[token] * m.kv_heads + kv_head, m.dim, values);
         }
         wait();
     }
@@ -215,7 +222,7 @@ class Walk {
     // x += norm?(affine · input)
     void add(const Affine& affine, const float* input, const float* norm) {
         const Weight w = affine.weight();
-        multiply_panels<false>(w, input, s.tokens, memory, [&](int64_t panel, const Pair* outputs) {
+        multiply_panels<false>(w, input, s.tokens, memory, rounded, [&](int64_t panel, const Pair* outputs) {
             for (int64_t t = 0; t < s.tokens; ++t) {
                 const int64_t at = t * m.hidden + panel * PANEL;
                 const float* before = s.x + at;
@@ -235,7 +242,7 @@ class Walk {
         const Weight w = layer.gate_up.weight();
         const int64_t width = w.outputs / 2;
         const Activation kind = Activation(m.activation);
-        multiply_panels<true>(w, x, s.tokens, memory, [&](int64_t panel, const Pair* gates, const Pair* ups) {
+        multiply_panels<true>(w, x, s.tokens, memory, rounded, [&](int64_t panel, const Pair* gates, const Pair* ups) {
             for (int64_t t = 0; t < s.tokens; ++t)
                 put_pair(gated + t * width + panel * PANEL,
                          {activate(kind, gates[t].low) * ups[t].low, activate(kind, gates[t].high) * ups[t].high});

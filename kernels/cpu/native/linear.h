@@ -300,30 +300,45 @@ inline void panel_outputs(const Weight& w, int64_t index, const Input& in, Pair*
         case BF16: sum_floats<BF16>(w, index, in, out, buffer); break;
         case INT8: sum_integers<INT8>(w, index, in, out, buffer); break;
         case INT4: sum_integers<INT4>(w, index, in, out, buffer); break;
+        case FP8: __builtin_unreachable();
     }
     if (w.type == INT8 || w.bias)
         for (int64_t r = 0; r < in.rows; ++r) out[r] = scaled_and_biased(w, index, out[r]);
 }
 
-// Floats of scratch that a thread needs for a product of so many rows and inputs; see multiply_panels.
+// Rows of x are rounded by every thread for itself where that is less than waiting for each other.
+constexpr int64_t ROUNDED_ALONE = 16384;  // elements of x
+
+// Floats of scratch for a product of so many rows and inputs: of each thread, and of the team.
 constexpr int64_t BUFFER = K_PIECE * PANEL;
-inline int64_t product_scratch(int64_t rows, int64_t inputs) { return BUFFER + 2 * rows * PANEL + 2 * rows * inputs; }
+inline int64_t product_scratch(int64_t rows) { return BUFFER + 2 * rows * PANEL + ROUNDED_ALONE; }
+inline int64_t team_scratch(int64_t rows, int64_t inputs) { return rows * inputs; }
+
+// x as the weight wants it, rounded by this thread or by the team, into `own` or `team`.
+inline Input rounded(const Weight& w, const float* x, int64_t rows, float* own, float* team) {
+    const int64_t count = rows * w.num_groups(), size = omp_get_num_threads(), me = omp_get_thread_num();
+    const bool alone = rows * w.inputs <= ROUNDED_ALONE;
+    float *scales = alone ? own : team, *sums = scales + count;
+    int16_t* words = reinterpret_cast<int16_t*>(sums + count);
+    for (int64_t i = alone ? 0 : count * me / size; i < (alone ? count : count * (me + 1) / size); ++i)
+        round_group(x + i * w.group, w.group, words + i * w.group, scales + i, sums + i);
+    if (!alone && count) {
+#pragma omp barrier
+    }
+    return {rows, w.inputs, x, words, scales, sums};
+}
 
 // Every thread of a team computes its share of the panels: finish(panel, outputs [rows] of pairs).
 // With `paired`, panel p and p + half the panels come together: finish(p, outputs of p, outputs of its partner).
+// All must have left the product before that used the same scratch of the team: a barrier lies between the two.
 template <bool paired, class Finish>
-void multiply_panels(const Weight& w, const float* x, int64_t rows, float* memory, Finish finish) {
-    const int64_t team = omp_get_num_threads(), me = omp_get_thread_num(), groups = w.num_groups();
+void multiply_panels(const Weight& w, const float* x, int64_t rows, float* memory, float* team, Finish finish) {
+    const int64_t size = omp_get_num_threads(), me = omp_get_thread_num();
     float* buffer = memory;
     Pair* outputs = reinterpret_cast<Pair*>(memory + BUFFER);
-    float *scales = memory + BUFFER + 2 * rows * PANEL, *sums = scales + rows * groups;
-    int16_t* words = reinterpret_cast<int16_t*>(sums + rows * groups);
-    // Every thread rounds all of x for itself: that is less than waiting for each other.
-    for (int64_t i = 0; i < rows * groups; ++i)
-        round_group(x + i * w.group, w.group, words + i * w.group, scales + i, sums + i);
-    const Input in{rows, w.inputs, x, words, scales, sums};
+    const Input in = rounded(w, x, rows, memory + BUFFER + 2 * rows * PANEL, team);
     const int64_t panels = paired ? w.num_panels() / 2 : w.num_panels();
-    for (int64_t panel = panels * me / team; panel < panels * (me + 1) / team; ++panel) {
+    for (int64_t panel = panels * me / size; panel < panels * (me + 1) / size; ++panel) {
         panel_outputs(w, panel, in, outputs, buffer);
         if constexpr (paired) {
             panel_outputs(w, panel + panels, in, outputs + rows, buffer);
@@ -360,20 +375,23 @@ inline void weight_row(const Weight& w, int64_t output, float* out) {
                 const uint8_t byte = panel[k / 4 * 2 * PANEL + 2 * (2 * (lane % half) + k % 2) + k % 4 / 2];
                 const uint16_t* grid = grids + k / w.group * 2 * PANEL;
                 out[k] = float((lane < half ? byte & 15 : byte >> 4) - 8) * widen(grid[0]) + widen(grid[PANEL]);
+                break;
             }
+            case FP8: __builtin_unreachable();
         }
 }
 
 // y [rows, outputs] = x [rows, inputs] · Wᵀ + bias.
 template <class Out>
 void linear(const float* x, int64_t rows, const Weight& w, Out* y, int threads) {
+    static thread_local std::vector<float> storage;  // of the calling thread
+    const size_t wanted = size_t(w.integers() ? team_scratch(rows, w.inputs) : 0);
+    if (storage.size() < wanted) storage.resize(wanted);
+    float* team = storage.data();  // taken here: in the other threads `storage` is theirs
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float* memory = scratch(product_scratch(rows, w.inputs));
-        multiply_panels<false>(w, x, rows, memory, [&](int64_t panel, const Pair* outputs) {
-            for (int64_t r = 0; r < rows; ++r) put_pair(y + r * w.outputs + panel * PANEL, outputs[r]);
-        });
-    }
+    multiply_panels<false>(w, x, rows, scratch(product_scratch(rows)), team, [&](int64_t panel, const Pair* outputs) {
+        for (int64_t r = 0; r < rows; ++r) put_pair(y + r * w.outputs + panel * PANEL, outputs[r]);
+    });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // for its own instruction set.
 
 #include "attention.h"
+#include "cache.h"
 #include "decoder.h"
 #include "linear.h"
 
@@ -32,6 +33,28 @@ void headroom_rows(int type, const void* panels, const void* parameters, const v
     for (int64_t i = 0; i < count; ++i) weight_row(w, index[i], out + i * inputs);
 }
 
+// Writes the step's keys and values, float32 or bfloat16, to their slots in a cache of another type (cache.h).
+void headroom_kv_quantize(const void* key, const void* value, int dtype, int64_t key_stride, int64_t value_stride,
+                          void* keys, void* values, uint16_t* key_scales, uint16_t* value_scales, int cache_type,
+                          const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t dim) {
+    std::vector<float> line(static_cast<size_t>(dim));
+    const auto write = [&](auto side, const void* rows, int64_t stride) {
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t head = 0; head < kv_heads && slots[t] >= 0; ++head) {
+                const int64_t first = t * stride + head * dim;
+                for (int64_t d = 0; d < dim; ++d)
+                    line[d] = dtype == F32 ? static_cast<const float*>(rows)[first + d]
+                                           : widen(static_cast<const uint16_t*>(rows)[first + d]);
+                write_row(side, slots[t] * kv_heads + head, dim, line.data());
+            }
+    };
+    with_cache_type(cache_type, [&](auto element) {
+        using E = decltype(element);
+        write(Side<E>{static_cast<E*>(keys), key_scales}, key, key_stride);
+        write(Side<E>{static_cast<E*>(values), value_scales}, value, value_stride);
+    });
+}
+
 // Copies the step's keys and values to their slots (block · block_size + offset; negative: nowhere).
 void headroom_kv_write(const void* key, const void* value, int64_t key_stride, int64_t value_stride, void* keys,
                        void* values, const int64_t* slots, int64_t tokens, int64_t row_bytes) {
@@ -44,32 +67,35 @@ void headroom_kv_write(const void* key, const void* value, int64_t key_stride, i
     }
 }
 
-// Causal attention over the paged cache, bottom-right aligned. dtype 0: float32, 1: bfloat16, for query, cache and out.
-void headroom_attention(const void* query, const void* keys, const void* values, void* out, int dtype,
-                        const int32_t* tables, const int32_t* query_start, const int32_t* context_lens, int64_t batch,
-                        int64_t table_width, int64_t heads, int64_t kv_heads, int64_t dim, int64_t block,
-                        int64_t query_stride, int64_t window, float scale, int threads) {
-    auto run = [&](auto element) {
-        using E = decltype(element);
-        attention(Attention<E, E>{static_cast<const E*>(query), static_cast<const E*>(keys),
-                                  static_cast<const E*>(values), static_cast<E*>(out), tables, query_start,
-                                  context_lens, batch, table_width, heads, kv_heads, dim, block, query_stride, window,
-                                  scale},
-                  threads);
+// Causal attention over the paged cache, bottom-right aligned. dtype 0: float32, 1: bfloat16, of query and out; a cache
+// that is not quantized has the same.
+void headroom_attention(const void* query, void* keys, void* values, uint16_t* key_scales, uint16_t* value_scales,
+                        int cache_type, void* out, int dtype, const int32_t* tables, const int32_t* query_start,
+                        const int32_t* context_lens, int64_t batch, int64_t table_width, int64_t heads,
+                        int64_t kv_heads, int64_t dim, int64_t block, int64_t query_stride, int64_t window, float scale,
+                        int threads) {
+    auto run = [&](auto of_query, auto of_cache) {
+        using Q = decltype(of_query);
+        using E = decltype(of_cache);
+        if constexpr (QUANTIZED<E> || std::is_same_v<E, Q>)
+            attention(Attention<E, Q>{static_cast<const Q*>(query), {static_cast<E*>(keys), key_scales},
+                                      {static_cast<E*>(values), value_scales}, static_cast<Q*>(out), tables,
+                                      query_start, context_lens, batch, table_width, heads, kv_heads, dim, block,
+                                      query_stride, window, scale},
+                      threads);
     };
-    if (dtype == F32)
-        run(float{});
-    else
-        run(uint16_t{});
+    with_cache_type(cache_type, [&](auto element) {
+        if (dtype == F32)
+            run(float{}, element);
+        else
+            run(uint16_t{}, element);
+    });
 }
 
 // All layers and the final norm over one step; see decoder.h. step->x [tokens, hidden] float32 is read and written.
 void headroom_decode_step(const void* model, const void* step, int threads) {
     const Model& m = *static_cast<const Model*>(model);
     const Step& s = *static_cast<const Step*>(step);
-    if (m.cache_type == F32)
-        decode_step<float>(m, s, threads);
-    else
-        decode_step<uint16_t>(m, s, threads);
+    with_cache_type(m.cache_type, [&](auto element) { decode_step<decltype(element)>(m, s, threads); });
 }
 }

@@ -32,7 +32,7 @@ using ShortVec = uint16_t __attribute__((vector_size(LANES * 2)));
 using WordVec = int16_t __attribute__((vector_size(LANES * 4)));  // 2 · LANES of them
 using UnsignedWordVec = uint16_t __attribute__((vector_size(LANES * 4)));
 
-enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, FP8 = 4 };  // FP8: of the cache only
 
 template <class V, class T>
 inline V load(const T* from) {

@@ -80,6 +80,28 @@ def test_fused_layers_quantize_activations_where_they_make_them(tiny_llama, weig
     assert len(launches) - together == 4 * together
 
 
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8", "int4"])
+def test_layers_over_a_quantized_cache_compute_through_triton_what_they_compute_through_torch(model, kv_dtype):
+    """The logits of a prompt in chunks of 24 and of a batch of prompts, by the fused layers and by eager ones."""
+    ways = [{"attention": "triton", "execution": "fused"}, {"attention": "reference", "execution": "eager"}]
+    hidden = []
+    for way in ways:
+        config = {"dtype": "float32", "device": "cpu", "token_budget": 24, "memory_limit_gib": 0.02, **way}
+        engine = Engine(model, EngineConfig.from_mapping({**config, "kv_dtype": kv_dtype}))
+        assert engine.cache.format.name == kv_dtype
+        hidden.append([])
+        forward = engine._executor.forward
+        engine._executor.forward = lambda step, f=forward, seen=hidden[-1]: seen.append(f(step)) or seen[-1]
+        for index, prompt in enumerate(PROMPTS):
+            engine.add_request(str(index), prompt, SamplingParams(max_tokens=1))
+        while engine.has_unfinished():
+            engine.step()
+        assert engine.steps[-1].execution == way["execution"]
+    assert len(hidden[0]) == len(hidden[1]) > 3
+    for ours, theirs in zip(*hidden, strict=True):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
 def test_execution_can_go_to_the_fused_kernels_and_back_while_requests_are_in_flight(model):
     expected, _ = generate(model, "sdpa", "off")
     config = EngineConfig.from_mapping({"attention": "triton", "execution": "eager", "memory_limit_gib": 0.02})
