@@ -12,9 +12,11 @@ from tests.e2e.steps import answer, ask, choose, open_page, set_number, wait_rea
 
 TOGGLES = [
     {"weights": ["model", "int4"]},
+    {"kv_dtype": ["model", "int8"]},
     {"speculation": ["off", "ngram"]},
     {"speculation": ["ngram", "off"]},
     {"weights": ["int4", "model"]},
+    {"kv_dtype": ["int8", "model"]},
 ]
 pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
 
@@ -27,7 +29,7 @@ def test_a_plan_a_chat_with_a_toggle_a_comparison_and_its_export(page, dashboard
     chat_while_toggling_int4(page)
     changes = changes_of(dashboard)
     assert [change["changed"] for change in changes] == TOGGLES  # each click once, and nothing went back by itself
-    assert [change["requests_in_flight"] for change in changes] == [1, 1, 1, 0]
+    assert [change["requests_in_flight"] for change in changes] == [1, 1, 1, 1, 0, 0]
     open_page(page, "Compare")
     compare_prefix_cache(page)
     page.get_by_role("link", name="Open in History").click()
