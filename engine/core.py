@@ -43,7 +43,7 @@ from engine.speculation.draft_control import DraftControl
 from engine.speculation.proposers import make_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
-from kernels.dispatch import Op, choose
+from kernels.dispatch import Op, cache_obstacle, choose
 from kernels.kv_formats import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -604,8 +604,11 @@ class Engine:
         """Another cache and another pool of blocks, of which nobody may hold one now."""
         self._executor.close()
         self._use_cache(self.cache.like(0))  # the old one goes first: there is no memory for both
-        sizing.release_memory()
-        cache = self._new_cache(config, envelope)
+        try:
+            cache = self._new_cache(config, envelope)
+        except CapacityError:  # the garbage collector may find some, but takes longer than all the rest
+            sizing.release_memory()
+            cache = self._new_cache(config, envelope)
         self.envelope = envelope
         self._use_cache(cache)
         self.scheduler.exchange_pool(BlockPool(envelope.num_blocks, config.block_size))
@@ -657,14 +660,13 @@ class Engine:
         self.model.commit_weights(prepared)
 
     def _make_attention(self, config: EngineConfig) -> tuple[Any, str]:
-        head_dim, packed = self.model.decoder.head_dim, KV_FORMATS[config.kv_dtype].values_per_element
-        if head_dim % packed:
-            raise ConfigError(
-                f"{config.kv_dtype!r} packs {packed} dimensions, and heads of this model have {head_dim}.",
-                field="kv_dtype",
-                remedy="Choose int8 or fp8.",
-            )
-        return get_backend(config.attention, self.model.device, self.model.dtype, head_dim)
+        device, head_dim = self.model.device, self.model.decoder.head_dim
+        backend, path = get_backend(config.attention, device, self.model.dtype, head_dim)
+        obstacle = cache_obstacle(path, config.kv_dtype, device, head_dim)
+        if obstacle is not None:
+            words = f"{config.kv_dtype!r} cannot be had here: {obstacle.reason}"
+            raise ConfigError(words, field="kv_dtype", remedy=obstacle.remedy)
+        return backend, path
 
     # -- looking at it ---------------------------------------------------------------------------------
 
@@ -701,10 +703,12 @@ class Engine:
             "sampling": ("sample", self.config.sampling),
         }
         device, dtype, heads = self.model.device, self.model.dtype, {"attention": self.model.decoder.head_dim}
-        return {
+        reasons = {
             f"{name}_reason": choose(op, value, device=device, dtype=dtype, head_dim=heads.get(name)).reason
             for name, (op, value) in asked.items()
         }
+        reasons["linear_reason"] = " ".join(filter(None, [self.model.left_to_torch(), reasons["linear_reason"]]))
+        return reasons
 
     def status(self) -> EngineStatus:
         """A consistent picture between two steps."""

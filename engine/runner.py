@@ -15,7 +15,7 @@ from engine.batching.scheduler import ScheduledRequest
 from engine.cache.kv_cache import KVCache
 from engine.execution import Executor, Step
 from engine.layers.attention import AttentionBackend
-from engine.step_tensors import build_step_tensors
+from engine.step_tensors import BlockTables, build_step_tensors
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel
@@ -34,6 +34,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.executor = executor
+        self._block_tables = BlockTables()
 
     @torch.inference_mode()
     def run(self, rows: Sequence[ScheduledRequest], attention: AttentionBackend) -> torch.Tensor:
@@ -56,6 +57,7 @@ class Runner:
             sampled=sampled,
             block_size=self.cache.block_size,
             device=self.model.device,
+            block_tables=self._block_tables,
         )
         context = self.executor.context
         context.enter(attention, self.cache, tensors.batch)

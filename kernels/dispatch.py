@@ -15,6 +15,7 @@ import torch
 
 from kernels.cpu import build
 from kernels.cpu.attention import MAX_HEAD_DIM
+from kernels.kv_formats import KV_FORMATS
 
 Op = Literal[
     "paged_attention",
@@ -56,6 +57,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 _OF_HEADS = ("paged_attention", "attention_mass", "kv_write", "rotary_kv_write")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FP8_CAPABILITY = (8, 9)
 TRITON_MAX_HEAD_DIM = 256  # a tile of queries, keys and values must fit into registers and shared memory
 
 
@@ -161,6 +163,22 @@ def _choose_triton(op: Op, other: str, device: torch.device, dtype: torch.dtype,
         reason = f"the Triton kernel needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}."
         return Choice(op, None, reason, instead)
     return Choice(op, "triton", f"compiled for sm_{capability[0]}{capability[1]}.")
+
+
+def cache_obstacle(path: str, kv_format: str, device: torch.device | str, head_dim: int) -> Choice | None:
+    """Why attention on ``path`` cannot have its cache in a format of :mod:`kernels.kv_formats`; None if it can."""
+    packed = KV_FORMATS[kv_format].values_per_element
+    if head_dim % packed:
+        reason = f"{kv_format} packs {packed} dimensions into a byte, heads of this model have {head_dim}."
+        return Choice("kv_write", None, reason, "Choose int8 or fp8.")
+    if kv_format == "fp8" and path == "triton":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            reason = (
+                f"Triton converts FP8 from compute capability 8.9 on, this GPU has {capability[0]}.{capability[1]}."
+            )
+            return Choice("kv_write", None, reason, "Choose int8, which takes the same memory, or attention=sdpa.")
+    return None
 
 
 @functools.cache

@@ -36,7 +36,8 @@ class AttentionBatch:
         context_lens: KV length of each sequence after this step's tokens are written, ≥ query_lens.
         query_start: int32 [B + 1], cumulative sum of ``query_lens``, on the model's device.
         context_lens_tensor: int32 [B], ``context_lens`` on the model's device.
-        block_tables: int32 [B, max_blocks], block ids in order, padded with 0, on the model's device.
+        block_tables: int32 [B, max_blocks], block ids in order; behind what a context needs is anything, which nobody
+            reads. On the model's device.
         slot_mapping: int64 [T], where each of the T new tokens goes: block_id * block_size + offset.
         plan: scratch a backend may use to keep what it derives once per step (masks, gathers, groups) and reuses in
             every layer; cleared by making a new batch.

@@ -74,6 +74,10 @@ class LoadedModel:
         """What really runs in the linear layers, for the page and the record."""
         return weight_exchange.describe_path(self.decoder, self.dtype)
 
+    def left_to_torch(self) -> str:
+        """Which linear layers the chosen kernels do not multiply, in a sentence; ``""`` if they multiply all."""
+        return weight_exchange.left_to_torch(self.decoder, self.weights_choice.linear)
+
     def decoder_path(self) -> str:
         """What computes the blocks, for the page and the record: our decoder, or transformers as a fallback."""
         return self.decoder.describe_path()

@@ -136,6 +136,20 @@ def describe_path(decoder: Decoder | TransformersDecoder, dtype: torch.dtype) ->
     return text if head.format.bits is None else f"{text}; head {head.format.path}"
 
 
+def left_to_torch(decoder: Decoder | TransformersDecoder, linear: str) -> str:
+    """A sentence where other kernels were chosen but have no form for all layers' formats and shapes, else ``""``."""
+    if linear == "torch" or not decoder.exchanges_weights:
+        return ""
+    formats = [module.format for _, module, _ in decoder.linears()]
+    # On a GPU unquantized weights are torch's by design.
+    left = [f for f in formats if linear not in f.path and not (linear == "triton" and f.bits is None)]
+    kinds = ", ".join(sorted({format.name for format in left}))
+    words = (
+        f"{len(left)} of {len(formats)} layers ({kinds}) go through torch: the {linear} kernels have no form for them."
+    )
+    return words if left else ""
+
+
 def measure_errors(decoder: Decoder | TransformersDecoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
     """Weight error of every layer against the checkpoint, by layer name. Reads the whole checkpoint."""
     return {

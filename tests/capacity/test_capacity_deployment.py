@@ -244,11 +244,12 @@ def test_launch_commands_carry_the_plan():
 def test_our_own_launch_command_is_one_the_engine_understands():
     from engine.config import EngineConfig, parse_assignments
 
-    full = plan(_request(weights="int4-g64", profile="headroom")).request
+    full = plan(_request(weights="int4-g64", kv_dtype="int8", profile="headroom")).request
     words = shlex.split(launch_commands(full, dataclasses.replace(CHAT, draft_length=4))[2].command)
     settings_given = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
     config = EngineConfig.from_mapping(parse_assignments(settings_given))
     assert (config.weights, int(config.group_size), config.speculation) == ("int4", 64, "ngram")
+    assert config.kv_dtype == "int8"
 
 
 # -- anything at all ---------------------------------------------------------------------------------------------

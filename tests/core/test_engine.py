@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine.errors import CapacityError, ConfigError, RequestError
 from engine.models import load_model
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
+from kernels.cpu import build
 from tests.support import engine_with_blocks
 
 
@@ -195,6 +197,16 @@ def test_cache_that_is_allocated_is_the_cache_that_was_planned(tiny_llama: Path,
 def test_weights_take_the_bytes_that_the_planner_predicts(tiny_llama: Path, weights: str, group_size: str):
     engine = make_engine(tiny_llama, weights=weights, group_size=group_size)
     assert engine.model.weight_bytes() == sizing.predicted_weight_bytes(engine.model, engine.config)
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+def test_the_record_says_which_layers_the_chosen_kernels_do_not_multiply(engine: Engine):
+    assert "torch" not in engine.path()["linear_reason"]
+    engine.reconfigure({"weights": "fp8"})
+    reason = engine.path()["linear_reason"]
+    assert re.match(r"(\d+) of \1 layers \(fp8\) go through torch: the native kernels have no form", reason)
+    engine.reconfigure({"weights": "int8"})
+    assert "torch" not in engine.path()["linear_reason"]
 
 
 def test_weights_that_would_exceed_the_memory_limit_are_refused_and_nothing_changes(tiny_llama: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -191,6 +190,24 @@ def test_a_format_under_which_a_request_in_flight_could_not_finish_is_refused_an
     assert len(finish(engine)["r"].token_ids) == 60
 
 
+def refuse_quantized(make: Any, problem: Exception, **shape: Any) -> Any:
+    if shape["format"].name != "model":
+        raise problem
+    return make(**shape)
+
+
+def test_an_exchange_that_finds_memory_at_the_second_try_goes_through(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+):
+    engine = make_engine(model)
+    add(engine, random_prompt(20), 8)
+    engine.step()
+    monkeypatch.setattr(core, "KVCache", failing_at(1, core.KVCache, FAILURES[0]))
+    engine.reconfigure({"kv_dtype": "int8"})
+    assert engine.cache.format.name == "int8"
+    assert len(finish(engine)["r"].token_ids) == 8
+
+
 @pytest.mark.parametrize("problem", FAILURES, ids=lambda p: type(p).__name__)
 def test_an_exchange_that_runs_out_of_memory_brings_the_former_format_back(
     model: LoadedModel, problem: Exception, monkeypatch: pytest.MonkeyPatch
@@ -204,7 +221,7 @@ def test_an_exchange_that_runs_out_of_memory_brings_the_former_format_back(
         engine.step()
     before = engine.config, engine.envelope
     with monkeypatch.context() as patch:
-        patch.setattr(core, "KVCache", failing_at(1, core.KVCache, problem))
+        patch.setattr(core, "KVCache", lambda make=core.KVCache, **shape: refuse_quantized(make, problem, **shape))
         with pytest.raises(CapacityError, match="GiB of KV cache") as refusal:
             engine.reconfigure({"kv_dtype": "int8", "batching": "static"})
     assert refusal.value.remedy
@@ -248,7 +265,6 @@ def test_the_old_cache_is_gone_before_the_new_one_is_made(model: LoadedModel, mo
     alive: list[bool] = []
 
     def watched(**shape: Any) -> Any:
-        gc.collect()
         alive.append(old() is not None)
         return make(**shape)
 

@@ -1,4 +1,7 @@
-"""The whole engine on the device, kernels and CUDA graphs included, gives transformers' tokens in float32."""
+"""The whole engine on the device, kernels and CUDA graphs included, gives transformers' tokens in float32.
+
+Over a quantized cache, which transformers has not, it gives the tokens of plain softmax attention over the same format.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import load_model
 from engine.sampling import SamplingParams
+from kernels.kv_formats import KV_FORMATS
 from tests.gpu.case import Size
 from tests.gpu.random_model import tokenizer_of
 
@@ -37,6 +41,7 @@ SHAPE: dict[str, Any] = {
 PROMPT_LENGTHS: dict[Size, tuple[int, ...]] = {"full": (5, 22, 39, 64, 90), "tiny": (3, 22)}
 OUTPUT_TOKENS: dict[Size, int] = {"full": 24, "tiny": 4}
 PREPARATION_TIMEOUT_S = 60.0
+QUANTIZED_MODEL = "llama"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,6 +93,25 @@ def check_all(device: torch.device, size: Size, deadline: float, tell: Callable[
                     yield Parity(name, setting, None, {}, "no time left")
                     continue
                 yield _check(name, setting, folder, knobs, device, size, expected)
+            if name == QUANTIZED_MODEL:
+                yield from _check_quantized(name, folder, device, size, deadline)
+
+
+def _check_quantized(name: str, folder: Path, device: torch.device, size: Size, deadline: float) -> Iterator[Parity]:
+    """A model over every quantized format of the cache."""
+    for kv_dtype in [key for key in KV_FORMATS if key != "model"]:
+        plain = {"kv_dtype": kv_dtype, "execution": "eager", "attention": "reference"}
+        expected = None
+        for setting, knobs in settings(device).items():
+            if setting not in ("fused", "graphs"):  # what an engine on a GPU would run
+                continue
+            label = f"{setting}, {kv_dtype} cache"
+            if time.monotonic() > deadline:
+                yield Parity(name, label, None, {}, "no time left")
+                continue
+            if expected is None:
+                expected = _generate(folder, plain, device, size)[0]
+            yield _check(name, label, folder, knobs | {"kv_dtype": kv_dtype}, device, size, expected)
 
 
 def _reference(config: Any, folder: Path, device: torch.device, size: Size) -> tuple[Path, list[list[int]]]:
@@ -133,17 +157,25 @@ def _check(
     size: Size,
     expected: list[list[int]],
 ) -> Parity:
-    fixed = {"model": str(folder), "dtype": "float32", "device": str(device), "linear": "torch", "token_budget": 16}
     try:
-        config = EngineConfig.from_mapping(fixed | {"memory_limit_gib": 0.5, "max_num_seqs": 8} | knobs)
-        engine = Engine(load_model(str(folder), dtype="float32", device=str(device)), config)
-        wait_until_prepared(engine)
-        found = generate(engine, size)
-        path = engine.path()
-        engine.close()
+        found, path = _generate(folder, knobs, device, size)
     except Exception as problem:  # a setting that cannot run is a result
         return Parity(name, setting, None, {}, f"{type(problem).__name__}: {str(problem)[:300]}")
     return Parity(name, setting, found == expected, path)
+
+
+def _generate(
+    folder: Path, knobs: dict[str, Any], device: torch.device, size: Size
+) -> tuple[list[list[int]], dict[str, str]]:
+    """The tokens of an engine of its own, and what really ran."""
+    fixed = {"model": str(folder), "dtype": "float32", "device": str(device), "linear": "torch", "token_budget": 16}
+    config = EngineConfig.from_mapping(fixed | {"memory_limit_gib": 0.5, "max_num_seqs": 8} | knobs)
+    engine = Engine(load_model(str(folder), dtype="float32", device=str(device)), config)
+    wait_until_prepared(engine)
+    found = generate(engine, size)
+    path = engine.path()
+    engine.close()
+    return found, path
 
 
 def generate(engine: Engine, size: Size) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""The engine on a model's real shapes with random weights: every weight format, batch and execution, beside its floor.
+"""The engine on a model's real shapes with random weights, beside its floor: formats of weights and cache, batches,
+executions.
 
 The floor of a decode step: its weights and the keys and values of its sequences read once at the copy bandwidth of the
 same run, or its operations at the matrix rate of the same run, whichever takes longer.
@@ -19,6 +20,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.loader import LoadedModel
 from engine.sampling import SamplingParams
+from kernels.kv_formats import KV_FORMATS, KVFormat
 from tests.gpu.case import Size
 from tests.gpu.ceilings import Ceilings
 from tests.gpu.engine_parity import wait_until_prepared
@@ -31,6 +33,8 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "int4": {"weights": "int4", "group_size": "128"},
     "w8a8": {"weights": "w8a8"},
     "fp8": {"weights": "fp8"},
+    "bfloat16, fp8 cache": {"weights": "model", "kv_dtype": "fp8"},
+    "bfloat16, int8 cache": {"weights": "model", "kv_dtype": "int8"},
 }
 BATCHES = {"full": (1, 32, 256), "tiny": (1, 2)}
 PROMPT_TOKENS = {"full": 128, "tiny": 3}
@@ -136,7 +140,8 @@ def _headroom(
                 engine.reconfigure({"execution": execution})
                 wait_until_prepared(engine)
                 step_s = _decode_step_s(engine, batch, size)
-                yield _speed("headroom", setting, batch, step_s, floor_s(model, batch, size, ceilings), engine.path())
+                floor = floor_s(model, batch, size, ceilings, engine.cache.format)
+                yield _speed("headroom", setting, batch, step_s, floor, engine.path())
             except Exception as problem:
                 engine.fail_all("the measurement failed")
                 yield _failed("headroom", setting, batch, problem)
@@ -163,11 +168,14 @@ def _decode_step_s(engine: Engine, batch: int, size: Size) -> float:
     return statistics.median(samples)
 
 
-def floor_s(model: LoadedModel, batch: int, size: Size, ceilings: Ceilings) -> float | None:
+def floor_s(
+    model: LoadedModel, batch: int, size: Size, ceilings: Ceilings, cache: KVFormat = KV_FORMATS["model"]
+) -> float | None:
     """Least time of a decode step in the middle of the measurement; None where the rate of its units is not known."""
     spec = model.decoder
     context = PROMPT_TOKENS[size] + OUTPUT_TOKENS[size] // 2
-    kv_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * model.dtype.itemsize * context * batch
+    heads = 2 * spec.num_layers * spec.num_kv_heads * context * batch
+    kv_bytes = heads * cache.head_bytes(spec.head_dim, model.dtype)
     table = model.decoder.embed_tokens.format.nbytes()  # of which a step reads a row a sequence
     moved = model.weight_bytes() - table + kv_bytes
     flops = 2 * batch * (model.num_parameters() - model.decoder.vocab_size * model.decoder.hidden_size)

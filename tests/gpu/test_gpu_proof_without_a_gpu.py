@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels.dispatch import IMPLEMENTATIONS
+from kernels.kv_formats import KV_FORMATS
 from tests.gpu import engine_speed, kernels, random_model, table
 from tests.gpu.case import Bar, Case
 from tests.gpu.ceilings import Ceilings
@@ -48,16 +49,22 @@ def test_every_case_has_a_time_and_a_floor(document):
 
 
 def test_the_engine_gives_the_tokens_of_transformers_in_every_setting(document):
-    assert {item["setting"] for item in document["parity"]} == {"eager", "fused", "fused, drafts"}
+    quantized = {f"fused, {name} cache" for name in KV_FORMATS if name != "model"}
+    assert {item["setting"] for item in document["parity"]} == {"eager", "fused", "fused, drafts"} | quantized
     assert [item for item in document["parity"] if item["equal"] is not True] == []
     assert all(item["path"]["attention"] == "triton (interpreter)" for item in document["parity"])
     paths = {item["setting"]: item["path"]["execution"] for item in document["parity"]}
-    assert paths == {"eager": "eager", "fused": "fused", "fused, drafts": "fused"}
+    assert paths.pop("eager") == "eager"
+    assert set(paths.values()) == {"fused"}
+    over_quantized = [item for item in document["parity"] if "cache" in item["setting"]]
+    caches = {item["setting"].split()[1]: item["path"]["kv_cache"] for item in over_quantized}
+    assert caches == {"fp8": "fp8_per_token_head", "int8": "int8_per_token_head", "int4": "int4"}
 
 
-def test_the_engine_is_measured_in_every_weight_format(document):
+def test_the_engine_is_measured_in_every_weight_format_and_over_quantized_caches(document):
     ours = {item["setting"] for item in document["engine"] if item["engine"] == "headroom" and item["step_ms"]}
     assert {name.partition(",")[0] for name in ours} == {"bfloat16", "int8", "int4", "w8a8", "fp8"}
+    assert {name for name in ours if "cache" in name} == {"bfloat16, fp8 cache, fused", "bfloat16, int8 cache, fused"}
     assert any(item["engine"] == "transformers" and item["step_ms"] for item in document["engine"])
 
 
@@ -117,6 +124,16 @@ def test_the_floor_is_the_roofline_of_the_measured_ceilings():
     assert CEILINGS.floor_s(10**12, 0, "bfloat16") == pytest.approx(1.0)
     assert CEILINGS.floor_s(10**11, 2 * 10**14, "bfloat16") == pytest.approx(2.0)
     assert CEILINGS.floor_s(1, 1, "float8") is None
+
+
+def test_the_floor_counts_the_bytes_of_the_cache_as_it_is_stored():
+    device = torch.device("cpu")
+    model = random_model.make(random_model.TINY, device, torch.bfloat16, tokenizer_of(random_model.TINY["vocab_size"]))
+    ceilings = Ceilings(copy_bytes_s=1.0, flops_s={"bfloat16": 1e30}, absent={})  # a byte a second
+    few, many = (engine_speed.floor_s(model, batch, "tiny", ceilings) for batch in (1, 101))
+    quantized = [engine_speed.floor_s(model, batch, "tiny", ceilings, KV_FORMATS["int8"]) for batch in (1, 101)]
+    head = model.decoder.head_dim
+    assert (quantized[1] - quantized[0]) / (many - few) == pytest.approx((head + 2) / (2 * head))
 
 
 def test_the_floor_of_8_bit_products_is_that_of_the_8_bit_units():

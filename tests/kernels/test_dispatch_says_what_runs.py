@@ -8,7 +8,7 @@ import torch
 from engine.errors import ConfigError
 from engine.layers.attention import get_backend
 from kernels import dispatch
-from kernels.dispatch import IMPLEMENTATIONS, choose
+from kernels.dispatch import IMPLEMENTATIONS, cache_obstacle, choose
 
 CPU = torch.device("cpu")
 needs_compiling_process = pytest.mark.skipif(
@@ -46,6 +46,27 @@ def test_a_head_too_wide_for_the_kernel_is_refused_with_both_numbers():
     assert choice.path is None
     assert "512" in choice.reason
     assert "256" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("path", "kv_format", "capability", "said"),
+    [
+        ("triton", "fp8", (8, 0), "8.9"),
+        ("triton", "fp8", (9, 0), None),
+        ("triton", "int8", (8, 0), None),
+        ("sdpa", "fp8", (8, 0), None),
+    ],
+)
+def test_an_fp8_cache_is_refused_on_a_gpu_whose_kernels_cannot_convert_it(
+    monkeypatch, path, kv_format, capability, said
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    obstacle = cache_obstacle(path, kv_format, "cuda", 64)
+    if said is None:
+        assert obstacle is None
+    else:
+        assert said in obstacle.reason
+        assert "int8" in obstacle.remedy
 
 
 def test_a_dtype_the_kernel_lacks_is_refused_by_name():

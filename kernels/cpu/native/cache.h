@@ -7,14 +7,12 @@
 
 namespace {
 
-struct Fp8 { uint8_t bits; };     // e4m3
+struct Fp8 { uint8_t bits; };  // e4m3
 struct Int8 { int8_t value; };
-struct Int4 { uint8_t pair; };    // dimensions 2j (low half) and 2j + 1
+struct Int4 { uint8_t pair; };  // dimensions 2j (low half) and 2j + 1
 
 template <class E>
 constexpr bool QUANTIZED = !std::is_same_v<E, float> && !std::is_same_v<E, uint16_t>;
-template <class E>
-constexpr int64_t SCALES = std::is_same_v<E, Int4> ? 2 : QUANTIZED<E> ? 1 : 0;  // float16 numbers of a row
 template <class E>
 constexpr int64_t PACKED = std::is_same_v<E, Int4> ? 2 : 1;  // dimensions in an element
 
@@ -22,7 +20,7 @@ constexpr int64_t PACKED = std::is_same_v<E, Int4> ? 2 : 1;  // dimensions in an
 template <class E>
 struct Side {
     E* payload;        // [blocks, block, kv_heads, dim / PACKED]
-    uint16_t* scales;  // float16 [blocks, block, kv_heads, SCALES]; null without
+    uint16_t* scales;  // float16 [blocks, block, kv_heads, 1], of INT4 2: scale and minimum; else null
 
     E* row(int64_t index, int64_t dim) const { return payload + index * (dim / PACKED<E>); }
 };
