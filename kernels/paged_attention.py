@@ -219,71 +219,73 @@ def paged_attention_triton(
     Raises:
         ValueError: naming the argument whose layout does not fit.
     """
-    num_tokens, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = key_cache.shape
-    num_seqs = context_lens.shape[0]
     _check(query, key_cache, value_cache, block_tables, sinks, scales)
-    decode = num_tokens == num_seqs
-    group_size = num_heads // num_kv_heads
-    chosen = _pick(decode, group_size, head_dim, query, format_of(key_cache).name, config)
-    queries_per_block = chosen.block_m // group_size
+    num_tokens, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    launch = _plan_launch(query, key_cache, block_tables, context_lens.shape[0], num_splits, config)
+    tiles, chunks = launch.config, launch.chunks
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=query.device)
-    table_tokens = block_tables.shape[1] * block_size
-    splits = num_splits or (_num_splits(num_seqs * num_kv_heads, table_tokens) if decode else 1)
-    chunks = triton.cdiv(table_tokens, CHUNK) if decode and splits > 1 else 1
-    block_d = max(16, triton.next_power_of_2(head_dim))
     # One state a chunk: its softmax's maximum and sum, and the weighted values.
-    partial = torch.empty((num_tokens, num_heads, chunks, block_d), dtype=torch.float32, device=query.device)
+    partial = torch.empty((num_tokens, num_heads, chunks, launch.block_d), dtype=torch.float32, device=query.device)
     state = torch.empty((num_tokens, num_heads, chunks, 2), dtype=torch.float32, device=query.device)
-    # Each sequence wastes at most one block of queries: an upper bound of the blocks that needs no device sync.
-    blocks = num_seqs if decode else num_tokens // queries_per_block + num_seqs
-    format = format_of(key_cache)
     key_scales, value_scales = scales or (state, state)  # without any, never read
-    _paged_attention_kernel[(blocks, num_kv_heads, splits)](
-        output,
-        lse,
-        partial,
-        state,
-        query,
-        key_cache,
-        value_cache,
-        key_scales,
-        value_scales,
-        lse if sinks is None else sinks,
-        block_tables,
-        query_start,
-        context_lens,
-        scale,
-        soft_cap or 0.0,
-        window or 0,
-        num_seqs,
-        chunks,
-        block_tables.stride(0),
-        *query.stride()[:2],
-        *key_cache.stride()[:3],
+    _paged_attention_kernel[launch.grid](
+        output, lse, partial, state, query, key_cache, value_cache, key_scales, value_scales,
+        lse if sinks is None else sinks, block_tables, query_start, context_lens, scale, soft_cap or 0.0, window or 0,
+        context_lens.shape[0], chunks, block_tables.stride(0), *query.stride()[:2], *key_cache.stride()[:3],
         *value_cache.stride()[:3],
-        DECODE=decode,
-        SPLIT=chunks > 1,
-        HAS_WINDOW=window is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
-        HAS_SINKS=sinks is not None,
-        FORMAT=format.number,
-        HEAD_DIM=head_dim,
-        GROUP_SIZE=group_size,
-        BLOCK_SIZE=block_size,
-        CHUNK_N=CHUNK,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
-        BLOCK_D=block_d,
+        DECODE=launch.decode, SPLIT=chunks > 1, HAS_WINDOW=window is not None, HAS_SOFT_CAP=soft_cap is not None,
+        HAS_SINKS=sinks is not None, FORMAT=format_of(key_cache).number, HEAD_DIM=head_dim,
+        GROUP_SIZE=num_heads // num_kv_heads, BLOCK_SIZE=block_size, CHUNK_N=CHUNK, BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n, BLOCK_D=launch.block_d,
         # The interpreter multiplies bfloat16 wrongly (Triton 3.7): compute in float32 there.
-        DOT_IN_FLOAT32=query.device.type == "cpu",
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-    )
+        DOT_IN_FLOAT32=query.device.type == "cpu", num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     if chunks > 1:
         _merge(output, lse, partial, state, sinks, context_lens, window)
     return output, lse
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Launch:
+    """How a batch is divided among programs.
+
+    Attributes:
+        config: tile sizes.
+        decode: every sequence has one query.
+        grid: blocks of queries, KV heads, programs that share a context.
+        chunks: states that each row keeps in memory; 1 where no context is shared.
+        block_d: head_dim padded to a power of two.
+    """
+
+    config: PagedAttentionConfig
+    decode: bool
+    grid: tuple[int, int, int]
+    chunks: int
+    block_d: int
+
+
+def _plan_launch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    num_seqs: int,
+    num_splits: int | None,
+    config: str | None,
+) -> _Launch:
+    num_tokens, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    decode = num_tokens == num_seqs
+    group_size = num_heads // num_kv_heads
+    chosen = _pick(decode, group_size, head_dim, query, format_of(key_cache).name, config)
+    table_tokens = block_tables.shape[1] * block_size
+    splits = num_splits or (_num_splits(num_seqs * num_kv_heads, table_tokens) if decode else 1)
+    chunks = triton.cdiv(table_tokens, CHUNK) if decode and splits > 1 else 1
+    # Each sequence wastes at most one block of queries: an upper bound of the blocks that needs no device sync.
+    blocks = num_seqs if decode else num_tokens // (chosen.block_m // group_size) + num_seqs
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return _Launch(chosen, decode, (blocks, num_kv_heads, splits), chunks, block_d)
 
 
 def _merge(

@@ -59,7 +59,7 @@ def test_engine_sizes_its_cache_from_what_the_fallback_really_has(save_model):
     assert engine.cache.nbytes == engine.envelope.num_blocks * per_block
     assert model.decoder.layer_windows == [16, 16, 16]
     parameters = sum(parameter.numel() for parameter in model.decoder.model.parameters())
-    assert describe_model(model)["parameters"] == parameters
+    assert describe_model(model, engine.config)["parameters"] == parameters
     assert engine.envelope.weights_bytes == model.decoder.resident_bytes() >= 4 * parameters
 
 
