@@ -16,13 +16,13 @@ def model(tiny_llama):
     return load_model(str(tiny_llama), dtype="float32", device="cpu")
 
 
-def generate(model, attention, speculation, **more):
-    """Greedy tokens of all prompts, prefilled in chunks and decoded in one batch, and the path on record."""
+def generate(model, attention, speculation, *, prompts=PROMPTS, count=8, **more):
+    """Greedy tokens of the prompts, prefilled in chunks and decoded in one batch, and the path on record."""
     knobs = {"attention": attention, "speculation": speculation, "dtype": "float32", "device": "cpu", **more}
     config = EngineConfig.from_mapping({**knobs, "token_budget": 24, "memory_limit_gib": 0.02, "draft_length": 3})
     engine = Engine(model, config)
-    for index, prompt in enumerate(PROMPTS):
-        engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
     tokens: dict[str, list[int]] = {}
     while engine.has_unfinished():
         for output in engine.step():
@@ -70,7 +70,7 @@ def test_fused_layers_quantize_activations_where_they_make_them(tiny_llama, weig
     launches = []
     alone = triton.quantize_rows_triton
     monkeypatch.setattr(triton, "quantize_rows_triton", lambda x, kind: launches.append(kind) or alone(x, kind))
-    knobs = {"weights": weights, "linear": "triton", "execution": "fused"}
+    knobs = {"weights": weights, "linear": "triton", "execution": "fused", "prompts": PROMPTS[:2], "count": 3}
     tokens, _ = generate(load_model(str(tiny_llama), dtype="float32"), "triton", "off", **knobs)
     together = len(launches)
     monkeypatch.setattr(fused, "activation_kind", lambda linear: None)
@@ -92,12 +92,12 @@ def test_layers_over_a_quantized_cache_compute_through_triton_what_they_compute_
         hidden.append([])
         forward = engine._executor.forward
         engine._executor.forward = lambda step, f=forward, seen=hidden[-1]: seen.append(f(step)) or seen[-1]
-        for index, prompt in enumerate(PROMPTS):
+        for index, prompt in enumerate(PROMPTS[:3]):
             engine.add_request(str(index), prompt, SamplingParams(max_tokens=1))
         while engine.has_unfinished():
             engine.step()
         assert engine.steps[-1].execution == way["execution"]
-    assert len(hidden[0]) == len(hidden[1]) > 3
+    assert len(hidden[0]) == len(hidden[1]) > 2
     for ours, theirs in zip(*hidden, strict=True):
         assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
