@@ -52,7 +52,7 @@ from tests.benchmarks.peers.protocol import (
     shared_prefix,
     write,
 )
-from tests.benchmarks.settings import ENGINES, OURS, Setting, all_settings, parse_ours, weights_of
+from tests.benchmarks.settings import ENGINES, OURS, Setting, all_settings, choose, parse_ours, weights_of
 from tests.benchmarks.workloads import BENCHMARKS, Benchmark, works
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--quick", action="store_true", help="one repeat, at most 16 requests, an eighth of the output")
     parser.add_argument("--only", help="workloads by key or its beginning, e.g. a,b,p512")
     parser.add_argument("--peers", help=f"engines or beginnings of their names, of {', '.join(ENGINES)}")
-    parser.add_argument("--settings", help="settings by name, e.g. int4,bfloat16,Q4_1")
+    parser.add_argument("--settings", help="settings by name: int4,headroom:float32@a+p512 (an engine's, on workloads)")
     parser.add_argument("--ours", action="append", default=[], help="one more setting of ours: knob=value,…")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=360.0, help="no repeat is begun that would not end within")
@@ -110,12 +110,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     keys = arguments.only.split(",") if arguments.only else list(GPU_WORKLOADS if arguments.device == "cuda" else ())
     benchmarks = [item for item in BENCHMARKS if not keys or any(item.key.startswith(key) for key in keys)]
     engines = arguments.peers.split(",") if arguments.peers else list(ENGINES)
-    names = set(arguments.settings.split(",")) if arguments.settings else None
-    wanted = [
-        setting
-        for setting in all_settings(arguments.device, [parse_ours(text) for text in arguments.ours])
-        if any(setting.engine.startswith(engine) for engine in engines) and (names is None or setting.name in names)
-    ]
+    known = all_settings(arguments.device, [parse_ours(text) for text in arguments.ours])
+    if arguments.settings:
+        known = choose(known, arguments.settings.split(","), [item.key for item in BENCHMARKS])
+    wanted = [setting for setting in known if any(setting.engine.startswith(engine) for engine in engines)]
     missing = {
         setting.engine: "not installed (make peers)"
         for setting in wanted

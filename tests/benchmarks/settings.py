@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,34 @@ def all_settings(device: str, ours: list[Setting]) -> list[Setting]:
     known = our_settings(device)
     names = {setting.name for setting in known}
     return [*known, *(setting for setting in ours if setting.name not in names), *peers]
+
+
+def choose(known: Sequence[Setting], texts: Sequence[str], workloads: Sequence[str]) -> list[Setting]:
+    """Those of the known settings that ``--settings`` names: ``[engine:]name[@workload+workload]``.
+
+    A setting named with workloads is measured on these alone, however else it is named besides.
+
+    Args:
+        known: all settings.
+        texts: what ``--settings`` lists.
+        workloads: keys of all workloads.
+
+    Raises:
+        SystemExit: if a text names no setting or no workload, with the names there are.
+    """
+    chosen: dict[tuple[str, str], Setting] = {}
+    for text in sorted(texts, key=lambda text: "@" in text):
+        whose, _, keys = text.partition("@")
+        engine, _, name = whose.rpartition(":")
+        found = [setting for setting in known if setting.name == name and engine in ("", setting.engine)]
+        if not found:
+            raise SystemExit(
+                f"--settings: no setting {whose!r}; there are: {', '.join(sorted({s.name for s in known}))}"
+            )
+        only = tuple(keys.split("+")) if keys else ()
+        if not set(only) <= set(workloads):
+            raise SystemExit(f"--settings: no workload {keys!r}; there are: {', '.join(workloads)}")
+        for setting in found:
+            key = (setting.engine, setting.name)
+            chosen[key] = dataclasses.replace(setting, workloads=only or setting.workloads)
+    return [chosen[key] for setting in known if (key := (setting.engine, setting.name)) in chosen]

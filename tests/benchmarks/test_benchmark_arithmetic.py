@@ -230,6 +230,20 @@ def test_an_engine_that_is_not_installed_is_named_and_the_others_go_on(tmp_path,
     assert [item.key for item in plan.benchmarks] == ["a", "b8", "b32"]
 
 
+def test_a_setting_can_be_measured_on_chosen_workloads_alone():
+    plan = make_plan(
+        parse_arguments(["--peers", "headroom,transformers", "--settings", "headroom:float32@a+p512,int8"])
+    )
+    assert {(s.engine, s.name): s.workloads for s in plan.settings} == {
+        ("headroom", "float32"): ("a", "p512"),
+        ("headroom", "int8"): (),
+    }
+    with pytest.raises(SystemExit, match="no setting 'int3'"):
+        make_plan(parse_arguments(["--settings", "int3"]))
+    with pytest.raises(SystemExit, match="no workload 'z'"):
+        make_plan(parse_arguments(["--settings", "int8@z"]))
+
+
 def test_a_gpu_run_takes_the_large_shape_and_compiled_transformers():
     plan = make_plan(parse_arguments(["--device", "cuda", "--peers", "headroom,transformers"]))
     assert plan.shape == "llama-3.1-8b"
