@@ -13,7 +13,14 @@ import torch
 from kernels.kv_formats import KV_FORMATS, format_of
 from kernels.kv_write import KVScales
 from kernels.language import tl, triton
-from kernels.paged_attention import gathered_rows, key_scores, load_rows, slots_of, visible_positions
+from kernels.paged_attention import (
+    gathered_rows,
+    key_scores,
+    load_queries,
+    load_rows,
+    slots_of,
+    visible_positions,
+)
 from kernels.variant import TYPE_NAMES, Variant, pointers
 
 _BLOCK_M, _BLOCK_N = 16, 64
@@ -158,21 +165,19 @@ def _attention_mass_kernel(
     scale_row = (block * BLOCK_SIZE + slot) * num_kv_heads + kv_head
     offset = block * key_stride_block + slot * key_stride_slot + kv_head * key_stride_head
     key = load_rows(key_cache_ptr, offset, inside, FORMAT, HEAD_DIM, BLOCK_N, BLOCK_D)
-    dim = tl.arange(0, BLOCK_D)
     rows = tl.arange(0, BLOCK_M)
     total = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, query_len * GROUP_SIZE, BLOCK_M):
         row_query, row_head = (first + rows) // GROUP_SIZE, kv_head * GROUP_SIZE + (first + rows) % GROUP_SIZE
         row_inside = row_query < query_len
         token = (begin + row_query).to(tl.int64)
-        source = query_ptr + (token * query_stride_token + row_head * query_stride_head)[:, None] + dim[None, :]
-        query = tl.load(source, mask=row_inside[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        if DOT_IN_FLOAT32:
-            query = query.to(tl.float32)
-        scores = key_scores(
-            query, tl.sum(query.to(tl.float32), axis=1), key, key_scales_ptr, scale_row, inside, scale, soft_cap,
-            HAS_SOFT_CAP, FORMAT,
+        query, query_sum = load_queries(
+            query_ptr, token, row_head, row_inside, query_stride_token, query_stride_head, HEAD_DIM, BLOCK_D,
+            DOT_IN_FLOAT32,
         )  # fmt: skip
+        scores = key_scores(
+            query, query_sum, key, key_scales_ptr, scale_row, inside, scale, soft_cap, HAS_SOFT_CAP, FORMAT
+        )
         distance = (context_len - query_len + row_query)[:, None] - columns[None, :]
         visible = (distance >= 0) & row_inside[:, None] & inside[None, :]
         if HAS_WINDOW:

@@ -369,6 +369,27 @@ def _tile(query_start_ptr, num_seqs, BLOCK_Q: tl.constexpr, DECODE: tl.constexpr
 
 
 @triton.jit
+def load_queries(
+    query_ptr,
+    token,  # int64 [M]
+    head,  # [M]
+    inside,  # [M]
+    stride_token,
+    stride_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT_IN_FLOAT32: tl.constexpr,
+):
+    """Queries of M rows [M, BLOCK_D], zero where there is none, and their sums over the dimensions, float32 [M]."""
+    dim = tl.arange(0, BLOCK_D)
+    source = query_ptr + (token * stride_token + head * stride_head)[:, None] + dim[None, :]
+    query = tl.load(source, mask=inside[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    if DOT_IN_FLOAT32:
+        query = query.to(tl.float32)
+    return query, tl.sum(query.to(tl.float32), axis=1)
+
+
+@triton.jit
 def _store_state(partial_ptr, state_ptr, place, row_max, row_sum, accumulator, row_inside, BLOCK_D: tl.constexpr):
     """Leave a chunk's softmax at ``place`` [M] for the second kernel."""
     target = partial_ptr + place[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -495,6 +516,15 @@ def _finish(row_max, row_sum, accumulator, sink, HAS_SINKS: tl.constexpr):
         row_max = new_max
     denominator = tl.where(row_sum == 0.0, 1.0, row_sum)
     return accumulator / denominator[:, None], (row_max + tl.log2(denominator)) * 0.6931471805599453
+
+
+@triton.jit
+def _store_rows(output_ptr, lse_ptr, row, attended, lse, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Attended values [M, BLOCK_D] and log-sum-exps [M] to the rows [M] of the output, in its type."""
+    dim = tl.arange(0, BLOCK_D)
+    target = output_ptr + row[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, attended.to(output_ptr.dtype.element_ty), mask=inside[:, None] & (dim < HEAD_DIM)[None, :])
+    tl.store(lse_ptr + row, lse, mask=inside)
 
 
 @triton.jit
@@ -656,13 +686,10 @@ def _paged_attention_kernel(
     row_head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     row_inside = (rows < BLOCK_Q * GROUP_SIZE) & (row_query < query_len)
     row_token = (query_begin + row_query).to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
-    wanted = row_inside[:, None] & (dim < HEAD_DIM)[None, :]
-    source = query_ptr + (row_token * query_stride_token + row_head * query_stride_head)[:, None] + dim[None, :]
-    query = tl.load(source, mask=wanted, other=0.0)
-    if DOT_IN_FLOAT32:
-        query = query.to(tl.float32)
-    query_sum = tl.sum(query.to(tl.float32), axis=1)
+    query, query_sum = load_queries(
+        query_ptr, row_token, row_head, row_inside, query_stride_token, query_stride_head, HEAD_DIM, BLOCK_D,
+        DOT_IN_FLOAT32,
+    )  # fmt: skip
     cache = (
         key_cache_ptr, value_cache_ptr, key_scales_ptr, value_scales_ptr, key_stride_block, key_stride_slot,
         key_stride_head, value_stride_block, value_stride_slot, value_stride_head,
@@ -705,9 +732,7 @@ def _paged_attention_kernel(
     if not SPLIT:
         sink = tl.load(sinks_ptr + row_head) if HAS_SINKS else row_max
         attended, lse = _finish(row_max, row_sum, accumulator, sink, HAS_SINKS)
-        target = output_ptr + row_out[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(target, attended.to(output_ptr.dtype.element_ty), mask=wanted)
-        tl.store(lse_ptr + row_out, lse, mask=row_inside)
+        _store_rows(output_ptr, lse_ptr, row_out, attended, lse, row_inside, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -745,9 +770,7 @@ def _merge_kernel(
         row_max, row_sum, accumulator = _join(row_max, row_sum, accumulator, other_max, other_sum, other)
     sink = tl.load(sinks_ptr + head + one) if HAS_SINKS else row_max
     attended, lse = _finish(row_max, row_sum, accumulator, sink, HAS_SINKS)
-    target = output_ptr + row * HEAD_DIM + dim[None, :]
-    tl.store(target, attended.to(output_ptr.dtype.element_ty), mask=(dim < HEAD_DIM)[None, :])
-    tl.store(lse_ptr + row + one, lse)
+    _store_rows(output_ptr, lse_ptr, row + one, attended, lse, one == 0, HEAD_DIM, BLOCK_D)
 
 
 # -- for the tuner and ahead of time ----------------------------------------------------------------------------------
