@@ -32,7 +32,7 @@ def plan(
     dp: Annotated[int, typer.Option(help="Copies of the whole, each with a share of the requests.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Compute dtype. Default: the checkpoint's.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="bf16, fp8, int8, int4-g128, mxfp4, q4_k_m … Default: the checkpoint's own.")
+        str | None, typer.Option(help="bf16, fp8, int8, w8a8, int4-g128, q4_k_m … Default: the checkpoint's own.")
     ] = None,
     kv_dtype: Annotated[str, typer.Option(help="bf16, fp8, int8, int4; auto: --dtype.")] = "auto",
     context: Annotated[

@@ -263,16 +263,17 @@ class EngineConfig:
         "the same. auto: triton on a GPU.",
     )
     # -- weights ---------------------------------------------------------------------------------------
-    weights: Literal["model", "int8", "int4", "w8a8", "fp8"] = _knob(
+    weights: Literal["model", "int8", "int4", "w4a8", "w8a8", "fp8"] = _knob(
         "model",
         label="Weight precision",
         group="Weights",
         tier=Tier.SWAP,
         lossless=False,
         help="model: as loaded. int8: one scale per output channel. int4: round-to-nearest in groups with scale "
-        "and zero point. w8a8, fp8: activations too have 8 bits, INT8 or FP8 (e4m3), with a scale for each token; for "
-        "the matrix units of a GPU, and slow on a CPU. Switching back to model restores the exact weights from the "
-        "checkpoint.",
+        "and zero point. w4a8: int4 in groups of 32, and activations of 8 bits in the same groups, as llama.cpp has "
+        "them; the quickest on a CPU, slow on a GPU. w8a8, fp8: activations too have 8 bits, INT8 or FP8 (e4m3), with "
+        "a scale for each token; for the matrix units of a GPU, slow on a CPU. Switching back to model restores the "
+        "exact weights from the checkpoint.",
     )
     group_size: Literal["32", "64", "128"] = _knob(
         "32",

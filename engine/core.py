@@ -307,10 +307,12 @@ class Engine:
             if not row.samples:
                 continue
             outlet = self._outlets[row.request.request_id]
-            if outlet.plain_row is not None:
+            if outlet.plain_row is None:
+                result.extend(_sampling_rows_of(row))
+            elif row.num_drafts:
                 result.extend([outlet.plain_row] * (row.num_drafts + 1))
             else:
-                result.extend(_sampling_rows_of(row))
+                result.append(outlet.plain_row)
         return result
 
     def _end_tokens(self, params: SamplingParams) -> frozenset[int]:
@@ -412,7 +414,7 @@ class Engine:
                 break
         if reason is not None:
             return self._end(request, reason, tokens)
-        return self._output(request, tokens)
+        return _output(request, outlet, tokens)
 
     def _end(self, request: Request, reason: FinishReason, tokens: list[int] | None = None) -> RequestOutput:
         """Finish a request: publish what is reusable, free its blocks, give its last output."""
@@ -421,36 +423,14 @@ class Engine:
         if self.config.prefix_cache and request.state is RequestState.RUNNING and reason != "error":
             self.scheduler.publish_computed(request)
         self.scheduler.finish(request)
-        self._outlets[request.request_id].detokenizer.finish()
-        output = self._output(request, tokens or [])
+        outlet = self._outlets.pop(request.request_id)
+        outlet.detokenizer.finish()
+        output = _output(request, outlet, tokens or [])
         del self._requests[request.request_id]
-        del self._outlets[request.request_id]
         if self._proposer is not None:
             self._proposer.forget(request.request_id)
         self._draft_control.forget(request.request_id)
         return output
-
-    def _output(self, request: Request, tokens: list[int]) -> RequestOutput:
-        outlet = self._outlets[request.request_id]
-        new_text = outlet.detokenizer.take()
-        return RequestOutput(
-            request.request_id,
-            tokens,
-            new_text,
-            outlet.transcript,
-            len(request.token_ids) - request.num_prompt_tokens,
-            len(outlet.transcript.pieces),
-            request.finish_reason is not None,
-            request.finish_reason,
-            request.stop_reason,
-            request.error,
-            None if request.params.logprobs is None else [],
-            request.times,
-            request.num_cached_tokens,
-            request.num_preemptions,
-            request.num_draft_tokens,
-            request.num_accepted_tokens,
-        )
 
     def _record(self, schedule: Schedule, tally: _Tally, clock: tuple[float, float, float, float]) -> None:
         began, scheduled, computed, done = clock
@@ -766,6 +746,29 @@ class _Tally:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     output_tokens: int = 0
+
+
+def _output(request: Request, outlet: _Outlet, tokens: list[int]) -> RequestOutput:
+    """News of a request: its new tokens, and the text that became certain by them."""
+    new_text = outlet.detokenizer.take()
+    return RequestOutput(
+        request.request_id,
+        tokens,
+        new_text,
+        outlet.transcript,
+        len(request.token_ids) - request.num_prompt_tokens,
+        len(outlet.transcript.pieces),
+        request.finish_reason is not None,
+        request.finish_reason,
+        request.stop_reason,
+        request.error,
+        None if request.params.logprobs is None else [],
+        request.times,
+        request.num_cached_tokens,
+        request.num_preemptions,
+        request.num_draft_tokens,
+        request.num_accepted_tokens,
+    )
 
 
 def _sampling_rows_of(row: ScheduledRequest) -> list[SamplingRow]:

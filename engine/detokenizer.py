@@ -18,25 +18,23 @@ from typing import Any
 from tokenizers.decoders import ByteLevel, DecodeStream
 
 
-class TokenBytes:
-    """The bytes of every token of a byte-level tokenizer, found on demand. Shared by all requests of an engine.
+class TokenBytes(dict[int, tuple[bytes, str | None]]):
+    """The bytes of every token of a byte-level tokenizer, and its text if they are whole characters. Shared by all
+    requests of an engine; an entry is made when it is first asked for. Special tokens have no bytes.
 
     Args:
         backend: the ``tokenizers.Tokenizer``, whose decoder is ``ByteLevel``.
     """
 
     def __init__(self, backend: Any) -> None:
+        super().__init__()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._special = {token_id for token_id, token in added.items() if token.special}
         self._byte_of = _byte_of_character()
-        self._known: dict[int, tuple[bytes, str | None]] = {}
 
-    def find(self, token_id: int) -> tuple[bytes, str | None]:
-        """The token's bytes, and its text if they are whole characters. Special tokens have none."""
-        entry = self._known.get(token_id)
-        if entry is None:
-            entry = self._known[token_id] = self._read(token_id)
+    def __missing__(self, token_id: int) -> tuple[bytes, str | None]:
+        entry = self[token_id] = self._read(token_id)
         return entry
 
     def _read(self, token_id: int) -> tuple[bytes, str | None]:
@@ -104,7 +102,10 @@ class Detokenizer:
         Returns:
             The stop string that has just been completed (the text then ends before it), else None.
         """
-        self._tail += self._decode_next(token_id)
+        text = None
+        if self._table is not None and not self._begun:  # nearly always: without a call, which 128 sequences would feel
+            text = self._table[token_id][1]
+        self._tail += self._decode_next(token_id) if text is None else text
         if self._stop and may_stop:
             return self._find_stop()
         return None
@@ -133,10 +134,7 @@ class Detokenizer:
 
     def _decode_next(self, token_id: int) -> str:
         if self._table is not None:
-            content, text = self._table.find(token_id)
-            if text is not None and not self._begun:
-                return text
-            text = self._utf8.decode(content)
+            text = self._utf8.decode(self._table[token_id][0])
             self._begun = bool(self._utf8.getstate()[0])
             return text
         self._token_ids.append(token_id)

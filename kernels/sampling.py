@@ -1,11 +1,18 @@
 """Choosing the next token of every row on the device: penalties, temperature, top-k, top-p, min-p, and the draw.
 
-A row is sampled by one program in passes over its logits; nothing is sorted. Logits are looked at through their *keys*,
-whole numbers in the order of the floats. A threshold (the k-th largest logit, the logit at which the probability
-reaches top-p, the logit on which the draw falls) is the largest key t with ``measure(key ≥ t) ≥ target``, the measure
-being a count or a mass. Four bits of t are found in a pass, by 16 thresholds at once: eight passes find it exactly.
+Three launches, and nothing is sorted. Two run over all of the vocabulary with many programs a row: the first adjusts
+the logits and finds each block's largest; the second surveys the row: the mass of each block and, where top-k or top-p
+is asked for, count and mass of the logits within 0.5, 1, … 16 of the largest. In the third one program a row chooses:
 
-    passes over the vocabulary       greedy 2 · plain or min-p 4 · top-k or top-p 23 · both 32
+    greedy            the first token that has the largest logit
+    no top-k, top-p   the block on which the draw falls, by the masses of the survey; then the token in it
+    top-k or top-p    the logits within a surveyed distance that is sure to hold all candidates are collected, and the
+                      search runs over them; over the whole row where they are too many (a flat distribution)
+
+The search looks at logits through their *keys*, whole numbers in the order of the floats. A threshold (the k-th largest
+logit, the logit at which the probability reaches top-p, the logit on which the draw falls) is the largest key t with
+``measure(key ≥ t) ≥ target``, the measure being a count or a mass. Four bits of t are found in a pass, by 16 thresholds
+at once: eight passes find it exactly.
 
 The candidates of a row are those of the host's sampler in the same order (descending, equals by their token id;
 vocabulary order where neither top-k nor top-p is asked for), and the draw is the same number, so the token is the same,
@@ -26,6 +33,10 @@ from kernels.philox import draw_uniform, uniform_reference
 from kernels.variant import TYPE_NAMES, Variant, pointers
 
 _BLOCK = 1024
+_WIDE_BLOCK = 2048  # of the one pass in which a single program reads a whole row
+CANDIDATES = 1024
+"""As many collected logits are searched in one block; where top-k and top-p keep more, the whole row is."""
+_MARGIN = 1.0001  # a surveyed mass is that much above its target: float32 sums are added in another order later
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,8 +114,11 @@ def adjusted_reference(logits: torch.Tensor, asked: SamplingTensors) -> torch.Te
     return adjusted / torch.where(asked.temperature > 0, asked.temperature, 1.0)[:, None]
 
 
-def sample_triton(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tensor:
-    """As :func:`sample_reference`, in two launches and without a value read back.
+def sample_triton(logits: torch.Tensor, asked: SamplingTensors, *, candidates: int = CANDIDATES) -> torch.Tensor:
+    """As :func:`sample_reference`, in three launches and without a value read back.
+
+    Args:
+        candidates: how many logits are collected at most (tests make it small).
 
     Raises:
         ValueError: naming the argument whose shape does not fit.
@@ -114,9 +128,15 @@ def sample_triton(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tensor:
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if not num_rows:
         return tokens
-    scaled = torch.empty((num_rows, vocab), dtype=torch.float32, device=logits.device)
-    _adjust_kernel[(num_rows, triton.cdiv(vocab, _BLOCK))](
+    device, blocks = logits.device, triton.cdiv(vocab, _BLOCK)
+    scaled = torch.empty((num_rows, vocab + candidates), dtype=torch.float32, device=device)
+    collected = torch.empty((num_rows, candidates), dtype=torch.int32, device=device)
+    largest, totals = torch.empty((2, num_rows, blocks), dtype=torch.float32, device=device)
+    masses = torch.empty((num_rows, blocks, 16), dtype=torch.float32, device=device)
+    counts = torch.empty((num_rows, blocks, 16), dtype=torch.int32, device=device)
+    _adjust_kernel[(num_rows, blocks)](
         scaled,
+        largest,
         logits,
         asked.temperature,
         asked.temperature if asked.penalty is None else asked.penalty,
@@ -124,23 +144,30 @@ def sample_triton(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tensor:
         logits if asked.forbidden is None else asked.forbidden,
         vocab,
         logits.stride(0),
+        scaled.stride(0),
         HAS_PENALTY=asked.penalty is not None,
         HAS_FORBIDDEN=asked.forbidden is not None,
         BLOCK=_BLOCK,
         num_warps=4,
     )
+    survey = (scaled, largest, totals, masses, counts)
+    filters = (asked.temperature, asked.top_k, asked.top_p, asked.min_p)
+    sizes = {"BLOCK": _BLOCK, "BLOCKS": triton.next_power_of_2(blocks), "num_warps": 8}
+    _survey_kernel[(num_rows, blocks)](*survey, *filters, vocab, scaled.stride(0), **sizes)
     _sample_kernel[(num_rows,)](
         tokens,
-        scaled,
-        asked.temperature,
-        asked.top_k,
-        asked.top_p,
-        asked.min_p,
+        collected,
+        *survey,
+        *filters,
         asked.seeds,
         asked.positions,
         vocab,
-        BLOCK=_BLOCK,
-        num_warps=8,
+        blocks,
+        scaled.stride(0),
+        CANDIDATES=candidates,
+        WIDE_BLOCK=_WIDE_BLOCK,
+        MARGIN=_MARGIN,
+        **sizes,
     )
     return tokens
 
@@ -166,7 +193,8 @@ def _check(logits: torch.Tensor, asked: SamplingTensors) -> None:
 
 @triton.jit
 def _adjust_kernel(
-    scaled_ptr,  # float32 [R, vocab]
+    scaled_ptr,  # float32 [R, vocab + candidates]: behind the row is room for what the last kernel collects
+    largest_ptr,  # float32 [R, blocks]
     logits_ptr,
     temperature_ptr,
     penalty_ptr,
@@ -174,6 +202,7 @@ def _adjust_kernel(
     forbidden_ptr,
     vocab,
     logits_stride,
+    scaled_stride,
     HAS_PENALTY: tl.constexpr,
     HAS_FORBIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -190,7 +219,9 @@ def _adjust_kernel(
         value = tl.where(tl.load(forbidden_ptr + row * vocab + token, mask=inside, other=0) != 0, float("-inf"), value)
     temperature = tl.load(temperature_ptr + row)
     value = value / tl.where(temperature > 0, temperature, 1.0)
-    tl.store(scaled_ptr + row * vocab + token, value, mask=inside)
+    tl.store(scaled_ptr + row * scaled_stride + token, value, mask=inside)
+    largest = tl.max(tl.where(inside, value, float("-inf")), axis=0)
+    tl.store(largest_ptr + row * tl.num_programs(1) + tl.program_id(1), largest)
 
 
 @triton.jit
@@ -209,18 +240,51 @@ def key_value(key):
 
 
 @triton.jit
-def _largest(row_ptr, vocab, BLOCK: tl.constexpr):
-    """(largest value, the first token that has it)."""
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    place = tl.full([BLOCK], 2147483647, tl.int32)
-    for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        value = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
-        better = (value > best) | ((place == 2147483647) & (token < vocab))
-        best = tl.where(better, value, best)
-        place = tl.where(better, token, place)
-    largest = tl.max(best, axis=0)
-    return largest, tl.min(tl.where(best == largest, place, 2147483647), axis=0)
+def _of_blocks(values_ptr, blocks, other, BLOCKS: tl.constexpr):
+    """[BLOCKS]: a number of each block of a row."""
+    block = tl.arange(0, BLOCKS)
+    return tl.load(values_ptr + block, mask=block < blocks, other=other)
+
+
+@triton.jit
+def _distances():
+    """float32 [16]: from the largest logit, 0.5, 1, 1.5 … 4, 5, 6, 7, 8, 10, 12, 14, 16."""
+    step = tl.arange(0, 16).to(tl.float32)
+    return tl.where(step < 8, 0.5 * step + 0.5, tl.where(step < 12, step - 3.0, 2.0 * step - 14.0))
+
+
+@triton.jit
+def _survey_kernel(
+    scaled_ptr,  # float32 [R, scaled_stride]
+    largest_ptr,  # float32 [R, blocks]
+    totals_ptr,  # float32 [R, blocks]
+    masses_ptr,  # float32 [R, blocks, 16]
+    counts_ptr,  # int32 [R, blocks, 16]
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    vocab,
+    scaled_stride,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Masses exp(value - largest) of a block: of what min-p keeps; with top-k or top-p of all, and by distance."""
+    row, block, blocks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    if tl.load(temperature_ptr + row) > 0:
+        largest = tl.max(_of_blocks(largest_ptr + row * blocks, blocks, float("-inf"), BLOCKS), axis=0)
+        token = block * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(scaled_ptr + row * scaled_stride + token, mask=token < vocab, other=float("-inf"))
+        weight = tl.exp(value - largest)
+        filtered = (tl.load(top_k_ptr + row) > 0) | (tl.load(top_p_ptr + row) < 1.0)
+        least = tl.where(filtered, 0.0, tl.load(min_p_ptr + row))
+        place = row * blocks + block
+        tl.store(totals_ptr + place, tl.sum(tl.where(weight >= least, weight, 0.0), axis=0))
+        if filtered:
+            within = value[:, None] >= (largest - _distances())[None, :]
+            target = place * 16 + tl.arange(0, 16)
+            tl.store(masses_ptr + target, tl.sum(tl.where(within, weight[:, None], 0.0), axis=0))
+            tl.store(counts_ptr + target, tl.sum(within.to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -304,51 +368,124 @@ def _nth_with_key(row_ptr, vocab, key, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _first_beyond(row_ptr, vocab, largest, least, target, BLOCK: tl.constexpr):
-    """The first token, in the order of the vocabulary, at which the mass exceeds ``target``."""
-    before = tl.full([], 0.0, tl.float64)
-    found = 2147483647
-    last = 0
-    for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        value = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
-        weight = tl.exp(value - largest)
-        counts = (token < vocab) & (weight >= least) & (weight > 0)
-        weight = tl.where(counts, weight, 0.0)
-        reached = counts & (before + tl.cumsum(weight, axis=0).to(tl.float64) > target)
-        found = tl.minimum(found, tl.min(tl.where(reached, token, 2147483647), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(counts, token, 0), axis=0))
-        before += tl.sum(weight, axis=0).to(tl.float64)
-    return tl.where(found == 2147483647, last, found)
+def _plain_draw(row_ptr, totals_ptr, vocab, blocks, largest, least, draw, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The first token, in the order of the vocabulary, at which the mass exceeds the draw's part of all of it."""
+    mass = _of_blocks(totals_ptr, blocks, 0.0, BLOCKS).to(tl.float64)
+    block = tl.arange(0, BLOCKS)
+    target = draw * tl.sum(mass, axis=0)
+    beyond = tl.min(tl.where((mass > 0) & (tl.cumsum(mass, axis=0) > target), block, BLOCKS), axis=0)
+    chosen = tl.minimum(beyond, tl.max(tl.where(mass > 0, block, 0), axis=0))  # the last where rounding leaves none
+    before = tl.sum(tl.where(block < chosen, mass, 0.0), axis=0)
+    token = chosen * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
+    weight = tl.exp(value - largest)
+    counts = (weight >= least) & (weight > 0)
+    weight = tl.where(counts, weight, 0.0)
+    reached = counts & (before + tl.cumsum(weight, axis=0).to(tl.float64) > target)
+    found = tl.min(tl.where(reached, token, 2147483647), axis=0)
+    return tl.where(found == 2147483647, tl.max(tl.where(counts, token, 0), axis=0), found)
 
 
 @triton.jit
-def _filtered_draw(row_ptr, vocab, largest, top_k, top_p, min_p, draw, BLOCK: tl.constexpr):
-    """The token of a row with top-k or top-p."""
+def _surveyed(masses_ptr, counts_ptr, blocks):
+    """(float64 [16] masses, int32 [16] counts) of a row within the surveyed distances."""
+    masses, counts = tl.zeros([16], tl.float64), tl.zeros([16], tl.int32)
+    for start in range(0, blocks, 64):
+        block = start + tl.arange(0, 64)
+        place = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+        inside = (block < blocks)[:, None]
+        masses += tl.sum(tl.load(masses_ptr + place, mask=inside, other=0.0).to(tl.float64), axis=0)
+        counts += tl.sum(tl.load(counts_ptr + place, mask=inside, other=0), axis=0)
+    return masses, counts
+
+
+@triton.jit
+def _collect(row_ptr, collected_ptr, vocab, least, BLOCK: tl.constexpr):
+    """Copy the logits from ``least`` on behind their row, and their tokens, in the order of the vocabulary."""
+    before = 0
+    for start in range(0, vocab, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        value = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
+        wanted = value >= least
+        place = before + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
+        tl.store(row_ptr + vocab + place, value, mask=wanted)
+        tl.store(collected_ptr + place, token, mask=wanted)
+        before += tl.sum(wanted.to(tl.int32), axis=0)
+    tl.debug_barrier()  # what other threads have written is read next
+
+
+@triton.jit
+def _search_draw(values_ptr, count, largest, total, limited, top_k, top_p, min_p, draw, BLOCK: tl.constexpr):
+    """The place among ``count`` logits on which the draw falls. ``total``: their mass where top-k does not limit it."""
     cut = tl.full([], 0, tl.uint32)  # below every key
     at_cut = tl.full([], 0.0, tl.float64)
-    if (top_k > 0) & (top_k < vocab):
+    if limited:
         target = top_k.to(tl.float64)
-        cut, above = _search(row_ptr, vocab, largest, cut, at_cut, 0.0, target, False, True, BLOCK)
+        cut, above = _search(values_ptr, count, largest, cut, at_cut, 0.0, target, False, True, BLOCK)
         at_cut = (target - above) * tl.exp(key_value(cut) - largest).to(tl.float64)  # of equals the first ones
+        total = _total(values_ptr, count, largest, cut, at_cut, 0.0, BLOCK)
     if top_p < 1.0:
-        target = top_p.to(tl.float64) * _total(row_ptr, vocab, largest, cut, at_cut, 0.0, BLOCK)
-        level, above = _search(row_ptr, vocab, largest, cut, at_cut, 0.0, target, False, False, BLOCK)
+        target = top_p.to(tl.float64) * total
+        level, above = _search(values_ptr, count, largest, cut, at_cut, 0.0, target, False, False, BLOCK)
         weight = tl.exp(key_value(level) - largest).to(tl.float64)
         kept = tl.ceil((target - above) / weight) * weight  # of equals as many as are needed to reach it
         at_cut = tl.where(level == cut, tl.minimum(kept, at_cut), kept)
         cut = level
     at_cut = tl.where(tl.exp(key_value(cut) - largest) >= min_p, at_cut, 0.0)
-    target = draw * _total(row_ptr, vocab, largest, cut, at_cut, min_p, BLOCK)
-    level, above = _search(row_ptr, vocab, largest, cut, at_cut, min_p, target, True, False, BLOCK)
+    target = draw * _total(values_ptr, count, largest, cut, at_cut, min_p, BLOCK)
+    level, above = _search(values_ptr, count, largest, cut, at_cut, min_p, target, True, False, BLOCK)
     number = tl.floor((target - above) / tl.exp(key_value(level) - largest).to(tl.float64))
-    return _nth_with_key(row_ptr, vocab, level, number.to(tl.int32), BLOCK)
+    return _nth_with_key(values_ptr, count, level, number.to(tl.int32), BLOCK)
+
+
+@triton.jit
+def _filtered_draw(
+    row_ptr,
+    collected_ptr,
+    totals_ptr,
+    masses_ptr,
+    counts_ptr,
+    vocab,
+    blocks,
+    largest,
+    top_k,
+    top_p,
+    min_p,
+    draw,
+    CANDIDATES: tl.constexpr,
+    WIDE_BLOCK: tl.constexpr,
+    MARGIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The token of a row with top-k or top-p."""
+    total = tl.sum(_of_blocks(totals_ptr, blocks, 0.0, BLOCKS).to(tl.float64), axis=0)
+    masses, counts = _surveyed(masses_ptr, counts_ptr, blocks)
+    limited = (top_k > 0) & (top_k < vocab)
+    # The first distance within which lie the k largest, of which top-p then takes some, or enough of the mass.
+    enough = tl.where(limited, counts >= top_k, masses >= top_p.to(tl.float64) * total * MARGIN)
+    step = tl.arange(0, 16)
+    first = tl.min(tl.where(enough, step, 16), axis=0)
+    number = tl.sum(tl.where(step == first, counts, 0), axis=0)
+    fits = (first < 16) & (number <= CANDIDATES)
+    if fits:
+        distance = tl.sum(tl.where(step == first, _distances(), 0.0), axis=0)
+        _collect(row_ptr, collected_ptr, vocab, largest - distance, WIDE_BLOCK)
+    values_ptr = row_ptr + tl.where(fits, vocab, 0)
+    count = tl.where(fits, number, vocab)
+    place = _search_draw(values_ptr, count, largest, total, limited, top_k, top_p, min_p, draw, BLOCK)
+    return tl.where(fits, tl.load(collected_ptr + place, mask=fits, other=0), place)
 
 
 @triton.jit
 def _sample_kernel(
     tokens_ptr,  # int64 [R]
-    scaled_ptr,  # float32 [R, vocab]
+    collected_ptr,  # int32 [R, CANDIDATES]
+    scaled_ptr,  # float32 [R, vocab + CANDIDATES]
+    largest_ptr,  # float32 [R, blocks]
+    totals_ptr,  # float32 [R, blocks]
+    masses_ptr,  # float32 [R, blocks, 16]
+    counts_ptr,  # int32 [R, blocks, 16]
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
@@ -356,37 +493,61 @@ def _sample_kernel(
     seeds_ptr,
     positions_ptr,
     vocab,
+    blocks,
+    scaled_stride,
+    CANDIDATES: tl.constexpr,
+    WIDE_BLOCK: tl.constexpr,
+    MARGIN: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    row_ptr = scaled_ptr + row.to(tl.int64) * vocab
-    largest, token = _largest(row_ptr, vocab, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr, totals_ptr = scaled_ptr + row * scaled_stride, totals_ptr + row * blocks
+    of_block = _of_blocks(largest_ptr + row * blocks, blocks, float("-inf"), BLOCKS)
+    largest = tl.max(of_block, axis=0)
     if (tl.load(temperature_ptr + row) > 0) & (largest > float("-inf")):
         draw = draw_uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), 0)
         top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
         if (top_k > 0) | (top_p < 1.0):
-            token = _filtered_draw(row_ptr, vocab, largest, top_k, top_p, min_p, draw, BLOCK)
+            token = _filtered_draw(
+                row_ptr, collected_ptr + row * CANDIDATES, totals_ptr, masses_ptr + row * blocks * 16,
+                counts_ptr + row * blocks * 16, vocab, blocks, largest, top_k, top_p, min_p, draw, CANDIDATES,
+                WIDE_BLOCK, MARGIN, BLOCK, BLOCKS,
+            )  # fmt: skip
         else:
-            cut, at_cut = tl.full([], 0, tl.uint32), tl.full([], 0.0, tl.float64)
-            target = draw * _total(row_ptr, vocab, largest, cut, at_cut, min_p, BLOCK)
-            token = _first_beyond(row_ptr, vocab, largest, min_p, target, BLOCK)
-    tl.store(tokens_ptr + row, token.to(tl.int64))
+            token = _plain_draw(row_ptr, totals_ptr, vocab, blocks, largest, min_p, draw, BLOCK, BLOCKS)
+    else:  # the first of the largest: it is in the first block that has it
+        block = tl.arange(0, BLOCKS)
+        first = tl.min(tl.where((of_block == largest) & (block < blocks), block, BLOCKS), axis=0)
+        place = first * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(row_ptr + place, mask=place < vocab, other=float("-inf"))
+        token = tl.min(tl.where((value == largest) & (place < vocab), place, 2147483647), axis=0)
+    tl.store(tokens_ptr + row, tl.where(token < vocab, token, 0).to(tl.int64))  # without a number: the first
 
 
 def aot_variants() -> list[Variant]:
     """As a model of 8 billion parameters launches them."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    names = ("temperature_ptr", "penalty_ptr")
-    types = {**pointers(fp32, "scaled_ptr", *names), "logits_ptr": "*bf16", "vocab": "i32", "logits_stride": "i32"}
-    types |= pointers(torch.uint8, "seen_ptr", "forbidden_ptr")
-    adjust: dict[str, int | bool | float | None] = {"HAS_PENALTY": True, "HAS_FORBIDDEN": True, "BLOCK": _BLOCK}
-    row = {
-        **pointers(torch.int64, "tokens_ptr", "seeds_ptr", "positions_ptr"),
-        **pointers(fp32, "scaled_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr"),
-        "top_k_ptr": "*i32",
-        "vocab": "i32",
+    sizes = {"vocab": "i32", "scaled_stride": "i32"}
+    adjust_types = {
+        **pointers(fp32, "scaled_ptr", "largest_ptr", "temperature_ptr", "penalty_ptr"),
+        **pointers(torch.uint8, "seen_ptr", "forbidden_ptr"),
+        **sizes,
+        "logits_ptr": "*bf16",
+        "logits_stride": "i32",
     }
+    adjust: dict[str, int | bool | float | None] = {"HAS_PENALTY": True, "HAS_FORBIDDEN": True, "BLOCK": _BLOCK}
+    survey_types = {
+        **pointers(fp32, "scaled_ptr", "largest_ptr", "totals_ptr", "masses_ptr"),
+        **pointers(fp32, "temperature_ptr", "top_p_ptr", "min_p_ptr"),
+        **pointers(torch.int32, "counts_ptr", "top_k_ptr"),
+        **sizes,
+    }
+    types = {**survey_types, **pointers(torch.int64, "tokens_ptr", "seeds_ptr", "positions_ptr"), "blocks": "i32"}
+    survey: dict[str, int | bool | float | None] = {"BLOCK": _BLOCK, "BLOCKS": 128}  # a vocabulary of 128 thousand
+    sample = survey | {"CANDIDATES": CANDIDATES, "WIDE_BLOCK": _WIDE_BLOCK, "MARGIN": _MARGIN}
     return [
-        Variant(_adjust_kernel, f"{TYPE_NAMES[bf16]} penalties", types, adjust, {"num_warps": 4}),
-        Variant(_sample_kernel, "all filters", row, {"BLOCK": _BLOCK}, {"num_warps": 8}),
+        Variant(_adjust_kernel, f"{TYPE_NAMES[bf16]} penalties", adjust_types, adjust, {"num_warps": 4}),
+        Variant(_survey_kernel, "all filters", survey_types, survey, {"num_warps": 8}),
+        Variant(_sample_kernel, "all filters", types | {"collected_ptr": "*i32"}, sample, {"num_warps": 8}),
     ]

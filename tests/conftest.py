@@ -6,6 +6,8 @@ Nothing here downloads weights at test time: `make setup-dev` has fetched the re
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,40 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.beside import Beside
+
 DEFAULT_MODEL = "smollm2-135m"
+_BESIDE = pytest.StashKey[Beside]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a command beside the suite is waited for by comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)  # stable
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the commands that the collected tests ask for."""
+    if session.config.option.collectonly:
+        return
+    markers = (item.get_closest_marker("beside") for item in session.items)
+    names = list(dict.fromkeys(marker.args[0] for marker in markers if marker is not None))
+    if names:
+        beside = session.config.stash[_BESIDE] = Beside(Path(tempfile.mkdtemp(prefix="headroom-beside-")))
+        beside.start(names)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End them with the suite."""
+    beside = config.stash.get(_BESIDE, None)
+    if beside is not None:
+        beside.close()
+        shutil.rmtree(beside.folder("."), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def beside(request: pytest.FixtureRequest) -> Beside:
+    """The commands that run beside the suite, for tests marked ``beside("name")``."""
+    return request.config.stash[_BESIDE]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -42,7 +42,14 @@ PROMPTS, LONGEST_OUTPUT = 40, 48
 MAX_IN_FLIGHT = 40
 STUCK_S = 120.0
 FLAT = 0.02
-SWAPS = [{"weights": "int8"}, {"weights": "int4"}, {"kv_dtype": "int8"}, {"kv_dtype": "fp8"}, {"kv_dtype": "int4"}]
+SWAPS = [
+    {"weights": "int8"},
+    {"weights": "w4a8"},
+    {"weights": "int4"},
+    {"kv_dtype": "int8"},
+    {"kv_dtype": "fp8"},
+    {"kv_dtype": "int4"},
+]
 LIMITS = [{"token_budget": 7}, {"token_budget": 64}, {"max_running": 3}, {"max_running": 16}]
 
 

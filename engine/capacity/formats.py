@@ -142,9 +142,10 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
 
     Args:
         name: a dtype (bf16, fp16, fp32 and their long forms), ``fp8`` (a scale per channel), ``fp8-block`` (a scale per
-            128 · 128), ``int8``, ``w8a8`` (INT8 with activations of 8 bits; scales of 4 bytes), ``int4`` (groups of
-            128) or ``int4-g32|64|128``, ``mxfp4`` (groups of 32, scales of 8 bits), ``nvfp4`` (groups of 16, scales of
-            8 bits), a GGUF type (``q4_k``, ``q8_0`` …) or mixture (``q4_k_m``, ``q5_k_m``).
+            128 · 128), ``int8``, ``w8a8`` (INT8 with activations of 8 bits; scales of 4 bytes), ``w4a8`` (INT4 in
+            groups of 32, with activations of 8 bits), ``int4`` (groups of 128) or ``int4-g32|64|128``, ``mxfp4``
+            (groups of 32, scales of 8 bits), ``nvfp4`` (groups of 16, scales of 8 bits), a GGUF type (``q4_k``,
+            ``q8_0`` …) or mixture (``q4_k_m``, ``q5_k_m``).
         zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
             kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
 
@@ -161,6 +162,8 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     if block_type in GGUF_BLOCKS:
         weights, size = GGUF_BLOCKS[block_type]
         return WeightFormat(text, 8 * size // weights, block=(weights, size))
+    if text == "w4a8":
+        return WeightFormat("w4a8", 4, 32, scale_bytes=2, zero_point_bits=zero_point_bits)
     grouped = re.fullmatch(r"int4(?:-g(\d{1,4}))?", text)
     if grouped and int(grouped[1] or 128) in GROUP_SIZES:
         size = int(grouped[1] or 128)
@@ -169,8 +172,8 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     raise ConfigError(
         f"{text[:40]!r} is not a weight format.",
         field="weights",
-        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, {choices}, mxfp4, nvfp4, or a GGUF type such as "
-        "q4_k_m or q8_0.",
+        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, w4a8, {choices}, mxfp4, nvfp4, or a GGUF type "
+        "such as q4_k_m or q8_0.",
     )
 
 

@@ -33,6 +33,7 @@ class Gpu:
         memory_gb: nameplate; None if unknown.
         bandwidth_gb_s: of the memory, 10^9 bytes a second; None if unknown.
         bf16_tflops, fp8_tflops: dense (not sparse) peak, 10^12 FLOP a second; None if unknown or not supported.
+        int8_tops: the same of INT8 products, 10^12 operations a second.
         tdp_w: thermal design power in W; None if unknown.
         link_gb_s: to the other GPUs of a machine, one way, 10^9 bytes a second; None if unknown.
         hop_us: latency of one message over that link, µs.
@@ -49,6 +50,7 @@ class Gpu:
     bandwidth_gb_s: float | None = None
     bf16_tflops: float | None = None
     fp8_tflops: float | None = None
+    int8_tops: float | None = None
     tdp_w: float | None = None
     link_gb_s: float | None = None
     hop_us: float = 5.0
@@ -80,6 +82,7 @@ def _gpu(row: dict[str, str]) -> Gpu:
         bandwidth_gb_s=_number(row["bandwidth_gb_s"]),
         bf16_tflops=_number(row["bf16_tflops_dense"]),
         fp8_tflops=_number(row["fp8_tflops_dense"]),
+        int8_tops=_number(row["int8_tops_dense"]),
         tdp_w=_number(row["tdp_w"]),
         link_gb_s=_number(row["link_gb_s"]),
         hop_us=float(row["hop_us"]),

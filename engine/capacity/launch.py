@@ -78,7 +78,7 @@ def _headroom(request: CompleteRequest, workload: Workload | None) -> Launch:
     settings = [f"max_model_len={request.context}", f"max_num_seqs={request.max_num_seqs}"]
     settings.append(f"memory_limit_gib={request.gpu.usable_gib * request.utilization:.2f}")
     remarks = []
-    if request.weights in ("int8", "w8a8", "fp8"):
+    if request.weights in ("int8", "w4a8", "w8a8", "fp8"):
         settings.append(f"weights={request.weights}")
     elif request.weights.startswith("int4-g"):
         settings += ["weights=int4", f"group_size={request.weights.removeprefix('int4-g')}"]

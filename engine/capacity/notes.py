@@ -31,6 +31,11 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
         warnings += [f"{request.draft.name}: {note}" for note in request.draft.notes]
     if request.weights.startswith("fp8") and gpu.bf16_tflops and not gpu.fp8_tflops:
         warnings.append(f"{gpu.name} has no FP8 arithmetic: FP8 weights save memory there, not time.")
+    if request.weights in ("w8a8", "w4a8") and gpu.int8_tops and gpu.bf16_tflops and gpu.int8_tops < gpu.bf16_tflops:
+        warnings.append(
+            f"{gpu.name} multiplies INT8 at {gpu.int8_tops:,.0f} TOPS, slower than BF16 at {gpu.bf16_tflops:,.0f} "
+            "TFLOPS: 8-bit activations cost time there. Choose FP8."
+        )
     if "float16" in (request.dtype, request.weights) and spec.torch_dtype == "bfloat16":
         warnings.append("The checkpoint is bfloat16: in float16 large activations can overflow.")
     if spec.is_latent and request.tp > 1:

@@ -234,18 +234,21 @@ def has_speeds(gpu: Gpu) -> bool:
 def matrix_tflops(gpu: Gpu, weights: str, dtype: str) -> float:
     """Dense peak at which matrices of that weight format are multiplied, 10^12 FLOP/s.
 
-    FP8 weights use FP8 arithmetic where the GPU has it; integer and 4-bit formats are widened to the compute dtype;
-    float32 runs at half the 16-bit rate (TF32).
+    FP8 weights use FP8 arithmetic where the GPU has it, ``w8a8`` and ``w4a8`` INT8 arithmetic; other integer and 4-bit
+    formats are widened to the compute dtype; float32 runs at half the 16-bit rate (TF32).
 
     >>> from engine.capacity.hardware import find_gpu
-    >>> h100 = find_gpu("H100 SXM 80GB")
+    >>> h100, a100 = find_gpu("H100 SXM 80GB"), find_gpu("A100 SXM 80GB")
     >>> [matrix_tflops(h100, weights, "bfloat16") for weights in ("bfloat16", "fp8", "int4-g128")]
     [989.0, 1979.0, 989.0]
+    >>> [matrix_tflops(a100, weights, "bfloat16") for weights in ("int8", "w8a8")]
+    [312.0, 624.0]
     """
     base = gpu.bf16_tflops or 0.0
     if dtype == "float32":
         base /= 2
-    return gpu.fp8_tflops if weights.startswith("fp8") and gpu.fp8_tflops else base
+    own = gpu.fp8_tflops if weights.startswith("fp8") else gpu.int8_tops if weights in ("w8a8", "w4a8") else None
+    return own or base
 
 
 def touched_experts(experts: float, top_k: float, tokens: float) -> float:

@@ -95,10 +95,13 @@ class Executor:
             )
         if config.execution == "compiled":
             check_compiler()
+            # The compiler sees torch's operators; a kernel of ours that is launched from Python is none.
+            launched = config.weights != "model" and self._linear_kernels(config) == "triton"
+            reason = "the kernels of the quantized linear layers are launched, not compiled." if launched else None
+            _refuse(config, reason, "Choose fused or graphs, or set linear to torch in the same change.")
             return
         if config.execution == "native":
-            linear = choose("linear", config.linear, device=self.device, dtype=self.decoder.dtype).path or "none"
-            reason = native_obstacle(self.decoder, self.device, attention.name, linear.partition(" ")[0])
+            reason = native_obstacle(self.decoder, self.device, attention.name, self._linear_kernels(config))
             _refuse(config, reason, "Choose auto or eager, or set attention and linear to native in the same change.")
             return
         if config.execution == "fused":
@@ -117,6 +120,12 @@ class Executor:
                 field="execution",
                 remedy=f"Set attention to {GRAPHS_ATTENTION} in the same change.",
             )
+
+    def _linear_kernels(self, config: EngineConfig) -> str:
+        """The kernels that the knob `linear` means here: "native", "triton", "torch" or, if there are none, "none"."""
+        assert isinstance(self.decoder, Decoder), "checked before"
+        chosen = choose("linear", config.linear, device=self.device, dtype=self.decoder.dtype)
+        return (chosen.path or "none").partition(" ")[0]
 
     def configure(self, config: EngineConfig, attention: AttentionBackend) -> None:
         """Put knobs into force between two steps. Returns at once; shapes take over as they become ready."""

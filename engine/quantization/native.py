@@ -7,8 +7,9 @@ import torch
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat, dtype_name
 from engine.quantization.int4 import Int4Format
 from engine.quantization.int8 import Int8Format
+from engine.quantization.w4a8 import W4A8Format
 from kernels.cpu.build import native
-from kernels.cpu.linear import PackedWeight, linear, pack_float, pack_int4, pack_int8
+from kernels.cpu.linear import PackedWeight, linear, pack_float, pack_int4, pack_int8, pack_w4a8
 
 
 class NativeFormat(WeightFormat):
@@ -48,7 +49,7 @@ class NativeFormat(WeightFormat):
     def path(self) -> str:
         kind = dtype_name(self.packed.panels.dtype) if self.name == "model" else self.name.replace("-", " ")
         prefix = "model: " if self.name == "model" else ""
-        arithmetic = "float32 sums" if self.bits is None else "16-bit activations"
+        arithmetic = "float32 sums" if self.bits is None else f"{self.packed.activation_bits}-bit activations"
         return f"{prefix}{kind}, native {native().isa}, {arithmetic}"
 
 
@@ -64,8 +65,10 @@ def to_native(format: WeightFormat) -> WeightFormat:
         return NativeFormat("model", pack_float(format.weight), None, None, 0.0)
     if isinstance(format, Int8Format):
         return NativeFormat("int8", pack_int8(format.q, format.scales), 8, None, format.largest_step())
-    if isinstance(format, Int4Format):
-        scales, zeros = (part.t().contiguous() for part in format.scales_and_zeros.unbind(dim=-1))
-        packed = pack_int4(format.unpacked(), scales, zeros)
+    if isinstance(format, Int4Format | W4A8Format):
+        plain = format.plain if isinstance(format, W4A8Format) else format
+        scales, zeros = (part.t().contiguous() for part in plain.scales_and_zeros.unbind(dim=-1))
+        pack = pack_w4a8 if isinstance(format, W4A8Format) else pack_int4
+        packed = pack(plain.unpacked(), scales, zeros)
         return NativeFormat(format.name, packed, 4, format.group_size, format.largest_step())
     return format

@@ -13,6 +13,7 @@ from engine.quantization.formats import ModelDtypeFormat, WeightFormat
 from engine.quantization.int4 import GROUP_SIZES, Int4Format, largest_group_size
 from engine.quantization.int8 import Int8Format
 from engine.quantization.scaled import KINDS, ScaledFormat
+from engine.quantization.w4a8 import W4A8Format
 
 MakeFormat = Callable[[torch.Tensor, int, torch.device, torch.dtype], WeightFormat]
 """(weight float32 [N, K] on the CPU, group size, device, compute dtype) → the format."""
@@ -30,6 +31,13 @@ def _make_int4(weight: torch.Tensor, group_size: int, device: torch.device, dtyp
     return Int4Format(weight, fitting, device, dtype)
 
 
+def _make_w4a8(weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
+    """Unquantized where the groups of 32 do not divide the width; the path says so."""
+    if largest_group_size(weight.shape[1], W4A8Format.group_size) is None or weight.shape[0] % 2:
+        return ModelDtypeFormat(weight.to(device=device, dtype=dtype))
+    return W4A8Format(weight, device, dtype)
+
+
 def _make_scaled(
     name: str, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype
 ) -> WeightFormat:
@@ -39,6 +47,7 @@ def _make_scaled(
 QUANTIZED_FORMATS: dict[str, MakeFormat] = {
     "int8": _make_int8,
     "int4": _make_int4,
+    "w4a8": _make_w4a8,
     **{name: functools.partial(_make_scaled, name) for name in KINDS},
 }
 

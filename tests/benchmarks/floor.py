@@ -54,8 +54,13 @@ class Machine:
         return max(self.copy_bytes_s, self.read_bytes_s)
 
     def peak(self, dtype: str) -> float:
-        """Best FLOP/s of a dtype; quantized weights may compute in either, so the better one is their floor."""
+        """Best FLOP/s of a dtype; quantized weights may compute in either, so the better one is their floor.
+
+        Of W4A8 four times that of float32: a vector holds four bytes where it holds a float.
+        """
         best = {name: max(rates.values()) for name, rates in self.gemm_flops_s.items()}
+        if dtype == "w4a8":
+            return max(4 * best["float32"], *best.values())
         return best.get(dtype, max(best.values()))
 
 
@@ -117,7 +122,7 @@ def floor(
     """The floor of a workload.
 
     Args:
-        weights: "float32", "bfloat16", "int8" or "int4".
+        weights: "float32", "bfloat16", "int8", "int4" or "w4a8".
         weights_bytes: resident bytes, all of which a decode step reads.
         cached_tokens: of each prompt, in the prefix cache before it arrives.
     """

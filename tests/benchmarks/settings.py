@@ -74,6 +74,7 @@ OUR_WEIGHTS: tuple[tuple[str, dict[str, str]], ...] = (
     ("int4", {"dtype": "bfloat16", "weights": "int4", "head_weights": "int8"}),
     ("int8 in float32", {"dtype": "float32", "weights": "int8", "head_weights": "int8"}),
     ("int4 in float32", {"dtype": "float32", "weights": "int4", "head_weights": "int8"}),
+    ("w4a8 in float32", {"dtype": "float32", "weights": "w4a8", "head_weights": "int8"}),
 )
 EXECUTIONS = {"cpu": ("auto", "compiled"), "cuda": ("eager", "compiled", "graphs")}
 

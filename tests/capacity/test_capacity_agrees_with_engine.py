@@ -27,6 +27,7 @@ def test_planned_weights_are_the_weights_that_the_default_model_holds(default_mo
         ("int8", 64, "int8"),
         ("int4", 32, "int4-g32"),
         ("int4", 64, "int4-g64"),
+        ("w4a8", 64, "w4a8"),
         ("w8a8", 64, "w8a8"),
         ("fp8", 64, "fp8"),
     ],

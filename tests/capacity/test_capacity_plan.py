@@ -164,6 +164,14 @@ def test_estimates_and_missing_fp8_arithmetic_are_pointed_out():
     assert any("no FP8 arithmetic" in line for line in lines)
 
 
+def test_8_bit_activations_are_warned_of_where_int8_is_slower_than_bf16():
+    slow, quick = (
+        plan(_request("Llama-3.1-8B", gpu=find_gpu(gpu), weights="w8a8")).warnings for gpu in ("B300", "A100 SXM")
+    )
+    assert any("150 TOPS" in line and "Choose FP8" in line for line in slow)
+    assert not any("TOPS" in line for line in quick)
+
+
 def test_limit_of_the_engine_below_that_of_memory_is_pointed_out():
     answer = plan(_request("Llama-3.1-8B", context=2048, max_num_seqs=16))
     assert answer.max_concurrency > 16

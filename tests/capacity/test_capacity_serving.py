@@ -85,6 +85,15 @@ def test_smaller_weights_decode_faster_and_more_gpus_too():
     assert several[0] / several[3] < 8
 
 
+def test_a_prompt_runs_at_the_int8_rate_only_where_activations_have_8_bits_too():
+    prompt = Batch(decodes=0, context=0, prefill=4096)
+    a100 = find_gpu("A100 SXM")
+    int8, w8a8 = (
+        StepModel(_request(gpu=a100, context=8192, weights=form)).seconds(prompt) for form in ("int8", "w8a8")
+    )
+    assert 1.5 < int8 / w8a8 < 2
+
+
 def test_mixture_reads_the_experts_that_are_chosen():
     assert touched_experts(128, 8, 1) == pytest.approx(8)
     for tokens in (1, 2, 16, 1000):

@@ -56,7 +56,7 @@ def test_table_of_the_default_model_gives_every_token_the_bytes_of_the_library(d
     table = token_bytes(tokenizer)
     assert table is not None
     for token_id in range(len(tokenizer)):
-        whole = table.find(token_id)[0].decode(errors="replace")
+        whole = table[token_id][0].decode(errors="replace")
         assert whole == tokenizer.decode([token_id], skip_special_tokens=True), token_id
 
 

@@ -192,7 +192,7 @@ def test_cache_that_is_allocated_is_the_cache_that_was_planned(tiny_llama: Path,
     assert report.weights_at_load + report.activations + report.kv_cache <= report.limit
 
 
-@pytest.mark.parametrize("weights", ["model", "int8", "int4", "w8a8", "fp8"])
+@pytest.mark.parametrize("weights", ["model", "int8", "int4", "w4a8", "w8a8", "fp8"])
 @pytest.mark.parametrize("group_size", ["32", "64"])
 def test_weights_take_the_bytes_that_the_planner_predicts(tiny_llama: Path, weights: str, group_size: str):
     engine = make_engine(tiny_llama, weights=weights, group_size=group_size)

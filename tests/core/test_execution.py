@@ -300,7 +300,7 @@ def test_the_second_preparation_comes_from_disk(model: LoadedModel):
 
 
 @pytest.mark.parametrize("linear", ["torch", "native"])
-@pytest.mark.parametrize("weights", ["model", "int8", "int4", "w8a8", "fp8"])
+@pytest.mark.parametrize("weights", ["model", "int8", "int4", "w4a8", "w8a8", "fp8"])
 def test_all_layers_of_a_uniform_model_share_one_program_in_every_format(tiny_llama: Path, weights: str, linear: str):
     model = load_model(str(tiny_llama), dtype="float32", device="cpu")
     make_engine(model, weights=weights, linear=linear)

@@ -61,7 +61,7 @@ def test_every_step_computes_what_eager_computes(name: str, tmp_path: Path, tiny
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "w4a8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantized_weights_and_bfloat16_give_what_eager_gives(tiny_llama: Path, weights: str, dtype: str):
     model = load_model(str(tiny_llama), dtype=dtype, device="cpu")

@@ -134,7 +134,7 @@ class EngineMachine(RuleBasedStateMachine):
     def move_the_limits(self, running: int, budget: int) -> None:
         self.engine.reconfigure({"max_running": running, "token_budget": budget})
 
-    @rule(weights=st.sampled_from(["model", "int8", "int4"]), really=st.integers(0, 3))
+    @rule(weights=st.sampled_from(["model", "int8", "int4", "w4a8"]), really=st.integers(0, 3))
     def swap_weights(self, weights: str, really: int) -> None:
         if really and weights != "model":
             return  # seldom, or hardly a request would live long enough to be compared

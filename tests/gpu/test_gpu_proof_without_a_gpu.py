@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,35 +15,28 @@ from tests.gpu.case import Bar, Case
 from tests.gpu.ceilings import Ceilings
 from tests.gpu.random_model import tokenizer_of
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def document(tmp_path_factory):
+def document(beside):
     """What the command writes, run as on a GPU but in Triton's interpreter."""
-    out = tmp_path_factory.mktemp("gpu")
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.run", "--device", "cpu", "--size", "tiny", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
+    run = beside.result("proof")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert "0 wrong" in run.stdout
-    return json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+    return json.loads((beside.folder("proof") / "gpu.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.beside("proof")
 def test_every_operation_that_triton_does_is_measured_against_its_reference(document):
     measured = {item["kernel"] for item in document["kernels"] if item["right"] is True}
     assert measured == {name for name, paths in IMPLEMENTATIONS.items() if "triton" in paths and name != "linear"}
 
 
+@pytest.mark.beside("proof")
 def test_every_case_has_a_time_and_a_floor(document):
     assert [item for item in document["kernels"] if item["us"] is None or item["floor_us"] is None] == []
 
 
+@pytest.mark.beside("proof")
 def test_the_engine_gives_the_tokens_of_transformers_in_every_setting(document):
     quantized = {f"fused, {name} cache" for name in KV_FORMATS if name != "model"}
     assert {item["setting"] for item in document["parity"]} == {"eager", "fused", "fused, drafts"} | quantized
@@ -61,6 +50,7 @@ def test_the_engine_gives_the_tokens_of_transformers_in_every_setting(document):
     assert caches == {"fp8": "fp8_per_token_head", "int8": "int8_per_token_head", "int4": "int4"}
 
 
+@pytest.mark.beside("proof")
 def test_the_engine_is_measured_in_every_weight_format_and_over_quantized_caches(document):
     ours = {item["setting"] for item in document["engine"] if item["engine"] == "headroom" and item["step_ms"]}
     assert {name.partition(",")[0] for name in ours} == {"bfloat16", "int8", "int4", "w8a8", "fp8"}
@@ -68,6 +58,7 @@ def test_the_engine_is_measured_in_every_weight_format_and_over_quantized_caches
     assert any(item["engine"] == "transformers" and item["step_ms"] for item in document["engine"])
 
 
+@pytest.mark.beside("proof")
 def test_the_tables_show_every_case_and_say_that_no_gpu_was_there(document):
     text, rows = table.text(document), table.kernel_rows(document)
     assert "no GPU" in text

@@ -2,9 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +12,14 @@ from kernels.aot import MODULES, TARGETS, declared
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(beside):
     """One compilation from scratch, in a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton-cache"))
-    run = subprocess.run(
-        [sys.executable, "-m", "kernels.aot", "--json"],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
+    run = beside.result("compilation")
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
 
 
+@pytest.mark.beside("compilation")
 def test_every_kernel_compiles_for_every_target(reports):
     compiled = {(report["kernel"], report["target"]) for report in reports}
     kernels = {variant.kernel.__name__.strip("_") for name in MODULES for variant in declared(name)}
@@ -51,6 +40,7 @@ def test_every_configuration_that_ships_is_compiled():
         assert [name for name in names if not any(label.startswith(name) for label in labels)] == []
 
 
+@pytest.mark.beside("compilation")
 def test_every_16_bit_matrix_kernel_uses_a_matrix_instruction(reports):
     matrix = [report for report in reports if report["needs_matrix_unit"]]
     assert {report["kernel"] for report in matrix} == {
@@ -65,15 +55,18 @@ def test_every_16_bit_matrix_kernel_uses_a_matrix_instruction(reports):
     assert prefill == {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
+@pytest.mark.beside("compilation")
 def test_no_variant_spills_registers(reports):
     assert [(r["target"], r["label"], r["spill_bytes"]) for r in reports if r["spill_bytes"]] == []
     assert all(0 < report["registers"] <= 255 for report in reports)
 
 
+@pytest.mark.beside("compilation")
 def test_every_variant_fits_into_the_shared_memory_of_its_target(reports):
     assert [report for report in reports if report["shared_bytes"] > report["shared_limit_bytes"]] == []
 
 
+@pytest.mark.beside("compilation")
 def test_what_an_l4_would_launch_fits_its_smaller_shared_memory(reports):
     """Compute capability 8.9 runs the code of 8.0 with 99 KiB a block instead of 163."""
     assert [r for r in reports if r["target"] == "sm_80" and r["shared_bytes"] > 101_376] == []

@@ -37,7 +37,8 @@ def model(request, tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("weights", "label"), [("int8", "int8"), ("int4", "int4-g32"), ("w8a8", "w8a8"), ("fp8", "fp8")]
+    ("weights", "label"),
+    [("int8", "int8"), ("int4", "int4-g32"), ("w4a8", "w4a8"), ("w8a8", "w8a8"), ("fp8", "fp8")],
 )
 def test_exchange_and_back_is_bit_identical(model, weights, label):
     before = snapshot(model)

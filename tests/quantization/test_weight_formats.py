@@ -15,6 +15,7 @@ from engine.quantization.int4 import Int4Format, largest_group_size
 from engine.quantization.int8 import Int8Format
 from engine.quantization.registry import QUANTIZED_FORMATS, WeightChoice
 from engine.quantization.scaled import ScaledFormat
+from engine.quantization.w4a8 import W4A8Format
 
 CPU = torch.device("cpu")
 
@@ -41,6 +42,7 @@ MAKERS = {
     "int4-g128": lambda weight, dtype=torch.float32: Int4Format(weight, 128, CPU, dtype),
 }
 
+GROUPED_ACTIVATIONS = {"w4a8": lambda weight, dtype=torch.float32: W4A8Format(weight, CPU, dtype)}
 SCALED = {
     name: lambda weight, dtype=torch.float32, name=name: ScaledFormat(name, weight, CPU, dtype)
     for name in ("w8a8", "fp8")
@@ -56,10 +58,10 @@ def plain_int8(weight):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*MAKERS, *SCALED])
+@pytest.mark.parametrize("name", [*MAKERS, *GROUPED_ACTIVATIONS, *SCALED])
 def test_every_weight_is_within_half_a_step_of_the_original(name, kind):
     weight = weights_of_kind(kind)
-    error = quantization_error(weight, (MAKERS | SCALED)[name](weight))
+    error = quantization_error(weight, (MAKERS | GROUPED_ACTIVATIONS | SCALED)[name](weight))
     assert error.max_error <= error.half_step * (1 + 1e-5)
     assert error.rms_error <= error.max_error
     assert error.format == name
@@ -125,6 +127,21 @@ def test_w8a8_product_is_that_of_activations_and_weights_of_8_bits(name, kind, d
     # one activation may fall to the other side of a tie, by the last digit of its scale
     bound = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[dtype]
     assert ((result.double() - expected).abs().amax(1) <= bound * expected.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_w4a8_product_is_that_of_int4_weights_and_activations_of_8_bits_in_groups(dtype, rows):
+    weight = weights_of_kind("outliers")
+    format = GROUPED_ACTIVATIONS["w4a8"](weight, dtype)
+    assert torch.equal(format.dequantize(), MAKERS["int4-g32"](weight).dequantize())
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0, 3] = 300.0  # an outlier takes from its own group alone
+    scales = x.double().unflatten(1, (8, 32)).abs().amax(-1, keepdim=True) / 127
+    p = (x.double().unflatten(1, (8, 32)) / scales).round() * scales
+    expected = p.flatten(1) @ format.dequantize().double().t()
+    bound = {torch.float32: 2e-4, torch.bfloat16: 1.2e-2}[dtype]
+    assert (format.forward(x, None).double() - expected).abs().max() <= bound * expected.abs().max()
 
 
 def test_every_number_of_e4m3_is_widened_to_itself():
@@ -194,18 +211,26 @@ def test_group_size_falls_back_to_the_largest_that_divides_the_width(width, want
     assert largest_group_size(width, wanted) == fitting
 
 
-def test_width_without_a_fitting_group_stays_in_the_model_dtype():
-    format = QUANTIZED_FORMATS["int4"](weights_of_kind("normal", num_columns=80), 64, CPU, torch.bfloat16)
+@pytest.mark.parametrize("name", ["int4", "w4a8"])
+def test_width_without_a_fitting_group_stays_in_the_model_dtype(name):
+    format = QUANTIZED_FORMATS[name](weights_of_kind("normal", num_columns=80), 64, CPU, torch.bfloat16)
     assert isinstance(format, ModelDtypeFormat)
     assert format.path == "model: bfloat16 matmul"
 
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("int8", 8 + 16 / 256), ("int4-g32", 5), ("int4-g64", 4.5), ("w8a8", 8 + 32 / 256), ("fp8", 8 + 32 / 256)],
+    [
+        ("int8", 8 + 16 / 256),
+        ("int4-g32", 5),
+        ("int4-g64", 4.5),
+        ("w4a8", 5),
+        ("w8a8", 8 + 32 / 256),
+        ("fp8", 8 + 32 / 256),
+    ],
 )
 def test_resident_bytes_are_the_bits_of_the_format(name, bits):
-    assert (MAKERS | SCALED)[name](weights_of_kind("normal")).nbytes() == 128 * 256 * bits / 8
+    assert (MAKERS | GROUPED_ACTIVATIONS | SCALED)[name](weights_of_kind("normal")).nbytes() == 128 * 256 * bits / 8
 
 
 def test_linear_refuses_a_weight_of_another_shape_and_keeps_its_own():

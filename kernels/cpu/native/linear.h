@@ -7,9 +7,12 @@
 //     INT4:  row of four columns, in 16-bit words: word 2j + i (i = 0, 1; j < PANEL/2) holds, from its low bits up,
 //            w[j, k+i]  w[j + PANEL/2, k+i]  w[j, k+2+i]  w[j + PANEL/2, k+2+i]
 //
+//     W4A8:  as INT4; read as bytes, output j's four columns come in the order k, k + 2, k + 1, k + 3
+//
 // Floats are multiplied as floats. Integers are multiplied as integers: x is rounded to 16 bits in groups of columns
 // (by 1.5e-5 of the group's largest value, a 250th of what bfloat16 rounds), and pairs of products are summed in 32
-// bits, exactly; so the result of a row has the same bits whatever other rows come with it.
+// bits, exactly; so the result of a row has the same bits whatever other rows come with it. W4A8 rounds x to 8 bits in
+// groups of 32 columns (by a 254th of the group's largest value), which takes half the operations.
 //
 // Few rows of x (up to ROWS): weights are decoded in registers and used at once; the cost is reading them. More rows: a
 // piece of a panel is decoded into the first-level cache and used for all rows; the cost is the multiplications.
@@ -25,17 +28,19 @@ namespace {
 
 constexpr int K_PIECE = 256;  // columns of a panel that are decoded at a time: PANEL · 256 · 4 bytes stay in L1
 constexpr int WORD_ROWS = LANES == 8 ? 5 : ROWS;  // of integers: 10 of 16 registers are sums
+constexpr int BYTE_ROWS = LANES == 8 ? 6 : ROWS;
+constexpr int BYTE_GROUP = 4 * MOST_BYTE_PRODUCTS;  // columns, of weights and activations
 constexpr int MOST_GROUP = 128;  // columns: 127 · 32767 · 128 fits into 32 bits, and K_PIECE holds whole groups
 
 struct Weight {
     Type type;
     const uint8_t* panels;           // [panels, K, PANEL]
-    const uint16_t* parameters;      // INT4: bfloat16 [panels, K / group, 2, PANEL]: scales, then zero points
+    const uint16_t* parameters;      // INT4, W4A8: bfloat16 [panels, K / group, 2, PANEL]: scales, then zero points
     const uint16_t* scales;          // INT8: bfloat16 [outputs], applied to the sums
     const float* bias;               // [outputs] or null
     int64_t outputs, inputs, group;  // outputs: a multiple of PANEL; group: of integer types, divides inputs
 
-    bool integers() const { return type == INT8 || type == INT4; }
+    bool integers() const { return type == INT8 || type == INT4 || type == W4A8; }
     int64_t num_panels() const { return outputs / PANEL; }
     int64_t num_groups() const { return integers() ? inputs / group : 0; }
     const uint8_t* panel(int64_t index) const {
@@ -61,6 +66,7 @@ struct Input {
     int64_t rows, inputs;
     const float* x;        // [rows, inputs]
     const int16_t* words;  // [rows, inputs]
+    const int8_t* bytes;   // [rows, inputs], of W4A8 in place of words: each four as the weight has them
     const float* scales;   // [rows, groups]
     const float* sums;     // [rows, groups]: of the rounded x
 };
@@ -245,8 +251,90 @@ void sum_integers(const Weight& w, int64_t index, const Input& in, Pair* sums, f
     }
 }
 
-// One group of a row: x ≈ words · scale. Values that are not finite make the scale, and so the outputs, NaN.
-inline void round_group(const float* x, int64_t count, int16_t* words, float* scale, float* sum) {
+// What a group of columns of a panel is scaled with, kept where it is read for many rows.
+inline void keep_grid(const uint16_t* parameters, float* to) {
+    const Grid grid(parameters);
+    store(to, grid.scale.low), store(to + LANES, grid.scale.high);
+    store(to + PANEL, grid.offset.low), store(to + PANEL + LANES, grid.offset.high);
+}
+
+// Four columns of a panel as bytes: of the outputs of its lower and of its upper half.
+inline void decode_quad(const uint8_t* packed, ByteVec& low, ByteVec& high) {
+    const UnsignedWordVec words = load<UnsignedWordVec>(packed);
+    low = same_bits<ByteVec>(words & 0x0f0f), high = same_bits<ByteVec>((words >> 4) & 0x0f0f);
+}
+
+// As multiply_words, of bytes; grids: [last - first, 2, PANEL], see keep_grid.
+template <int R, class Columns>
+inline void multiply_bytes(const Input& in, int64_t row, int64_t first, int64_t last, const float* grids,
+                           Columns columns, Pair* sums) {
+    const int64_t groups = in.inputs / BYTE_GROUP, ldx = in.inputs;
+    const int8_t* x = in.bytes + row * ldx + first * BYTE_GROUP;
+    size_t quad = 0;
+    for (int64_t group = first; group < last; ++group, grids += 2 * PANEL) {
+        ByteSums low[R] = {}, high[R] = {};
+        // Not unrolled: the compiler would reorder the sums of all quads, and keep the products in memory.
+#pragma GCC unroll 1
+        for (int i = 0; i < MOST_BYTE_PRODUCTS; ++i, ++quad, x += 4) {
+            ByteVec four_low, four_high;
+            columns(quad, four_low, four_high);
+            for (int r = 0; r < R; ++r) {
+                const ByteVec value = splat_quad(x + r * ldx);
+                low[r] = add_byte_products(low[r], four_low, value);
+                high[r] = add_byte_products(high[r], four_high, value);
+            }
+        }
+        const Pair scale{load<Vec>(grids), load<Vec>(grids + LANES)};
+        const Pair offset{load<Vec>(grids + PANEL), load<Vec>(grids + PANEL + LANES)};
+        for (int r = 0; r < R; ++r) {
+            const float factor = in.scales[(row + r) * groups + group];
+            const Vec sum = splat(in.sums[(row + r) * groups + group]);
+            sums[r].low += __builtin_convertvector(whole(low[r]), Vec) * (scale.low * factor) + sum * offset.low;
+            sums[r].high += __builtin_convertvector(whole(high[r]), Vec) * (scale.high * factor) + sum * offset.high;
+        }
+    }
+}
+
+inline void sum_bytes(const Weight& w, int64_t index, const Input& in, Pair* sums, float* buffer) {
+    std::fill(sums, sums + in.rows, Pair{Vec{}, Vec{}});
+    constexpr int PACKED = PANEL * 2, PIECE_GROUPS = K_PIECE / BYTE_GROUP;
+    const uint8_t* panel = w.panel(index);
+    const uint16_t* parameters = w.parameters + index * w.num_groups() * 2 * PANEL;
+    float* grids = buffer;  // of a piece
+    ByteVec* decoded = reinterpret_cast<ByteVec*>(buffer + PIECE_GROUPS * 2 * PANEL);
+    const bool few = in.rows <= BYTE_ROWS;
+    for (int64_t first = 0; first < w.num_groups(); first += PIECE_GROUPS) {
+        const int64_t last = std::min(w.num_groups(), first + PIECE_GROUPS), quads = (last - first) * BYTE_GROUP / 4;
+        const uint8_t* packed = panel + first * BYTE_GROUP / 4 * PACKED;
+        for (int64_t group = first; group < last; ++group)
+            keep_grid(parameters + group * 2 * PANEL, grids + (group - first) * 2 * PANEL);
+        if (few) {
+            const auto columns = [packed](size_t quad, ByteVec& low, ByteVec& high) __attribute__((always_inline)) {
+                decode_quad(packed + quad * PACKED, low, high);
+            };
+            with_rows(in.rows, [&](auto r) {
+                multiply_bytes<decltype(r)::value>(in, 0, first, last, grids, columns, sums);
+            });
+            continue;
+        }
+        for (int64_t quad = 0; quad < quads; ++quad)
+            decode_quad(packed + quad * PACKED, decoded[2 * quad], decoded[2 * quad + 1]);
+        const auto columns = [decoded](size_t quad, ByteVec& low, ByteVec& high) __attribute__((always_inline)) {
+            low = decoded[2 * quad], high = decoded[2 * quad + 1];
+        };
+        in_shares(in.rows, BYTE_ROWS, [&](int64_t row, int64_t end) {
+            with_rows(end - row, [&](auto r) {
+                multiply_bytes<decltype(r)::value>(in, row, first, last, grids, columns, sums + row);
+            });
+        });
+    }
+}
+
+constexpr float MAGIC = 12582912.0f;  // 1.5 · 2²³: what is added to it is rounded to an integer in its low bits
+constexpr int32_t MAGIC_BITS = 0x4b400000;
+
+// The largest absolute value; not_finite: 0, or NaN if one is infinite or NaN.
+inline float largest_size(const float* x, int64_t count, float* not_finite) {
     const int64_t whole = count / LANES * LANES;
     Vec most{}, nothing{};
     for (int64_t k = 0; k < whole; k += LANES) {
@@ -254,12 +342,19 @@ inline void round_group(const float* x, int64_t count, int16_t* words, float* sc
         most = size > most ? size : most;
         nothing += value * 0.0f;
     }
-    float largest = 0, not_finite = sum_lanes(nothing);
+    float largest = 0;
+    *not_finite = sum_lanes(nothing);
     for (int i = 0; i < LANES; ++i) largest = std::max(largest, most[i]);
-    for (int64_t k = whole; k < count; ++k) largest = std::max(largest, std::fabs(x[k])), not_finite += x[k] * 0.0f;
+    for (int64_t k = whole; k < count; ++k) largest = std::max(largest, std::fabs(x[k])), *not_finite += x[k] * 0.0f;
+    return largest;
+}
+
+// One group of a row: x ≈ words · scale. Values that are not finite make the scale, and so the outputs, NaN.
+inline void round_group(const float* x, int64_t count, int16_t* words, float* scale, float* sum) {
+    const int64_t whole = count / LANES * LANES;
+    float not_finite;
+    const float largest = largest_size(x, count, &not_finite);
     const float factor = largest > 0 ? 32767.0f / largest : 0.0f;
-    constexpr float MAGIC = 12582912.0f;  // 1.5 · 2²³: what is added to it is rounded to an integer in its low bits
-    constexpr int32_t MAGIC_BITS = 0x4b400000;
     using HalfVec = int16_t __attribute__((vector_size(LANES * 2)));
     IntVec total{};
     for (int64_t k = 0; k < whole; k += LANES) {
@@ -276,6 +371,23 @@ inline void round_group(const float* x, int64_t count, int16_t* words, float* sc
     }
     *scale = largest / 32767.0f + not_finite;
     *sum = float(words_sum) * *scale;
+}
+
+// The same to bytes, the columns of each four in the order of the weight's.
+inline void round_group_to_bytes(const float* x, int8_t* bytes, float* scale, float* sum) {
+    float not_finite;
+    const float largest = largest_size(x, BYTE_GROUP, &not_finite), factor = largest > 0 ? 127.0f / largest : 0.0f;
+    int32_t total = 0;
+    for (int64_t k = 0; k < BYTE_GROUP; k += LANES) {
+        const IntVec rounded = same_bits<IntVec>(load<Vec>(x + k) * factor + MAGIC) - MAGIC_BITS;
+        for (int i = 0; i < LANES; ++i) {
+            const int place = (i & ~3) | (i & 1) << 1 | (i & 2) >> 1;
+            bytes[k + place] = int8_t(rounded[i]);
+            total += rounded[i];
+        }
+    }
+    *scale = largest / 127.0f + not_finite;
+    *sum = float(total) * *scale;
 }
 
 // ---- the product ----------------------------------------------------------------------------------------------------
@@ -300,6 +412,7 @@ inline void panel_outputs(const Weight& w, int64_t index, const Input& in, Pair*
         case BF16: sum_floats<BF16>(w, index, in, out, buffer); break;
         case INT8: sum_integers<INT8>(w, index, in, out, buffer); break;
         case INT4: sum_integers<INT4>(w, index, in, out, buffer); break;
+        case W4A8: sum_bytes(w, index, in, out, buffer); break;
         case FP8: __builtin_unreachable();
     }
     if (w.type == INT8 || w.bias)
@@ -320,12 +433,14 @@ inline Input rounded(const Weight& w, const float* x, int64_t rows, float* own, 
     const bool alone = rows * w.inputs <= ROUNDED_ALONE;
     float *scales = alone ? own : team, *sums = scales + count;
     int16_t* words = reinterpret_cast<int16_t*>(sums + count);
+    int8_t* bytes = reinterpret_cast<int8_t*>(words);
     for (int64_t i = alone ? 0 : count * me / size; i < (alone ? count : count * (me + 1) / size); ++i)
-        round_group(x + i * w.group, w.group, words + i * w.group, scales + i, sums + i);
+        if (w.type == W4A8) round_group_to_bytes(x + i * w.group, bytes + i * w.group, scales + i, sums + i);
+        else round_group(x + i * w.group, w.group, words + i * w.group, scales + i, sums + i);
     if (!alone && count) {
 #pragma omp barrier
     }
-    return {rows, w.inputs, x, words, scales, sums};
+    return {rows, w.inputs, x, words, bytes, scales, sums};
 }
 
 // Every thread of a team computes its share of the panels: finish(panel, outputs [rows] of pairs).
@@ -362,7 +477,8 @@ inline void weight_row(const Weight& w, int64_t output, float* out) {
     const int64_t lane = output % PANEL, half = PANEL / 2;
     const uint8_t* panel = w.panel(output / PANEL);
     const float scale = w.type == INT8 ? widen(w.scales[output]) : 1.0f;
-    const uint16_t* grids = w.type == INT4 ? w.parameters + output / PANEL * w.num_groups() * 2 * PANEL + lane : nullptr;
+    const bool gridded = w.type == INT4 || w.type == W4A8;
+    const uint16_t* grids = gridded ? w.parameters + output / PANEL * w.num_groups() * 2 * PANEL + lane : nullptr;
     for (int64_t k = 0; k < w.inputs; ++k) switch (w.type) {
             case F32: out[k] = reinterpret_cast<const float*>(panel)[k * PANEL + lane]; break;
             case BF16: out[k] = widen(reinterpret_cast<const uint16_t*>(panel)[k * PANEL + lane]); break;
@@ -371,7 +487,8 @@ inline void weight_row(const Weight& w, int64_t output, float* out) {
                 out[k] = float(row[2 * lane + k % 2]) * scale;
                 break;
             }
-            case INT4: {
+            case INT4:
+            case W4A8: {
                 const uint8_t byte = panel[k / 4 * 2 * PANEL + 2 * (2 * (lane % half) + k % 2) + k % 4 / 2];
                 const uint16_t* grid = grids + k / w.group * 2 * PANEL;
                 out[k] = float((lane < half ? byte & 15 : byte >> 4) - 8) * widen(grid[0]) + widen(grid[PANEL]);

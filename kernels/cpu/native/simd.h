@@ -31,8 +31,9 @@ using IntVec = int32_t __attribute__((vector_size(LANES * 4)));
 using ShortVec = uint16_t __attribute__((vector_size(LANES * 2)));
 using WordVec = int16_t __attribute__((vector_size(LANES * 4)));  // 2 · LANES of them
 using UnsignedWordVec = uint16_t __attribute__((vector_size(LANES * 4)));
+using ByteVec = uint8_t __attribute__((vector_size(LANES * 4)));  // 4 · LANES of them
 
-enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, FP8 = 4 };  // FP8: of the cache only
+enum Type : int { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, FP8 = 4, W4A8 = 5 };  // FP8 of the cache, W4A8 of weights only
 
 template <class V, class T>
 inline V load(const T* from) {
@@ -96,6 +97,50 @@ inline WordVec splat_pair(const int16_t* from) {
     int32_t pair;
     std::memcpy(&pair, from, sizeof(pair));
     return same_bits<WordVec>(pair - IntVec{});
+}
+
+// Sums of products of unsigned bytes a and signed bytes b, each four neighbours in lane i. Without instructions that add
+// four products, two are added in 16 bits, where MOST_BYTE_PRODUCTS of them fit as long as a ≤ 15.
+constexpr int MOST_BYTE_PRODUCTS = 8;  // 8 · 2 · 15 · 127 < 2¹⁵
+#if (defined(HEADROOM_AVX512) && defined(__AVX512VNNI__)) || (defined(__AVX2__) && defined(__AVXVNNI__))
+#define HEADROOM_BYTE_PRODUCTS
+using ByteSums = IntVec;
+#else
+using ByteSums = WordVec;
+#endif
+inline ByteSums add_byte_products(ByteSums sum, ByteVec a, ByteVec b) {
+#if defined(HEADROOM_BYTE_PRODUCTS) && defined(HEADROOM_AVX512)
+    return same_bits<IntVec>(
+        _mm512_dpbusd_epi32(same_bits<__m512i>(sum), same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(HEADROOM_BYTE_PRODUCTS)
+    return same_bits<IntVec>(
+        _mm256_dpbusd_avx_epi32(same_bits<__m256i>(sum), same_bits<__m256i>(a), same_bits<__m256i>(b)));
+#elif defined(HEADROOM_AVX512)
+    return sum + same_bits<WordVec>(_mm512_maddubs_epi16(same_bits<__m512i>(a), same_bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return sum + same_bits<WordVec>(_mm256_maddubs_epi16(same_bits<__m256i>(a), same_bits<__m256i>(b)));
+#elif defined(__SSSE3__)
+    return sum + same_bits<WordVec>(_mm_maddubs_epi16(same_bits<__m128i>(a), same_bits<__m128i>(b)));
+#else
+    const UnsignedWordVec unsigned_pairs = same_bits<UnsignedWordVec>(a);
+    const WordVec signed_pairs = same_bits<WordVec>(b);
+    return sum + same_bits<WordVec>(unsigned_pairs & 255) * ((signed_pairs << 8) >> 8) +
+           same_bits<WordVec>(unsigned_pairs >> 8) * (signed_pairs >> 8);
+#endif
+}
+inline IntVec whole(ByteSums sums) {
+#if defined(HEADROOM_BYTE_PRODUCTS)
+    return sums;
+#else
+    return add_products(IntVec{}, sums, WordVec{} + int16_t(1));
+#endif
+}
+
+// Four neighbouring bytes in every lane.
+inline ByteVec splat_quad(const int8_t* from) {
+    int32_t quad;
+    std::memcpy(&quad, from, sizeof(quad));
+    return same_bits<ByteVec>(quad - IntVec{});
 }
 
 // LANES bfloat16 values as floats.

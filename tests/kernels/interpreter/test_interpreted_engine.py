@@ -124,3 +124,15 @@ def test_fused_execution_without_its_attention_is_refused_with_the_remedy(model)
         Engine(model, EngineConfig.from_mapping({"attention": "sdpa", "execution": "fused", "memory_limit_gib": 0.02}))
     assert caught.value.field == "execution"
     assert "attention to triton" in caught.value.remedy
+
+
+def test_compiled_execution_of_linear_layers_in_triton_is_refused_with_the_remedy(tiny_llama):
+    knobs = {"execution": "compiled", "linear": "triton", "dtype": "float32", "memory_limit_gib": 0.02}
+    small = load_model(str(tiny_llama), dtype="float32", device="cpu")
+    engine = Engine(small, EngineConfig.from_mapping(knobs))  # the model's own weights are torch's products
+    with pytest.raises(ConfigError, match="launched, not compiled") as refused:
+        engine.reconfigure({"weights": "int8"})
+    assert refused.value.field == "execution"
+    assert "set linear to torch" in (refused.value.remedy or "")
+    assert engine.reconfigure({"weights": "int8", "linear": "torch"}).changed["weights"] == ("model", "int8")
+    engine.close()

@@ -55,14 +55,40 @@ def tensors_of(rows, seed=0):
         max_size=4,
     ),
     ties=st.booleans(),
+    candidates=st.sampled_from([1, 40, 1024]),
     seed=st.integers(0, 10_000),
 )
-def test_any_mix_of_filters_chooses_the_token_of_a_sort(vocab, rows, ties, seed):
+def test_any_mix_of_filters_chooses_the_token_of_a_sort(vocab, rows, ties, candidates, seed):
     logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(seed)) * 3
     if ties:
         logits = logits.round()
     asked = tensors_of(rows, seed)
-    assert torch.equal(sample_triton(logits, asked), sample_reference(logits, asked))
+    assert torch.equal(sample_triton(logits, asked, candidates=candidates), sample_reference(logits, asked))
+
+
+@pytest.mark.parametrize("filters", [(0, 0.9), (30, 1.0), (30, 0.9)], ids=["top-p", "top-k", "both"])
+def test_collected_candidates_and_the_whole_row_give_the_same_tokens(filters):
+    rows = [(1.0, *filters, min_p) for min_p in (0.0, 0.02) for _ in range(12)]
+    logits = (torch.randn(len(rows), 2500, generator=torch.Generator().manual_seed(1)) * 3).bfloat16().float()
+    asked = tensors_of(rows)
+    expected = sample_reference(logits, asked)
+    assert expected.unique().numel() > 6
+    assert torch.equal(sample_triton(logits, asked), expected)
+    assert torch.equal(sample_triton(logits, asked, candidates=1), expected)
+
+
+def test_a_row_with_exactly_as_many_candidates_as_there_is_room_for_and_one_with_too_many():
+    logits = torch.zeros(2, 40)
+    logits[0, 7:11] = 20.0  # four candidates; the other row is flat
+    asked = tensors_of([(1.0, 0, 0.9, 0.0), (1.0, 0, 0.9, 0.0)])
+    assert torch.equal(sample_triton(logits, asked, candidates=4), sample_reference(logits, asked))
+    assert 7 <= int(sample_triton(logits, asked, candidates=4)[0]) < 11
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_of_which_every_token_is_forbidden_gives_the_first(temperature):
+    asked = tensors_of([(temperature, 0, 0.9, 0.0)])
+    assert sample_triton(torch.full((1, 1500), -torch.inf), asked).tolist() == [0]
 
 
 def test_a_row_chooses_the_same_alone_and_in_company():
