@@ -1,8 +1,9 @@
 """Commands of minutes that need no attention: they run beside the suite, one after another, at the lowest priority.
 
 Browser tests wait, and most tests have one thread: the suite leaves much of a core idle. What takes minutes in a
-process of its own anyway (Triton's interpreter, its compiler) begins with the suite and is asked for at its end: tests
-marked ``beside("name of a command")`` come last, and their commands start when the tests have been collected.
+process of its own anyway (Triton's interpreter, its compiler) or needs one thread only (parity of the families) begins
+with the suite and is asked for at its end: tests marked ``beside("name of a command")`` come last, and their commands
+start when the tests have been collected.
 """
 
 from __future__ import annotations
@@ -48,7 +49,13 @@ COMMANDS = {
         ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreter"),
         _INTERPRETED,
     ),
+    "families": Command(
+        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/parity/test_families_parity.py"),
+        {"OMP_NUM_THREADS": "1"},
+    ),
 }
+#: Files that a command runs where a test that waits for it has been collected, too; else they run where they are.
+FILES = {"families": "tests/parity/test_families_parity.py"}
 
 
 class Beside:

@@ -17,14 +17,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests.beside import Beside
+from tests.beside import FILES, ROOT, Beside
 
 DEFAULT_MODEL = "smollm2-135m"
 _BESIDE = pytest.StashKey[Beside]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a command beside the suite is waited for by comes last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What waits for a command beside the suite comes last; what such a command runs is left to it."""
+    waiting = {marker.args[0] for item in items if (marker := item.get_closest_marker("beside")) is not None}
+    elsewhere = {ROOT / path for name, path in FILES.items() if name in waiting}
+    config.hook.pytest_deselected(items=[item for item in items if item.path in elsewhere])
+    items[:] = [item for item in items if item.path not in elsewhere]
     items.sort(key=lambda item: item.get_closest_marker("beside") is not None)  # stable
 
 
@@ -56,7 +60,7 @@ def beside(request: pytest.FixtureRequest) -> Beside:
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     """Half of the suite runs beside worker processes: do not fight over the cores."""
-    torch.set_num_threads(max(1, min(4, os.cpu_count() or 1)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, min(4, os.cpu_count() or 1))))
 
 
 @pytest.fixture(scope="session")
