@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Files that a command runs where a test that waits for it has been collected, too; else they run where they are.
+FILES = {"families": "tests/parity/test_families_parity.py"}
 _INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -50,12 +52,10 @@ COMMANDS = {
         _INTERPRETED,
     ),
     "families": Command(
-        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/parity/test_families_parity.py"),
+        ("-m", "pytest", "-q", "-p", "no:cacheprovider", FILES["families"]),
         {"OMP_NUM_THREADS": "1"},
     ),
 }
-#: Files that a command runs where a test that waits for it has been collected, too; else they run where they are.
-FILES = {"families": "tests/parity/test_families_parity.py"}
 
 
 class Beside:

@@ -137,6 +137,10 @@ def dtype_name(text: str, field: str = "dtype") -> str:
     return name
 
 
+#: Formats whose products take 8-bit integers on both sides.
+INT8_PRODUCTS = ("w8a8", "w4a8")
+
+
 def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     """The weight format of that name.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.capacity.formats import DTYPE_BYTES
+from engine.capacity.formats import DTYPE_BYTES, INT8_PRODUCTS
 from engine.capacity.profiles import peak_activation_bytes
 from engine.capacity.request import CompleteRequest
 from engine.capacity.words import gib
@@ -31,7 +31,7 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
         warnings += [f"{request.draft.name}: {note}" for note in request.draft.notes]
     if request.weights.startswith("fp8") and gpu.bf16_tflops and not gpu.fp8_tflops:
         warnings.append(f"{gpu.name} has no FP8 arithmetic: FP8 weights save memory there, not time.")
-    if request.weights in ("w8a8", "w4a8") and gpu.int8_tops and gpu.bf16_tflops and gpu.int8_tops < gpu.bf16_tflops:
+    if request.weights in INT8_PRODUCTS and gpu.int8_tops and gpu.bf16_tflops and gpu.int8_tops < gpu.bf16_tflops:
         warnings.append(
             f"{gpu.name} multiplies INT8 at {gpu.int8_tops:,.0f} TOPS, slower than BF16 at {gpu.bf16_tflops:,.0f} "
             "TFLOPS: 8-bit activations cost time there. Choose FP8."

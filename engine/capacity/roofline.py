@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from engine.capacity.formats import DTYPE_BYTES, kv_format
+from engine.capacity.formats import DTYPE_BYTES, INT8_PRODUCTS, kv_format
 from engine.capacity.hardware import Gpu
 from engine.capacity.layers import Attention, LatentAttention, MixtureMLP, share
 from engine.capacity.profiles import profile_weight_format
@@ -247,7 +247,7 @@ def matrix_tflops(gpu: Gpu, weights: str, dtype: str) -> float:
     base = gpu.bf16_tflops or 0.0
     if dtype == "float32":
         base /= 2
-    own = gpu.fp8_tflops if weights.startswith("fp8") else gpu.int8_tops if weights in ("w8a8", "w4a8") else None
+    own = gpu.fp8_tflops if weights.startswith("fp8") else gpu.int8_tops if weights in INT8_PRODUCTS else None
     return own or base
 
 

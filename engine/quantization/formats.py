@@ -64,6 +64,30 @@ class WeightFormat(abc.ABC):
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
+class SameWeights(WeightFormat):
+    """Another way to multiply with the tensors of a format; everything but the product is that format's.
+
+    Args:
+        plain: the format whose tensors these are.
+    """
+
+    def __init__(self, plain: WeightFormat) -> None:
+        self.plain = plain
+        self.shape = plain.shape
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.plain.rows(index)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.plain.tensors()
+
+    def dequantize(self) -> torch.Tensor:
+        return self.plain.dequantize()
+
+    def largest_step(self) -> float:
+        return self.plain.largest_step()
+
+
 class ModelDtypeFormat(WeightFormat):
     """The weight as loaded, in the model's compute dtype."""
 

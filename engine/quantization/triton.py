@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.quantization.formats import WeightFormat
+from engine.quantization.formats import SameWeights, WeightFormat
 from engine.quantization.int4 import Int4Format
 from engine.quantization.int8 import Int8Format
 from engine.quantization.scaled import ScaledFormat
@@ -52,7 +52,7 @@ class TritonFormat(WeightFormat):
         return f"{self.name.replace('-', ' ')}, triton, float32 sums"
 
 
-class TritonScaledFormat(WeightFormat):
+class TritonScaledFormat(SameWeights):
     """W8A8 by :func:`kernels.scaled_linear.scaled_linear_triton`: the same tensors, multiplied in 8 bits.
 
     Args:
@@ -60,12 +60,12 @@ class TritonScaledFormat(WeightFormat):
     """
 
     bits = 8
+    plain: ScaledFormat
 
     def __init__(self, plain: ScaledFormat) -> None:
+        super().__init__(plain)
         self.name = plain.name
         self.kind = plain.kind
-        self.shape = plain.shape
-        self.plain = plain
         # its own: two products with the same counters could overlap
         self.counters = torch.zeros(num_counters(plain.shape[0]), dtype=torch.int32, device=plain.q.device)
 
@@ -78,18 +78,6 @@ class TritonScaledFormat(WeightFormat):
         """:meth:`forward` of activations that are quantized already: payload [M, in_features], float32 scales [M]."""
         plain = self.plain
         return scaled_linear_triton(payload, scales, plain.q, plain.scales, bias, dtype, counters=self.counters)
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        return self.plain.rows(index)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.plain.tensors()
-
-    def dequantize(self) -> torch.Tensor:
-        return self.plain.dequantize()
-
-    def largest_step(self) -> float:
-        return self.plain.largest_step()
 
     @property
     def path(self) -> str:

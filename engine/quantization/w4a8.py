@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from engine.quantization.formats import WeightFormat, dtype_name
+from engine.quantization.formats import SameWeights, dtype_name
 from engine.quantization.int4 import Int4Format
 from kernels.cpu.linear import BYTE_GROUP, round_to_bytes
 
 
-class W4A8Format(WeightFormat):
+class W4A8Format(SameWeights):
     """w ≈ (q - 8) · scale + zero as :class:`Int4Format`, multiplied with x ≈ p · scale, p in -127 … 127.
 
     This class multiplies by torch; :class:`engine.quantization.native.NativeFormat` multiplies the integers.
@@ -29,26 +29,14 @@ class W4A8Format(WeightFormat):
     bits = 4
     name = "w4a8"
     group_size: int = BYTE_GROUP
+    plain: Int4Format
 
     def __init__(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.plain = Int4Format(weight, BYTE_GROUP, device, dtype)
-        self.shape = self.plain.shape
+        super().__init__(Int4Format(weight, BYTE_GROUP, device, dtype))
         self.dtype = dtype
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(round_to_bytes(x), self.plain.dequantize().to(x.dtype), bias)
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        return self.plain.rows(index)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return self.plain.tensors()
-
-    def dequantize(self) -> torch.Tensor:
-        return self.plain.dequantize()
-
-    def largest_step(self) -> float:
-        return self.plain.largest_step()
 
     @property
     def path(self) -> str:
