@@ -19,9 +19,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bare_site import make_bare_site
+
 ROOT = Path(__file__).resolve().parents[1]
 #: Files that a command runs where a test that waits for it has been collected, too; else they run where they are.
 FILES = {"families": "tests/parity/test_families_parity.py"}
+#: What a machine with a GPU may be expected to have. The proof must run there as it is.
+GPU_IMAGE = ("torch", "triton", "transformers", "psutil")
 _INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -32,16 +36,19 @@ class Command:
     Attributes:
         arguments: of the interpreter; ``{folder}`` stands for a folder of its own.
         environment: beside what the suite has, likewise.
+        packages: where given, only these and what they require can be imported.
     """
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    packages: tuple[str, ...] = ()
 
 
 COMMANDS = {
     "proof": Command(
         ("-m", "tests.gpu.run", "--device", "cpu", "--size", "tiny", "--out", "{folder}"),
         _INTERPRETED,
+        GPU_IMAGE,
     ),
     "compilation": Command(
         ("-m", "kernels.aot", "--json"),
@@ -110,9 +117,14 @@ class Beside:
         folder, command = self.folder(name), COMMANDS[name]
         folder.mkdir(parents=True)
         arguments = [sys.executable, *(argument.format(folder=folder) for argument in command.arguments)]
+        environment = {key: value.format(folder=folder) for key, value in command.environment.items()}
+        if command.packages:
+            site = self._folder / f"{name}.site"
+            make_bare_site(command.packages, site)
+            arguments.insert(1, "-S")
+            environment["PYTHONPATH"] = str(site)
         if (nice := shutil.which("nice")) is not None:
             arguments = [nice, "-n", "19", *arguments]
-        environment = {key: value.format(folder=folder) for key, value in command.environment.items()}
         # To files: nobody reads a pipe until the end of the suite. Not in its folder, which it may look through.
         logs = [self._folder / f"{name}.{stream}" for stream in ("out", "err")]
         with logs[0].open("wb") as out, logs[1].open("wb") as err, self._changed:

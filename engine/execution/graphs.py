@@ -11,8 +11,8 @@ of the cache behind those of the pool, which no request ever owns; nobody sample
 
 Largest bucket first, all from one memory pool: the smaller ones fit into what the largest left.
 
-**Never run on a GPU yet**: the bookkeeping is tested with a stand-in for :class:`GraphCapture`, the capture itself is
-not.
+**Never run on a GPU yet**: on the CPU a stand-in for :class:`GraphCapture` records every operation and every launch and
+repeats these alone (``tests/kernels/recorded_graph.py``).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import abc
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered, remembered_sha256
 from engine.models.families import Family, family_of, family_of_gguf, unsupported
-from engine.models.gguf_file import GGUFFile
+
+if TYPE_CHECKING:
+    from engine.models.gguf_file import GGUFFile
 
 _FULL_HASH_LIMIT_BYTES = 1 << 30
 _SAMPLE_BYTES = 1 << 20
@@ -157,6 +159,9 @@ class GGUFCheckpoint(Checkpoint):
     family: Family
 
     def __init__(self, path: Path) -> None:
+        # Here, so that only who reads such a file needs the gguf package: GPU images of torch come without it.
+        from engine.models.gguf_file import GGUFFile
+
         self.path = path
         self.file = GGUFFile(path)
         if self.file.metadata.get("split.count", 1) > 1:

@@ -32,6 +32,15 @@ def test_every_operation_that_triton_does_is_measured_against_its_reference(docu
 
 
 @pytest.mark.beside("proof")
+@pytest.mark.parametrize("package", ["streamlit", "sqlalchemy", "gguf", "fastapi", "pydantic"])
+def test_the_proof_needs_no_package_that_an_image_with_a_gpu_may_lack(document, beside, package):
+    assert document["parity"]
+    site = beside.folder("proof").with_name("proof.site")
+    assert (site / "torch").exists()
+    assert not (site / package).exists()
+
+
+@pytest.mark.beside("proof")
 def test_every_case_has_a_time_and_a_floor(document):
     assert [item for item in document["kernels"] if item["us"] is None or item["floor_us"] is None] == []
 
