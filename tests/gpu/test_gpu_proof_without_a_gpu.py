@@ -32,7 +32,7 @@ def test_every_operation_that_triton_does_is_measured_against_its_reference(docu
 
 
 @pytest.mark.beside("proof")
-@pytest.mark.parametrize("package", ["streamlit", "sqlalchemy", "gguf", "fastapi", "pydantic"])
+@pytest.mark.parametrize("package", ["streamlit", "sqlalchemy", "gguf", "fastapi"])
 def test_the_proof_needs_no_package_that_an_image_with_a_gpu_may_lack(document, beside, package):
     assert document["parity"]
     site = beside.folder("proof").with_name("proof.site")
