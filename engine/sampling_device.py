@@ -9,13 +9,14 @@ import torch
 
 from engine.outputs import TokenLogprob
 from engine.sampling import SamplingRow, logprobs_of, sample
+from engine.step_tensors import to_device
 from kernels.sampling import SamplingTensors, sample_triton
 
 
 def sample_on_device(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
     """Choose one token a row; as :func:`engine.sampling.sample`.
 
-    What a row asks for goes to the device in two copies, and the tokens come back in one: nothing else waits.
+    What a row asks for goes to the device in one copy, and the tokens come back in one: nothing else waits.
     """
     if all(row.params.greedy for row in rows):  # one maximum a row: there is nothing to search
         return sample(logits, rows)
@@ -24,29 +25,29 @@ def sample_on_device(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple
 
 
 def _tensors(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplingTensors:
-    params = [row.params for row in rows]
-    floats = torch.tensor(
+    params, vocab = [row.params for row in rows], logits.shape[1]
+    seeds = np.array([row.seed for row in rows], dtype=np.uint64).view(np.int64)
+    temperature, top_k, top_p, min_p, penalty, seeds_there, positions = to_device(
         [
-            [item.temperature for item in params],
-            [item.top_p for item in params],
-            [item.min_p for item in params],
-            [item.repetition_penalty for item in params],
+            np.array([item.temperature for item in params], np.float32),
+            np.array([min(max(item.top_k, 0), vocab) for item in params], np.int32),
+            np.array([item.top_p for item in params], np.float32),
+            np.array([item.min_p for item in params], np.float32),
+            np.array([item.repetition_penalty for item in params], np.float32),
+            seeds,
+            np.array([row.position for row in rows], np.int64),
         ],
-        dtype=torch.float32,
-    ).to(logits.device, non_blocking=True)
-    seeds = np.array([row.seed for row in rows], dtype=np.uint64).view(np.int64).tolist()
-    whole = torch.tensor(
-        [seeds, [row.position for row in rows], [max(item.top_k, 0) for item in params]], dtype=torch.int64
-    ).to(logits.device, non_blocking=True)
+        logits.device,
+    )
     punished = any(item.repetition_penalty != 1.0 for item in params)
     return SamplingTensors(
-        temperature=floats[0],
-        top_k=whole[2].to(torch.int32),
-        top_p=floats[1],
-        min_p=floats[2],
-        seeds=whole[0],
-        positions=whole[1],
-        penalty=floats[3] if punished else None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds_there,
+        positions=positions,
+        penalty=penalty if punished else None,
         seen=_marks(logits, [row.history if row.params.repetition_penalty != 1.0 else () for row in rows])
         if punished
         else None,

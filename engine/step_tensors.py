@@ -13,7 +13,10 @@ import torch
 
 from engine.layers.attention import AttentionBatch
 
-_WORD = 8  # bytes; every array of a packed buffer begins at a multiple
+# Bytes; every array of a packed buffer begins at a multiple: Triton would compile a kernel anew for an address that is
+# none of 16.
+_WORD = 16
+_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,10 +144,10 @@ def pack(arrays: Sequence[np.ndarray], buffer: np.ndarray) -> None:
 
 
 def unpack(buffer: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """Views of a packed uint8 buffer with the shapes and dtypes of ``arrays``."""
+    """Views of a packed uint8 buffer with the shapes and dtypes of ``arrays``, which are int32, int64 or float32."""
     tensors, offset = [], 0
     for array in arrays:
-        dtype = torch.int64 if array.dtype == np.int64 else torch.int32
+        dtype = _DTYPES[array.dtype.type]
         tensors.append(buffer[offset : offset + array.nbytes].view(dtype).view(array.shape))
         offset += -(-array.nbytes // _WORD) * _WORD
     return tensors

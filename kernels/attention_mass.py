@@ -122,7 +122,7 @@ def attention_mass_triton(
     return mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "table_stride"])
 def _attention_mass_kernel(
     mass_ptr,  # float32 [B, num_kv_heads, positions]
     query_ptr,

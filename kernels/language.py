@@ -18,8 +18,8 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched, k
         constexpr = Any
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return function
+        def jit(function: Any = None, **_: Any) -> Any:
+            return (lambda decorated: decorated) if function is None else function
 
     triton = _Absent()  # type: ignore[assignment]
     tl = _Absent()  # type: ignore[assignment]

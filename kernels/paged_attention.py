@@ -629,7 +629,7 @@ def _walk_causally(
 # -- the kernels ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "chunks", "table_stride"])
 def _paged_attention_kernel(
     output_ptr,  # [T, num_heads, HEAD_DIM], contiguous
     lse_ptr,  # float32 [T, num_heads]
@@ -735,7 +735,7 @@ def _paged_attention_kernel(
         _store_rows(output_ptr, lse_ptr, row_out, attended, lse, row_inside, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _merge_kernel(
     output_ptr,
     lse_ptr,

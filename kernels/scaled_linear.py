@@ -161,7 +161,7 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
     return first + program % in_group % size, program % in_group // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _scaled_linear_kernel(
     output_ptr,  # [num_rows, outputs], contiguous
     partial_ptr,  # int32 or float32 [SPLITS, num_rows, outputs]

@@ -288,7 +288,7 @@ def _finish(
 # -- the kernels ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gemv_kernel(
     output_ptr,  # [num_rows, outputs], contiguous
     partial_ptr,  # float32 [SPLITS, num_rows, outputs]
@@ -344,7 +344,7 @@ def _gemv_kernel(
     _finish(output_ptr, partial_ptr, counters_ptr + tile, bias_ptr, y, m, n, num_rows, outputs, split, HAS_BIAS, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _tile_kernel(
     output_ptr,  # [num_rows, outputs], contiguous
     partial_ptr,  # float32 [SPLITS, num_rows, outputs]

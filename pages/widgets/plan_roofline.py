@@ -88,7 +88,9 @@ def _chart(serving: Serving, table: pd.DataFrame) -> alt.LayerChart:
     size = alt.Size("ms:Q", scale=alt.Scale(range=[50, 420]), legend=None)
     line = alt.Chart(roof).mark_line(color=_ROOF, strokeWidth=2.5).encode(x=x, y=y)
     dots = alt.Chart(worked).mark_circle(opacity=0.85).encode(x=x, y=y, color=color, size=size, tooltip=tips)
-    labels = alt.Chart(_labels(worked)).mark_text(align="left", dx=15, dy=7, color="#8b95a1", fontSize=11)
+    labels = alt.Chart(_labels(worked)).mark_text(
+        align="left", dx=15, dy=7, color="#8b95a1", fontSize=11, lineBreak="\n"
+    )
     name = labels.encode(x=x, y=y, text="name:N")
     return alt.layer(line, dots, name, _whole(table, x, y)).properties(height=_HEIGHT)
 
@@ -101,7 +103,7 @@ def _labels(table: pd.DataFrame) -> pd.DataFrame:
         if near is None:
             spots.append({"name": row["name"], "intensity": row["intensity"], "tflops": row["tflops"]})
         else:
-            near["name"] += f", {row['name']}"
+            near["name"] += f",\n{row['name']}"  # in lines: the right edge is near
     return pd.DataFrame(spots, columns=["name", "intensity", "tflops"])
 
 

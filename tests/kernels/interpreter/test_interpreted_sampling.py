@@ -166,5 +166,12 @@ def test_the_device_samples_what_the_host_samples():
                 assert found.top.keys() == expected.top.keys()
 
 
+@pytest.mark.parametrize("top_k", [60, 2**31, 2**32 + 1], ids=["vocabulary", "beyond 31 bits", "1 behind 32 bits"])
+def test_more_tokens_than_there_are_keep_all(top_k):
+    rows = [SamplingRow(SamplingParams(temperature=1.5, top_k=top_k), seed, 0, (), ()) for seed in range(3)]
+    logits = torch.randn(3, 60, generator=torch.Generator().manual_seed(0))
+    assert sample_on_device(logits, rows)[0] == sample(logits, rows)[0]
+
+
 def test_no_rows_give_no_tokens():
     assert sample_on_device(torch.empty(0, 11), []) == ([], [])
