@@ -30,6 +30,7 @@ PRESETS = (
     Preset("Static or continuous batching", {"batching": "static"}, {"batching": "continuous"}, "mixed-24"),
     Preset("Model weights or INT4", {"weights": "model"}, {"weights": "int4"}, "single"),
     Preset("Model weights or INT8", {"weights": "model"}, {"weights": "int8"}, "single"),
+    Preset("INT4 or INT4 with 8-bit activations", {"weights": "int4"}, {"weights": "w4a8"}, "burst-8"),
     Preset("KV cache in the model's precision or FP8", {"kv_dtype": "model"}, {"kv_dtype": "fp8"}, "mixed-24"),
     Preset("Speculation off or n-gram", {"speculation": "off"}, {"speculation": "ngram"}, "repetitive"),
     Preset("Prefix cache off or on", {"prefix_cache": False}, {"prefix_cache": True}, "shared-prefix"),

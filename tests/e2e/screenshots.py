@@ -17,6 +17,7 @@ from tests.e2e.steps import ask, choose, open_page, run_workload, set_number, wa
 
 _HEIGHT = 1000
 _SETTLE_MS = 2500
+_PATIENCE_MS = 120_000
 _LONG_MS = 600_000
 _TALLEST = 2400
 _PROMPTS = (
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--workload", default="burst-8", help="of the runs and comparisons that are shown")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    expect.set_options(timeout=_PATIENCE_MS)
     with (
         tempfile.TemporaryDirectory() as folder,
         running_dashboard(Path(folder) / "home") as dashboard,
@@ -55,7 +57,7 @@ def _tab(browser: Browser, width: int, theme: str) -> Page:
         viewport={"width": width, "height": _HEIGHT},
         color_scheme=theme,  # type: ignore[arg-type]
     )
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(_PATIENCE_MS)
     return page
 
 
