@@ -20,6 +20,7 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
 from engine.detokenizer import Detokenizer, token_bytes
+from engine.device import on_device
 from engine.errors import CapacityError, ConfigError, RequestError
 from engine.execution import Executor
 from engine.layers.attention import get_backend
@@ -257,6 +258,10 @@ class Engine:
         Returns:
             News of every request that got tokens or ended.
         """
+        with on_device(self.model.device):
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         began = time.perf_counter()
         self._executor.poll()
         self._propose()
@@ -659,7 +664,8 @@ class Engine:
 
     def prompt_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """float32 [T, vocab]: the model's distribution after each token of a text, beside the serving cache."""
-        return self._runner.prompt_logits(token_ids, self._attention)
+        with on_device(self.model.device):
+            return self._runner.prompt_logits(token_ids, self._attention)
 
     def path(self) -> dict[str, str]:
         """What really runs and why these kernels and not quicker ones, for the record of every run."""
@@ -694,7 +700,8 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """A consistent picture between two steps."""
-        self._executor.poll()  # an idle engine takes no steps, and what is prepared should show
+        with on_device(self.model.device):
+            self._executor.poll()  # an idle engine takes no steps, and what is prepared should show
         return EngineStatus(
             model=sizing.describe_model(self.model, self.config),
             config=self.config.to_dict(),

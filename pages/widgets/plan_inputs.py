@@ -316,7 +316,7 @@ def _optional(label: str, name: str, most: int, automatic: int, help_text: str) 
         max_value=most,
         value=None,
         step=50,
-        placeholder=f"auto: {automatic:,}",
+        placeholder=f"auto {automatic}",
         help=help_text,
         **_widget(name),
     )
@@ -523,7 +523,7 @@ def _engine(concurrency: int) -> dict[str, Any]:
         max_value=_MOST_REQUESTS,
         value=None,
         step=1,
-        placeholder=f"auto: {max(profile.max_num_seqs, concurrency):,}",
+        placeholder=f"auto {max(profile.max_num_seqs, concurrency)}",
         help="max_num_seqs: the engine reserves memory for logits of that many requests, whether they come or not.",
         **_widget("max-seqs"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.device import on_device
 from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.execution.dispatcher import Dispatcher, bucket_ranges, graph_buckets
 from engine.execution.executor import Executor
@@ -100,6 +102,13 @@ def test_buckets_cover_every_batch_size_once_and_end_at_the_largest(largest: int
 
 def test_buckets_are_fine_where_batches_are_small():
     assert graph_buckets(64) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+def test_only_a_gpu_is_made_the_current_device():
+    assert isinstance(on_device(torch.device("cpu")), contextlib.nullcontext)
+    chosen = on_device(torch.device("cuda:1"))
+    assert isinstance(chosen, torch.cuda.device)
+    assert chosen.idx == 1
 
 
 # -- graphs ------------------------------------------------------------------------------------------------

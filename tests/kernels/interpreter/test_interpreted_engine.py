@@ -1,7 +1,11 @@
 """The whole engine on the Triton path, interpreted: the tokens must be those of the torch path."""
 
-import pytest
+import contextlib
 
+import pytest
+from triton.runtime.interpreter import InterpretedFunction
+
+from engine import core
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError
@@ -44,6 +48,33 @@ def test_engine_with_every_triton_kernel_generates_the_tokens_of_the_torch_path(
     tokens, path = generate(model, "triton", "off", execution="fused", sampling="triton", linear="triton")
     assert tokens == expected
     assert (path["execution"], path["sampling"]) == ("fused", "triton (interpreter)")
+
+
+def test_kernels_are_launched_on_the_device_of_the_model(model, monkeypatch):
+    """Triton launches on the thread's current GPU, wherever the tensors are: an engine must make its own current."""
+    entered, launched, run = [], [], InterpretedFunction.run
+
+    @contextlib.contextmanager
+    def on_device(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def watch(self, *args, **kwargs):
+        launched.append(list(entered))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(core, "on_device", on_device)
+    monkeypatch.setattr(InterpretedFunction, "run", watch)
+    knobs = {"attention": "triton", "execution": "fused", "sampling": "triton", "memory_limit_gib": 0.02}
+    engine = Engine(model, EngineConfig.from_mapping({**knobs, "device": "cpu"}))
+    engine.add_request("0", PROMPTS[0], SamplingParams(temperature=1.0, max_tokens=2))
+    while engine.has_unfinished():
+        engine.step()
+    served = len(launched)
+    engine.prompt_logits(PROMPTS[0])
+    assert len(launched) > served > 0
+    assert all(inside == [model.device] for inside in launched)
 
 
 @pytest.mark.parametrize("weights", ["int4", "w8a8", "fp8"])
