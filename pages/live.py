@@ -146,10 +146,10 @@ def _preparation(execution: Mapping[str, Any]) -> None:
     """How far the preparation of an execution mode is, and what could not be prepared."""
     running = execution.get("preparing")
     if running:
-        current = f", now {running['current']} tokens" if running["current"] else ""
+        current = f", now {running['current']}" if running["current"] else ""
         text = f"Preparing **{execution['asked']}**: {running['done']} of {running['total']} shapes{current}"
         share = running["done"] / max(running["total"], 1)
-        st.progress(share, text=f"{text} ({seconds_text(running['seconds'])}). Eager serves meanwhile.")
+        st.progress(share, text=f"{text} ({seconds_text(running['seconds'])}). Requests are served meanwhile.")
     for failure in execution.get("failed", ()):
         words = f"{failure['tokens']} tokens stay eager: {failure['error']}"
         st.warning(f"**{execution['asked']}**: {words}", icon=":material/warning:")

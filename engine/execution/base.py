@@ -23,6 +23,10 @@ class TokenRange:
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}–{self.high}"
 
+    def words(self) -> str:
+        """For progress: ``"2–64 tokens"``."""
+        return f"{self} token{'s' * (self.high > 1)}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:

@@ -24,6 +24,7 @@ from engine.execution.fused import FusedExecution, fused_obstacle
 from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecution, StaticBuffers
 from engine.execution.native import NativeExecution, linear_kernels, native_obstacle
 from engine.execution.preparation import Preparation, ShapeNews
+from engine.execution.warm_up import WarmUp, warm_up_step, warm_ups
 from engine.layers.attention import AttentionBackend
 from engine.layers.linear import Linear
 from engine.models.decoder import Decoder
@@ -73,9 +74,16 @@ class Executor:
         self._preparation: Preparation | None = None
         self._began = time.perf_counter()
         self._to_capture: list[TokenRange] = []
+        self._to_warm_up: list[WarmUp] = []
+        self._num_warmed_up = 0
         self.make_capture: Callable[[], GraphCapture] = CudaGraphCapture
         self._capture: GraphCapture | None = None
-        self._captured: Execution = self._eager
+        self._direct: Execution = self._eager  # what serves where no graph does
+
+    @property
+    def compiles_at_launch(self) -> bool:
+        """Triton compiles here, each kernel when it is first launched."""
+        return self.device.type == "cuda"
 
     # -- the knob --------------------------------------------------------------------------------------
 
@@ -151,7 +159,7 @@ class Executor:
         if self._preparation is not None and self._preparation.running:
             self._preparation.cancel()
             self._add_event("execution", "preparation cancelled", {})
-        self._preparation, self._to_capture, self._capture = None, [], None
+        self._preparation, self._to_capture, self._capture, self._to_warm_up = None, [], None, []
 
     def _prepare(self) -> None:
         self._began = time.perf_counter()
@@ -186,24 +194,29 @@ class Executor:
         if mode == "fused" or (mode == "auto" and self.device.type == "cuda"):
             reason = fused_obstacle(self.decoder, self.device, name)
             if reason is None:
-                self.dispatcher.add(weights, self._fused())
+                self._direct = self._add_fused()
                 return
             reasons.append(f"fused execution is not had: {reason}")
         self.dispatcher.fail(weights, TokenRange(1, self._max_tokens), " ".join(reasons))
 
-    def _fused(self) -> FusedExecution:
+    def _add_fused(self) -> FusedExecution:
+        """Fused layers serve from now on; where Triton compiles, it is to do so before a request needs it."""
         assert isinstance(self.decoder, Decoder), "said the obstacle"
-        return FusedExecution(self.decoder, self.context, self._max_tokens)
+        fused = FusedExecution(self.decoder, self.context, self._max_tokens)
+        self.dispatcher.add(self._weights.label(), fused)
+        if self.compiles_at_launch:
+            self._to_warm_up = warm_ups(self._max_tokens, self._max_num_seqs, self._max_model_len)
+            self._num_warmed_up = 0
+        return fused
 
     def _go_capturing(self) -> None:
         """What is captured, and what serves the steps that no graph holds: fused layers where they can be had."""
         assert self._attention is not None
         self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
         self._capture = self.make_capture()
-        self._captured = self._eager
+        self._direct = self._eager
         if fused_obstacle(self.decoder, self.device, self._attention.name) is None:
-            self._captured = fused = self._fused()
-            self.dispatcher.add(self._weights.label(), fused)
+            self._direct = self._add_fused()
 
     # -- stepping --------------------------------------------------------------------------------------
 
@@ -216,7 +229,9 @@ class Executor:
         if self._preparation is not None:
             while not self._preparation.news.empty():
                 self._take_over(self._preparation.news.get())
-        if self._to_capture:
+        if self._to_warm_up:
+            self._warm_up_next(self._to_warm_up.pop(0))
+        elif self._to_capture:
             self._capture_next(self._to_capture.pop(0))
 
     def forward(self, step: Step) -> torch.Tensor:
@@ -242,6 +257,24 @@ class Executor:
         summary = f"{self.dispatcher.mode}: {news.tokens} tokens ready ({news.origin}, {news.seconds:.1f} s)"
         self._add_event("execution", summary, {**detail, "origin": news.origin})
 
+    def _warm_up_next(self, size: WarmUp) -> None:
+        """Compute a step for nobody."""
+        assert self._attention is not None
+        try:
+            with torch.inference_mode():
+                step = warm_up_step(size, self.cache, self.context, self._attention, self.device)
+                self._direct.forward(step)
+        except Exception as problem:  # requests go on, and what fails for them is told there
+            self._to_warm_up = []
+            words = f"{type(problem).__name__}: {problem}"
+            self._add_event("execution", f"warm-up stopped at {size.words()}: {words}", {"error": words})
+            return
+        self._num_warmed_up += 1
+        if not self._to_warm_up:
+            seconds = time.perf_counter() - self._began
+            summary = f"kernels ready: {self._num_warmed_up} sizes of a step in {seconds:.1f} s"
+            self._add_event("execution", summary, {"seconds": round(seconds, 2)})
+
     def _capture_next(self, tokens: TokenRange) -> None:
         began = time.perf_counter()
         assert self._capture is not None
@@ -252,7 +285,7 @@ class Executor:
                 tokens.high, -(-self._max_model_len // size), self.cache.num_blocks - 1, size, self.device
             )
             shape = GraphExecution(
-                self._captured, self.context, self._attention, self.cache, buffers, self._capture, tokens
+                self._direct, self.context, self._attention, self.cache, buffers, self._capture, tokens
             )
         except Exception as problem:  # out of memory, or an operation that cannot be captured
             words = f"{type(problem).__name__}: {problem}"
@@ -265,7 +298,8 @@ class Executor:
     @property
     def preparing(self) -> bool:
         """True while shapes are still to come."""
-        return bool(self._to_capture) or (self._preparation is not None and self._preparation.running)
+        compiling = self._preparation is not None and self._preparation.running
+        return compiling or bool(self._to_warm_up or self._to_capture)
 
     def path(self) -> str:
         """What runs, for the record: the mode, the token counts it is prepared for, what failed."""
@@ -300,10 +334,12 @@ class Executor:
         if not self.preparing:
             return None
         if self._preparation is None:
-            current, left = str(self._to_capture[0]), len(self._to_capture)
+            waiting: list[WarmUp | TokenRange] = [*self._to_warm_up, *self._to_capture]
+            captured = done if self.dispatcher.mode == "graphs" else 0
+            current, left, done = waiting[0].words(), len(waiting), captured + self._num_warmed_up
         else:
             tokens = self._preparation.current
-            current, left = str(tokens or ""), self._preparation.num_left + (tokens is not None)
+            current, left = tokens.words() if tokens else "", self._preparation.num_left + (tokens is not None)
         seconds = round(time.perf_counter() - self._began, 1)
         return {"done": done, "total": done + left, "current": current, "seconds": seconds}
 

@@ -218,7 +218,7 @@ def test_eager_serves_while_compiled_is_prepared_and_the_progress_is_told(
     assert set(modes(engine)) == {"eager"}
     status = engine.status().execution
     assert (status["preparing"]["done"], status["preparing"]["total"]) == (0, 2)
-    assert status["preparing"]["current"] == "1"
+    assert status["preparing"]["current"] == "1 token"
     assert "not prepared" in status["reason"]
     assert engine.path()["execution"] == "eager; preparing compiled"
     engine.close()

@@ -18,6 +18,7 @@ from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.execution.dispatcher import Dispatcher, bucket_ranges, graph_buckets
 from engine.execution.executor import Executor
 from engine.execution.graphs import GraphCapture
+from engine.execution.warm_up import warm_ups
 from engine.layers.attention_sdpa import SdpaAttention
 from engine.layers.attention_triton import TritonAttention
 from engine.models import LoadedModel, load_model
@@ -109,6 +110,24 @@ def test_only_a_gpu_is_made_the_current_device():
     chosen = on_device(torch.device("cuda:1"))
     assert isinstance(chosen, torch.cuda.device)
     assert chosen.idx == 1
+
+
+# -- warm-up -----------------------------------------------------------------------------------------------
+
+
+def test_a_warm_up_takes_prompts_and_decodes_in_powers_of_two_and_one_long_context():
+    words = [size.words() for size in warm_ups(max_tokens=10, max_num_seqs=6, max_model_len=300)]
+    prompts = [f"a prompt of {count} tokens" for count in (10, 8, 4, 2)]
+    assert words == [*prompts, *(f"{count} decoding" for count in (1, 2, 4, 6)), "1 decoding of 300 tokens"]
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 64, 1000, 100_000])
+def test_a_warm_up_is_short_and_within_the_limits_of_the_engine(largest: int):
+    sizes = warm_ups(max_tokens=largest, max_num_seqs=largest, max_model_len=largest)
+    assert len(sizes) <= 30
+    for size in sizes:
+        assert size.sequences * size.tokens_each <= largest
+        assert size.tokens_each <= size.context <= largest
 
 
 # -- graphs ------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ SHAPE: dict[str, Any] = {
 }
 PROMPT_LENGTHS: dict[Size, tuple[int, ...]] = {"full": (5, 22, 39, 64, 90), "tiny": (3, 22)}
 OUTPUT_TOKENS: dict[Size, int] = {"full": 24, "tiny": 4}
-PREPARATION_TIMEOUT_S = 60.0
+PREPARATION_TIMEOUT_S = 180.0
 QUANTIZED_MODEL = "llama"
 
 
@@ -194,7 +194,7 @@ def wait_until_prepared(engine: Engine) -> None:
     """Have an engine that serves nobody take over what its execution mode prepares.
 
     Raises:
-        TimeoutError: if that takes longer than a minute.
+        TimeoutError: if that takes longer than three minutes.
     """
     end = time.monotonic() + PREPARATION_TIMEOUT_S
     while engine.status().execution["preparing"] is not None:  # asking takes over what is ready

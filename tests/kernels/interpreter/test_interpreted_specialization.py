@@ -13,8 +13,11 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
 
+from engine import core
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.execution import executor
+from engine.execution.executor import Executor
 from engine.models import load_model
 from engine.sampling import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
@@ -44,6 +47,14 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(InterpretedFunction, "run", watch)
     return seen
+
+
+@pytest.fixture
+def warming_up(monkeypatch):
+    """Engines on the CPU warm up, as on a GPU, and have the scratch block for it."""
+    make_cache = core._make_cache
+    monkeypatch.setattr(core, "_make_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
+    monkeypatch.setattr(Executor, "compiles_at_launch", True, raising=False)
 
 
 def serve(model, **knobs):
@@ -78,6 +89,46 @@ def test_nothing_is_compiled_anew_because_a_step_has_another_size(family, knobs,
             anew[kernel[0]] = {entry for column in differing for entry in column}
     assert len({kernel[0] for kernel in compiled}) >= 6
     assert anew == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3 moe"])
+def test_a_warm_up_launches_every_kernel_that_serving_will(family, compiled, tiny_llama, tmp_path, warming_up):
+    """All but the sampler's and the head's: those belong to no execution mode."""
+    folder = save_random_model(FAMILIES[family], tmp_path, tiny_llama)
+    knobs = {"attention": "triton", "execution": "fused", "linear": "triton", "device": "cpu", "token_budget": 24}
+    limits = {"memory_limit_gib": 0.02, "max_num_seqs": 2, "max_num_batched_tokens": 24, "max_model_len": 40}
+    model = load_model(str(folder), dtype="float32", device="cpu")
+    engine = Engine(model, EngineConfig.from_mapping({**knobs, **limits, "weights": "int8"}))
+    cache = [tensor.fill_(7) for tensor in (*engine.cache.keys, *engine.cache.values)]
+    progress = []
+    while (preparing := engine.status().execution["preparing"]) is not None:
+        progress.append((preparing["done"], preparing["total"]))
+    assert [done for done, _ in progress] == list(range(1, len(progress) + 1))
+    assert {total for _, total in progress} == {len(progress) + 1}
+    assert engine.events[-1].summary.startswith(f"kernels ready: {len(progress) + 1} sizes of a step")
+    assert all(bool((tensor[:-1] == 7).all()) for tensor in cache)  # none but the scratch block was written
+    warmed_up = set(compiled)
+    for index, length in enumerate((3, 20)):
+        prompt = [(7 * index + position) % 250 for position in range(length)]
+        engine.add_request(str(index), prompt, SamplingParams(max_tokens=3, ignore_eos=True))
+    while engine.has_unfinished():
+        engine.step()
+    head = ("outputs", "257")
+    assert {kernel for kernel in compiled if head not in kernel} <= warmed_up
+
+
+def test_a_warm_up_that_fails_is_told_and_requests_are_served(tiny_llama, warming_up, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(executor, "warm_up_step", broken)
+    knobs = {"attention": "triton", "execution": "fused", "device": "cpu", "memory_limit_gib": 0.02}
+    engine = Engine(load_model(str(tiny_llama), dtype="float32", device="cpu"), EngineConfig.from_mapping(knobs))
+    engine.add_request("0", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
+    outputs = [output for _ in range(2) for output in engine.step()]
+    assert len(outputs[-1].token_ids) == 2
+    assert any("warm-up stopped" in event.summary and "no space left" in event.summary for event in engine.events)
+    assert engine.status().execution["preparing"] is None
 
 
 def test_the_watch_sees_what_triton_looks_at(compiled):

@@ -1,0 +1,77 @@
+"""Steps that nobody asked for, so that no request waits for a compiler: Triton compiles a kernel at its first launch.
+
+Which kernels a step launches, and with which constants, follows from how many sequences and tokens it has. A few sizes
+meet all of them: decodes of 1, 2, 4, … sequences, one long context (its chunks are shared among programs), and prompts
+of 2, 4, 8, … tokens up to where larger ones launch nothing else. All of them read and write the *scratch block*, the
+one that pads graphs (:mod:`engine.execution.graphs`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+
+from engine.cache.kv_cache import KVCache
+from engine.execution.attend_op import AttendContext
+from engine.execution.base import Step
+from engine.layers.attention import AttentionBackend
+from engine.step_tensors import build_step_tensors
+
+LARGEST_PROMPT = 1024
+"""Tokens from which on every kernel is in its last configuration."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WarmUp:
+    """The size of a step.
+
+    Attributes:
+        sequences: how many.
+        tokens_each: computed of each.
+        context: tokens of each, those included.
+    """
+
+    sequences: int
+    tokens_each: int
+    context: int
+
+    def words(self) -> str:
+        """For progress: ``"a prompt of 64 tokens"``."""
+        if self.tokens_each > 1:
+            return f"a prompt of {self.tokens_each:,} tokens"
+        contexts = f" of {self.context:,} tokens" if self.context > 1 else ""
+        return f"{self.sequences} decoding{contexts}"
+
+
+def warm_ups(max_tokens: int, max_num_seqs: int, max_model_len: int) -> list[WarmUp]:
+    """What an engine of these limits takes, the likeliest first."""
+    prompts = [WarmUp(1, tokens, tokens) for tokens in _powers(2, min(max_tokens, max_model_len, LARGEST_PROMPT))]
+    decodes = [WarmUp(count, 1, 1) for count in _powers(1, min(max_tokens, max_num_seqs))]
+    return [*reversed(prompts), *decodes, WarmUp(1, 1, max_model_len)]
+
+
+def warm_up_step(
+    size: WarmUp, cache: KVCache, context: AttendContext, backend: AttentionBackend, device: torch.device
+) -> Step:
+    """A step of that size over the last block of the cache, entered in ``context``."""
+    scratch, block = cache.num_blocks - 1, cache.block_size
+    count, total = size.sequences, size.sequences * size.tokens_each
+    tensors = build_step_tensors(
+        token_ids=[0] * total,
+        starts=[size.context - size.tokens_each] * count,
+        query_lens=[size.tokens_each] * count,
+        tables=[[scratch] * -(-size.context // block) for _ in range(count)],
+        sampled=[],
+        block_size=block,
+        device=device,
+    )
+    context.enter(backend, cache, tensors.batch)
+    return Step(tensors.token_ids, tensors.positions, context, pure_decode=size.tokens_each == 1)
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """first, 2 · first, 4 · first, … below ``last``, and ``last``; empty if that is below ``first``."""
+    doubled = itertools.takewhile(lambda value: value < last, (first << shift for shift in itertools.count()))
+    return [*doubled, last] if last >= first else []
