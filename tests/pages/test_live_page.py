@@ -210,7 +210,7 @@ def test_a_dead_worker_leaves_a_page_that_can_be_read(page, worker):
 def test_execution_mode_and_what_is_prepared_are_among_the_facts(page, client):
     client.execution = {
         "asked": "compiled", "last": "compiled", "reason": "prepared for 1 tokens", "prepared": ["1"], "failed": [],
-        "preparing": {"done": 1, "total": 2, "current": "2–2048", "seconds": 12.5},
+        "preparing": {"done": 1, "total": 2, "current": "2–2048 tokens", "seconds": 12.5},
     }  # fmt: skip
     page.run()
     assert not page.exception
