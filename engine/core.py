@@ -250,10 +250,14 @@ class Engine:
         """True while a request is running or waiting."""
         return bool(self._requests)
 
+    def has_preparation(self) -> bool:
+        """True while each :meth:`step` does a piece of what its execution mode prepares, requests or not."""
+        return self._executor.has_work
+
     # -- stepping ------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step: schedule → run → sample → commit.
+        """Compute one step: schedule → run → sample → commit. Without requests, a piece of preparation is all it does.
 
         Returns:
             News of every request that got tokens or ended.

@@ -210,7 +210,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._apply_inbox():
-                if self.engine.has_unfinished():
+                if self._has_work():
                     self._step()
         except BaseException as problem:
             self.error = f"{type(problem).__name__}: {problem}"
@@ -223,13 +223,16 @@ class EngineLoop:
     def _apply_inbox(self) -> bool:
         """Wait until there is something to do, run what callers posted; False once the loop is to end."""
         with self._wake:
-            while not self._inbox and not self._stopping and not self.engine.has_unfinished():
+            while not (self._inbox or self._stopping or self._has_work()):
                 self._wake.wait()
             actions, self._inbox = self._inbox, []
             stopping = self._stopping
         for action in actions:
             action()
         return not stopping
+
+    def _has_work(self) -> bool:
+        return self.engine.has_unfinished() or self.engine.has_preparation()
 
     def _step(self) -> None:
         try:

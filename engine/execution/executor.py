@@ -298,8 +298,12 @@ class Executor:
     @property
     def preparing(self) -> bool:
         """True while shapes are still to come."""
-        compiling = self._preparation is not None and self._preparation.running
-        return compiling or bool(self._to_warm_up or self._to_capture)
+        return self.has_work or (self._preparation is not None and self._preparation.running)
+
+    @property
+    def has_work(self) -> bool:
+        """True while there is something that :meth:`poll` does itself, one piece a call."""
+        return bool(self._to_warm_up or self._to_capture)
 
     def path(self) -> str:
         """What runs, for the record: the mode, the token counts it is prepared for, what failed."""

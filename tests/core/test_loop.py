@@ -138,6 +138,26 @@ def test_clients_callback_that_raises_harms_nobody(loop: EngineLoop):
     assert last_of(submit(loop, [3, 4])).finish_reason == "length"
 
 
+def test_an_engine_without_requests_goes_on_preparing(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch):
+    executor, polled, done = loop.engine._executor, [], threading.Event()
+    poll = executor.poll
+
+    def piece() -> None:
+        polled.append(None)
+        poll()
+        if len(polled) == 5:
+            done.set()
+
+    monkeypatch.setattr(executor, "poll", piece)
+    monkeypatch.setattr(type(executor), "has_work", property(lambda self: self is executor and len(polled) < 5))
+    answer = last_of(submit(loop, [1, 2], max_tokens=1))  # wakes it, as a change of mode does
+    assert done.wait(30)
+    assert answer.finish_reason == "length"
+    loop.stop()
+    assert len(polled) >= 5
+    assert loop.error is None
+
+
 def test_status_after_a_change_is_never_the_picture_from_before_it(loop: EngineLoop):
     for batching in ("static", "continuous", "static"):
         loop.status()
