@@ -87,7 +87,7 @@ def compile_variant(variant: Variant, target: int) -> Report:
         for index, name in enumerate(names)
         if name in variant.aligned
         or ordered[name].startswith("*")
-        or ("stride" in name and name not in variant.constants)
+        or ("stride" in name and name not in variant.constants and name not in variant.kernel.do_not_specialize)
     }
     source = ASTSource(variant.kernel, ordered, constexprs=dict(variant.constants), attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(variant.options))

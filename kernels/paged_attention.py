@@ -113,7 +113,8 @@ class PagedAttentionConfig:
     Attributes:
         block_m: rows of a program's tile: ``block_m // g`` queries × the g query heads of one KV head.
         block_n: KV positions a step of the loop reads.
-        num_warps, num_stages: as Triton means them.
+        num_warps, num_stages: as Triton means them; a tile's keys are addressed by what the block table says: Triton
+            gives that load stages of its own: 3 and 4 keep one tile of keys and values on its way, 5 keep two.
     """
 
     block_m: int
@@ -123,9 +124,11 @@ class PagedAttentionConfig:
 
 
 CONFIGS = {
-    "decode 16x64": PagedAttentionConfig(16, 64, 4, 3),
+    "decode 16x64": PagedAttentionConfig(16, 64, 4, 5),
+    "decode 16x64, shallow": PagedAttentionConfig(16, 64, 4, 3),
     "decode 16x128": PagedAttentionConfig(16, 128, 4, 2),
-    "decode 16x32": PagedAttentionConfig(16, 32, 4, 2),
+    "decode 16x32": PagedAttentionConfig(16, 32, 4, 5),
+    "decode 16x16, 8 warps": PagedAttentionConfig(16, 16, 8, 2),
     "prefill 64x64": PagedAttentionConfig(64, 64, 4, 2),
     "prefill 64x32": PagedAttentionConfig(64, 32, 8, 2),
     "prefill 64x64, 8 warps": PagedAttentionConfig(64, 64, 8, 2),
@@ -142,7 +145,9 @@ def default_config(decode: bool, head_dim: int, dtype: torch.dtype, quantized: b
         capability: of the GPU, e.g. 90.
     """
     wide = head_dim > 128 or dtype == torch.float32
-    if decode:  # bound by reading the cache: a small tile is enough
+    if decode:  # bound by reading the cache: a small tile is enough, and a second one on its way
+        if dtype == torch.float32:  # no matrix unit: its products live in registers
+            return "decode 16x16, 8 warps"
         return "decode 16x32" if wide else "decode 16x64"
     if wide:
         return "prefill 64x32"
@@ -800,7 +805,10 @@ def aot_variants() -> list[Variant]:
         _variant(bf16, 128, 4, "decode 16x64"),
         _variant(bf16, 128, 4, "decode 16x64", split=True),
         _variant(bf16, 128, 4, "decode 16x128", split=True),
+        _variant(bf16, 128, 4, "decode 16x64, shallow"),
         _variant(bf16, 256, 8, "decode 16x32"),
+        _variant(fp32, 64, 3, "decode 16x16, 8 warps"),
+        _variant(fp32, 256, 8, "decode 16x16, 8 warps"),
         _variant(fp16, 80, 1, "decode 16x64", window=True),
         _variant(bf16, 128, 4, "decode 16x64", format="fp8"),
         _variant(bf16, 128, 4, "decode 16x64", format="int8"),

@@ -93,6 +93,9 @@ class ScriptedEngine:
     def fail_all(self, message: str) -> list[RequestOutput]:
         return [dataclasses.replace(self._end(name, "error"), error=message) for name in list(self._jobs)]
 
+    def has_preparation(self) -> bool:
+        return False
+
     def has_unfinished(self) -> bool:
         return bool(self._jobs)
 
