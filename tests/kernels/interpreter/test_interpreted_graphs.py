@@ -58,7 +58,7 @@ def generate(model, prompts=PROMPTS, count=3, **knobs):
     return tokens, ran, failed
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3 moe"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3 moe"])
 def test_replayed_decodes_give_the_tokens_of_eager_ones(name, captures, tiny_llama, tmp_path):
     folder = str(save_random_model(FAMILIES[name], tmp_path, tiny_llama))
     expected, _, _ = generate(load_model(folder, dtype="float32", device="cpu"), execution="eager", attention="sdpa")
