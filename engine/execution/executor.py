@@ -159,7 +159,8 @@ class Executor:
         if self._preparation is not None and self._preparation.running:
             self._preparation.cancel()
             self._add_event("execution", "preparation cancelled", {})
-        self._preparation, self._to_capture, self._capture, self._to_warm_up = None, [], None, []
+        self._preparation, self._to_capture, self._capture = None, [], None
+        self._to_warm_up, self._num_warmed_up = [], 0
 
     def _prepare(self) -> None:
         self._began = time.perf_counter()
@@ -206,7 +207,6 @@ class Executor:
         self.dispatcher.add(self._weights.label(), fused)
         if self.compiles_at_launch:
             self._to_warm_up = warm_ups(self._max_tokens, self._max_num_seqs, self._max_model_len)
-            self._num_warmed_up = 0
         return fused
 
     def _go_capturing(self) -> None:

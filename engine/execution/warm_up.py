@@ -46,7 +46,13 @@ class WarmUp:
 
 
 def warm_ups(max_tokens: int, max_num_seqs: int, max_model_len: int) -> list[WarmUp]:
-    """What an engine of these limits takes, the likeliest first."""
+    """The steps for an engine: prompts, the largest first, then decodes.
+
+    Args:
+        max_tokens: of its largest step.
+        max_num_seqs: sequences of its largest decode batch.
+        max_model_len: tokens of its longest context.
+    """
     prompts = [WarmUp(1, tokens, tokens) for tokens in _powers(2, min(max_tokens, max_model_len, LARGEST_PROMPT))]
     decodes = [WarmUp(count, 1, 1) for count in _powers(1, min(max_tokens, max_num_seqs))]
     return [*reversed(prompts), *decodes, WarmUp(1, 1, max_model_len)]
@@ -55,7 +61,7 @@ def warm_ups(max_tokens: int, max_num_seqs: int, max_model_len: int) -> list[War
 def warm_up_step(
     size: WarmUp, cache: KVCache, context: AttendContext, backend: AttentionBackend, device: torch.device
 ) -> Step:
-    """A step of that size over the last block of the cache, entered in ``context``."""
+    """A step of that size over the last block of the cache, entered in ``context``; on the CPU valid until the next."""
     scratch, block = cache.num_blocks - 1, cache.block_size
     count, total = size.sequences, size.sequences * size.tokens_each
     tensors = build_step_tensors(
