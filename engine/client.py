@@ -94,6 +94,10 @@ class EngineClient:
         """Forget every reusable prefix; how many blocks that were."""
         return int(self._send("POST", "/admin/reset_prefix_cache").json()["blocks"])
 
+    def resize(self) -> ReconfigureResult:
+        """Give the KV cache the memory that lighter weights have left; running requests are computed again."""
+        return ReconfigureResult(**self._send("POST", "/admin/resize").json())
+
     def workloads(self) -> list[dict[str, Any]]:
         """The named workloads."""
         return list(self._send("GET", "/admin/workloads").json()["workloads"])

@@ -26,6 +26,7 @@ from engine.execution import Executor
 from engine.layers.attention import get_backend
 from engine.models import load_model
 from engine.outputs import (
+    CacheOffer,
     EngineEvent,
     EngineStatus,
     FinishReason,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 STEPS_KEPT = 8192
 EVENTS_KEPT = 1024
+LEAST_GAIN = 0.01  # of the blocks there are: less is not worth computing running requests again
 LONGEST_DRAFT = int(knob("draft_length").maximum or 0)
 
 
@@ -62,11 +64,13 @@ class PreparedChange:
     Attributes:
         changes: knob names and values.
         weights: quantized weights ready to be exchanged; None if they stay.
+        shrinks_cache: the cache gives blocks back for heavier weights.
         prepare_ms: how long the preparation took.
     """
 
     changes: dict[str, Any]
     weights: PreparedWeights | None
+    shrinks_cache: bool
     prepare_ms: float
 
 
@@ -91,7 +95,8 @@ class Engine:
         with sizing.Explained(lambda: sizing.swap_shortage(model, config)):
             self._bring_weights(self._weight_choice(config))
         self.envelope = sizing.size_engine(model, config)
-        self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
+        pool = BlockPool(self.envelope.num_blocks, config.block_size)
+        self.scheduler = Scheduler(pool, sizing.widest_window(model))
         self._use_cache(self._new_cache(config, self.envelope))
         self._executor.check(config, self._attention)
         self._proposer = make_proposer(config)
@@ -499,17 +504,17 @@ class Engine:
         attention, _ = self._make_attention(target)
         get_sampler(target.sampling, self.model.device)
         self._executor.check(target, attention)
-        weights, envelope = None, self.envelope
+        weights, shrinks, envelope = None, False, self.envelope
         if "kv_dtype" in differences:
             envelope = sizing.resize_cache(self.model, target, envelope)
         choice = self._weight_choice(target)
         if not choice.same_as(self.model.weights_choice):
-            sizing.check_weights_fit(self.model, envelope, target)
+            shrinks = sizing.make_room_for_weights(self.model, envelope, target).num_blocks < envelope.num_blocks
             with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
                 weights = self.model.prepare_weights(
                     choice.weights, choice.group_size, head=choice.head, linear=choice.linear
                 )
-        return PreparedChange(dict(changes), weights, (time.perf_counter() - began) * 1e3)
+        return PreparedChange(dict(changes), weights, shrinks, (time.perf_counter() - began) * 1e3)
 
     def apply(self, prepared: PreparedChange) -> ReconfigureResult:
         """Put a prepared change into force between two steps; all of it or, on an error, none.
@@ -524,8 +529,9 @@ class Engine:
         new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
         proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
-        if "kv_dtype" in differences:
-            notes += self._exchange_cache(target, prepared.weights)
+        if "kv_dtype" in differences or prepared.shrinks_cache:
+            room = sizing.resize_cache(self.model, target, self.envelope)
+            notes += self._exchange_cache(target, room, prepared.weights)
         elif prepared.weights is not None:  # the last thing that can fail
             notes += self._exchange_weights(prepared.weights, target)
         if new_proposer:
@@ -538,6 +544,11 @@ class Engine:
         self._sample, self._sampling_path = get_sampler(target.sampling, self.model.device)
         self.config = target
         self._executor.configure(target, attention)
+        if prepared.weights is not None and (offer := self.cache_on_offer()) is not None:
+            notes.append(
+                f"the KV cache could take {offer.gained_bytes / sizing.GIB:.2f} GiB more: {offer.num_blocks:,} blocks "
+                f"instead of {self.envelope.num_blocks:,} (resize)"
+            )
         pause_ms = (time.perf_counter() - began) * 1e3
         tiers = {knob(name).tier for name in differences}
         tier = "swap" if Tier.SWAP in tiers else ("live" if tiers else "none")
@@ -565,17 +576,55 @@ class Engine:
         """
         return self.scheduler.pool.reset_prefixes()
 
-    def _exchange_cache(self, target: EngineConfig, weights: PreparedWeights | None) -> list[str]:
-        """A cache in another format in place of the present one and, with it, other weights.
+    def cache_on_offer(self) -> CacheOffer | None:
+        """What :meth:`resize` would give; None where lighter weights have left the cache nothing worth taking."""
+        larger = sizing.cache_on_offer(self.model, self.config, self.envelope)
+        gained = larger.num_blocks - self.envelope.num_blocks
+        if gained < max(1, LEAST_GAIN * self.envelope.num_blocks):
+            return None
+        return CacheOffer(larger.num_blocks, gained, gained * self.cache.nbytes // self.cache.num_blocks)
+
+    def resize(self) -> ReconfigureResult:
+        """Give the KV cache the memory that lighter weights have left, between two steps.
+
+        The blocks are exchanged as for another `kv_dtype`: running requests are computed again. Heavier weights take
+        the memory back (see :func:`engine.sizing.make_room_for_weights`).
+
+        Raises:
+            CapacityError: if the machine does not have the memory after all; then the cache is what it was.
+        """
+        began, before, notes = time.perf_counter(), self.envelope.num_blocks, []
+        if self.cache_on_offer() is not None:
+            larger = sizing.cache_on_offer(self.model, self.config, self.envelope)
+            notes = self._exchange_cache(self.config, larger, None)
+            self._executor.configure(self.config, self._attention)
+        after = self.envelope.num_blocks
+        result = ReconfigureResult(
+            changed={} if after == before else {"num_blocks": (before, after)},
+            tier="none" if after == before else "swap",
+            pause_ms=(time.perf_counter() - began) * 1e3,
+            prepare_ms=0.0,
+            requests_in_flight=len(self._requests),
+            notes=notes or ["the KV cache has all the memory there is for it"],
+        )
+        if result.changed:
+            summary = f"KV cache resized: {before:,} → {after:,} blocks (paused {result.pause_ms:.1f} ms)"
+            self.add_event("cache", summary, dataclasses.asdict(result))
+        return result
+
+    def _exchange_cache(
+        self, target: EngineConfig, envelope: sizing.Envelope, weights: PreparedWeights | None
+    ) -> list[str]:
+        """A cache of another format or size in place of the present one and, with it, other weights.
 
         Raises:
             CapacityError: if a request in flight could not finish in it, or memory runs out; then there is a cache in
-                the former format again, and requests go on.
+                the former format and size again, and requests go on.
         """
         former, room = self.config, self.envelope
-        envelope = sizing.resize_cache(self.model, target, room)
         longest = max((request.max_total_tokens for request in self._requests.values()), default=0)
-        sizing.check_requests_fit(longest, envelope, target)
+        by = "weights" if target.kv_dtype == former.kv_dtype else "kv_dtype"
+        sizing.check_requests_fit(longest, envelope, target, by)
         count = self.scheduler.vacate()
         self.totals["preemptions"] += count
         notes = [f"the KV cache holds {envelope.num_blocks:,} blocks (before: {room.num_blocks:,})"]
@@ -719,6 +768,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
             totals=dict(self.totals),
+            resize=None if (offer := self.cache_on_offer()) is None else dataclasses.asdict(offer),
             execution=self._executor.status(),
             speculation=self._draft_statistics.to_dict() | {"control": self._draft_control.to_dict()},
         )

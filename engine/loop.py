@@ -133,6 +133,22 @@ class EngineLoop:
             prepared = self.engine.prepare(changes)
             return self.call(lambda engine: self._apply(engine, prepared))
 
+    def resize(self) -> ReconfigureResult:
+        """Give the KV cache the memory that lighter weights have left; running requests are computed again.
+
+        Raises:
+            CapacityError: if the machine does not have the memory after all; then nothing has changed.
+            EngineDeadError: if the engine has stopped.
+        """
+
+        def resize(engine: Engine) -> ReconfigureResult:
+            result = engine.resize()
+            self._take_status(engine)
+            return result
+
+        with self._reconfiguring:
+            return self.call(resize)
+
     def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
         """Run ``function`` in the stepping thread between two steps; its result, or the exception it raised."""
         if threading.current_thread() is self._thread:

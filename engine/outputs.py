@@ -201,7 +201,7 @@ class MemoryReport:
     Attributes:
         limit: what the engine was given.
         weights: bytes of parameters now resident (follows the weight format).
-        weights_at_load: bytes the KV cache was sized with.
+        weights_at_load: bytes of weights the KV cache was sized with, at load or at its last exchange.
         activations: reserved for activations and logits of the largest step.
         kv_cache: bytes of the KV cache as allocated.
         resident: resident set size of the process (CPU) or device memory in use (GPU), all included.
@@ -213,6 +213,21 @@ class MemoryReport:
     activations: int
     kv_cache: int
     resident: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheOffer:
+    """Memory that lighter weights have left and the KV cache could take (``POST /admin/resize``).
+
+    Attributes:
+        num_blocks: what the cache would hold.
+        gained_blocks: more than now.
+        gained_bytes: more than now.
+    """
+
+    num_blocks: int
+    gained_blocks: int
+    gained_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -231,6 +246,7 @@ class EngineStatus:
         running, waiting: requests now.
         totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,
             prefix_query_tokens, drafts (how many were verified), draft_tokens, accepted_tokens.
+        resize: a :class:`CacheOffer` as a mapping; None where there is nothing to take.
         speculation: of those drafts, see :meth:`engine.speculation.statistics.DraftStatistics.to_dict`.
         execution: how forward passes run: ``asked`` and ``last`` mode, ``reason`` of the last; ``prepared`` token
             counts ("1", "2–2048"); ``failed``, a list of {tokens, error}; ``preparing``, None or {done, total, current,
@@ -249,5 +265,6 @@ class EngineStatus:
     running: int
     waiting: int
     totals: dict[str, int]
+    resize: dict[str, int] | None = None
     speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
     execution: dict[str, Any] = dataclasses.field(default_factory=dict)

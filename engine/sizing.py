@@ -43,6 +43,7 @@ class Envelope:
         limit_bytes, weights_bytes, activation_bytes: the budget the cache was sized with.
         num_blocks: blocks of the KV cache.
         max_model_len: tokens one request may hold.
+        promised_len: of these, what one could hold before the cache took memory that lighter weights had left.
         limited_by: why it is not more, for error messages.
         remedy: what would make it more.
     """
@@ -52,6 +53,7 @@ class Envelope:
     activation_bytes: int
     num_blocks: int
     max_model_len: int
+    promised_len: int
     limited_by: str
     remedy: str
 
@@ -70,14 +72,19 @@ def size_engine(model: LoadedModel, config: EngineConfig) -> Envelope:
 def resize_cache(model: LoadedModel, target: EngineConfig, envelope: Envelope) -> Envelope:
     """What the same memory holds with the KV cache in the format of ``target``.
 
-    Weights count as at load, or as they are now if that is more, so that what fitted once can come back.
+    Weights count as when the cache was sized, or as ``target`` has them if that is more.
 
     Raises:
         CapacityError: if not even one block fits; the message has the arithmetic.
     """
     weights = max(envelope.weights_bytes, predicted_weight_bytes(model, target))
-    resized = _sized(model, target, envelope.limit_bytes, weights)
-    return dataclasses.replace(resized, weights_bytes=envelope.weights_bytes)
+    return _sized(model, target, envelope.limit_bytes, weights)
+
+
+def cache_on_offer(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> Envelope:
+    """What the same memory holds with the weights that are resident now: more blocks once they have become lighter."""
+    larger = _sized(model, config, envelope.limit_bytes, model.weight_bytes())
+    return dataclasses.replace(larger, promised_len=min(envelope.promised_len, larger.max_model_len))
 
 
 def _sized(model: LoadedModel, config: EngineConfig, limit: int, weights: int) -> Envelope:
@@ -102,7 +109,16 @@ def _sized(model: LoadedModel, config: EngineConfig, limit: int, weights: int) -
         limited_by, remedy = "the max_model_len it was loaded with", "Load the model with a larger max_model_len."
     else:
         limited_by, remedy = "the model's context length", "Shorten the prompt."
-    return Envelope(limit, weights, activations, size.num_blocks, longest, limited_by, remedy)
+    return Envelope(limit, weights, activations, size.num_blocks, longest, longest, limited_by, remedy)
+
+
+def widest_window(model: LoadedModel) -> int | None:
+    """Positions that a query sees at most in any layer, itself included; None where a layer sees all.
+
+    All layers share a block table, so a block goes back to the pool only when every layer's window has left it behind.
+    """
+    windows = model.decoder.layer_windows
+    return None if None in windows else max(window for window in windows if window is not None)
 
 
 def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes: int) -> int:
@@ -116,23 +132,32 @@ def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes
     return int(min(max(CPU_DEFAULT_BYTES, 2 * weights_bytes), max(CPU_SHARE_OF_FREE * free, weights_bytes)))
 
 
-def check_weights_fit(model: LoadedModel, envelope: Envelope, target: EngineConfig) -> None:
-    """Refuse a weight format that, with the cache as allocated, would exceed the memory limit.
+def make_room_for_weights(model: LoadedModel, envelope: Envelope, target: EngineConfig) -> Envelope:
+    """The envelope under which weights of another format fit: the present one, or a cache that gives blocks back.
+
+    Blocks are given back as long as one request may hold what was promised when the cache was sized: a cache that has
+    taken what lighter weights left returns that, at least.
 
     Raises:
-        CapacityError: with the arithmetic and the remedy.
+        CapacityError: with the arithmetic and the remedy, if the present cache would have to go below that.
     """
     wanted = predicted_weight_bytes(model, target)
     kv_bytes = _kv_bytes(model, target, envelope)
     total = wanted + envelope.activation_bytes + kv_bytes
-    if total > envelope.limit_bytes and wanted > envelope.weights_bytes:
-        raise CapacityError(
-            f"{target.weights} weights need {wanted / GIB:.3f} GiB; with {kv_bytes / GIB:.3f} GiB of KV cache and "
-            f"{envelope.activation_bytes / GIB:.3f} GiB of activations that is {total / GIB:.3f} GiB, above the limit "
-            f"of {envelope.limit_bytes / GIB:.3f} GiB.",
-            field="weights",
-            remedy="Load the model again with these weights: the KV cache is then sized to what is left.",
-        )
+    if total <= envelope.limit_bytes or wanted <= envelope.weights_bytes:
+        return envelope
+    with contextlib.suppress(CapacityError):
+        smaller = resize_cache(model, target, envelope)
+        if smaller.max_model_len >= envelope.promised_len:
+            return smaller
+    raise CapacityError(
+        f"{target.weights} weights need {wanted / GIB:.3f} GiB; with {kv_bytes / GIB:.3f} GiB of KV cache and "
+        f"{envelope.activation_bytes / GIB:.3f} GiB of activations that is {total / GIB:.3f} GiB, above the limit "
+        f"of {envelope.limit_bytes / GIB:.3f} GiB; a smaller cache would not hold a request of "
+        f"{envelope.promised_len:,} tokens.",
+        field="weights",
+        remedy="Load the model again with these weights: the KV cache is then sized to what is left.",
+    )
 
 
 class Explained(contextlib.AbstractContextManager[None]):
@@ -225,20 +250,21 @@ def kv_format_name(config: EngineConfig, dtype: torch.dtype) -> str:
     return names[config.kv_dtype]
 
 
-def check_requests_fit(longest_request: int, envelope: Envelope, target: EngineConfig) -> None:
-    """Refuse a cache format under which a request in flight could not finish.
+def check_requests_fit(longest_request: int, envelope: Envelope, target: EngineConfig, field: str = "kv_dtype") -> None:
+    """Refuse a cache in which a request in flight could not finish.
 
     Args:
         longest_request: tokens that the longest of them may grow to; 0 without any.
+        field: the knob whose change asks for that cache.
 
     Raises:
         CapacityError: naming the remedy.
     """
     if longest_request > envelope.max_model_len:
         raise CapacityError(
-            f"a request in flight may grow to {longest_request:,} tokens; with kv_dtype={target.kv_dtype} one may hold "
-            f"{envelope.max_model_len:,} ({envelope.limited_by}).",
-            field="kv_dtype",
+            f"a request in flight may grow to {longest_request:,} tokens; with {field}={getattr(target, field)} one "
+            f"may hold {envelope.max_model_len:,} ({envelope.limited_by}).",
+            field=field,
             remedy="Wait until it is done, or abort it.",
         )
 

@@ -218,6 +218,17 @@ def _reset_prefix_cache(services: Services) -> None:
     st.session_state.setdefault("toasts", []).append(text)
 
 
+def _resize(services: Services) -> None:
+    try:
+        before, after = services.client.resize().changed.get("num_blocks", (0, 0))
+        text = (
+            f"The KV cache holds {after:,} blocks now (before: {before:,})." if after else "Nothing to take any more."
+        )
+    except Exception as problem:  # memory that is not there after all, or the worker may be gone
+        text = f"The KV cache stays as it is: {problem}"
+    st.session_state.setdefault("toasts", []).append(text)
+
+
 def _last_event(snapshot: Snapshot) -> float:
     return snapshot.events[-1].time_unix_s if snapshot.events else 0.0
 
@@ -238,6 +249,18 @@ def _memory(services: Services, engine: EngineStatus) -> None:
     with st.container(border=True):
         st.markdown("**Memory**")
         memory_bar(engine.memory)
+        if engine.resize:
+            tokens = engine.resize["num_blocks"] * engine.block_size
+            gained = bytes_text(engine.resize["gained_bytes"])
+            st.button(
+                f"Give the KV cache {gained} more",
+                key="resize-cache",
+                icon=":material/expand:",
+                help=f"Lighter weights have left this memory: {tokens:,} tokens would fit. Running requests are "
+                "computed again with the tokens they have; heavier weights take the memory back.",
+                on_click=_resize,
+                args=(services,),
+            )
 
 
 main()

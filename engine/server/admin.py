@@ -97,6 +97,11 @@ def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler,
     def reset_prefix_cache() -> dict[str, Any]:
         return {"blocks": host.loop.call(_reset_prefix_cache)}
 
+    @router.post("/resize")
+    def resize() -> dict[str, Any]:
+        """The KV cache takes the memory that lighter weights have left."""
+        return dataclasses.asdict(host.loop.resize())
+
     _add_run_routes(router, host, jobs)
     _add_telemetry_route(router, telemetry)
 
