@@ -19,7 +19,7 @@ from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
-from engine.detokenizer import Detokenizer, token_bytes
+from engine.detokenizer import Detokenizer, stream_table
 from engine.device import on_device
 from engine.errors import CapacityError, ConfigError, RequestError
 from engine.execution import Executor
@@ -102,7 +102,7 @@ class Engine:
         self._proposer = make_proposer(config)
         self._draft_control = DraftControl()
         self._draft_statistics = DraftStatistics(LONGEST_DRAFT)
-        self._token_bytes = token_bytes(self.tokenizer)
+        self._stream_table = stream_table(self.tokenizer)
         self._requests: dict[str, Request] = {}
         self._outlets: dict[str, _Outlet] = {}
         self.steps: Ring[StepStats] = Ring(STEPS_KEPT)
@@ -330,14 +330,14 @@ class Engine:
         return result
 
     def _end_tokens(self, params: SamplingParams) -> frozenset[int]:
-        """Token ids that end a request."""
-        return frozenset(
-            params.stop_token_ids if params.ignore_eos else (*self.model.eos_token_ids, *params.stop_token_ids)
-        )
+        """Token ids that end a request. A checkpoint may name one that its own model does not have."""
+        vocab = self.model.decoder.vocab_size
+        own = () if params.ignore_eos else (token for token in self.model.eos_token_ids if token < vocab)
+        return frozenset((*own, *params.stop_token_ids))
 
     def _make_outlet(self, request: Request) -> _Outlet:
         params = request.params
-        detokenizer = Detokenizer(self.tokenizer, params.stop, self._token_bytes)
+        detokenizer = Detokenizer(self.tokenizer, params.stop, self._stream_table)
         transcript = Transcript(request.token_ids, request.num_prompt_tokens, detokenizer.pieces)
         plain = params.greedy and params.repetition_penalty == 1.0 and params.min_tokens == 0
         return _Outlet(detokenizer, transcript, SamplingRow(params, request.seed, 0, (), ()) if plain else None)

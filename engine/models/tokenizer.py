@@ -29,7 +29,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a generation: what the checkpoint's generation settings say, else the tokenizer's own."""
+    """Token ids that end a generation: those of the checkpoint's generation settings, and the tokenizer's own.
+
+    A chat fine-tune is often saved with the generation settings of its base model (end of text) beside a tokenizer of
+    its own (end of turn): either ends an answer.
+    """
     found: list[Any] = []
     if isinstance(checkpoint, GGUFCheckpoint):
         metadata = checkpoint.file.metadata
@@ -39,10 +43,8 @@ def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
         settings = read_json(generation, generation.name) if generation.exists() else {}
         eos = settings.get("eos_token_id", checkpoint.config.get("eos_token_id"))
         found = list(eos) if isinstance(eos, list) else [eos]
-    ids = [token_id for token_id in found if isinstance(token_id, int)]
-    if not ids and tokenizer.eos_token_id is not None:
-        ids = [int(tokenizer.eos_token_id)]
-    return tuple(dict.fromkeys(ids))
+    found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(token_id for token_id in found if type(token_id) is int and token_id >= 0))
 
 
 def _load_from_folder(folder: Path) -> Any:
