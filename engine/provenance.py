@@ -138,11 +138,12 @@ def _cpu_name() -> str:
 def _torch_hardware() -> dict[str, Any]:
     import torch
 
+    from engine.device import gpu_properties, num_gpus
+
     gpus = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            gpus.append({"name": properties.name, "memory_bytes": properties.total_memory})
+    for index in range(num_gpus()):
+        properties = gpu_properties(torch.device("cuda", index))
+        gpus.append({"name": properties.name, "memory_bytes": properties.total_memory})
     return {
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,

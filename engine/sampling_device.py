@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.device import to_device
 from engine.outputs import TokenLogprob
 from engine.sampling import SamplingRow, logprobs_of, sample
-from engine.step_tensors import to_device
 from kernels.sampling import SamplingTensors, sample_triton
 
 # A probability that the likeliest of any vocabulary exceeds: below it top-p keeps that one alone, and float32 would

@@ -21,6 +21,7 @@ from engine import capacity
 from engine.cache.kv_cache import KVCache
 from engine.capacity.formats import weight_format
 from engine.config import EngineConfig
+from engine.device import release_gpu_memory, total_memory, used_memory
 from engine.errors import CapacityError, ConfigError, HeadroomError
 from engine.models.loader import resolve, resolve_device, resolve_dtype
 from engine.models.weight_exchange import free_bytes
@@ -126,7 +127,7 @@ def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes
     if config.memory_limit_gib is not None:
         return int(config.memory_limit_gib * GIB)
     if device.type == "cuda":
-        return int(GPU_UTILIZATION * torch.cuda.get_device_properties(device).total_memory)
+        return int(GPU_UTILIZATION * total_memory(device))
     # The weights are resident already, so what is free now excludes them.
     free = psutil.virtual_memory().available + weights_bytes
     return int(min(max(CPU_DEFAULT_BYTES, 2 * weights_bytes), max(CPU_SHARE_OF_FREE * free, weights_bytes)))
@@ -188,8 +189,7 @@ def is_out_of_memory(problem: BaseException) -> bool:
 def release_memory() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_gpu_memory()
 
 
 def load_shortage(config: EngineConfig) -> CapacityError:
@@ -286,11 +286,8 @@ def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
 
 def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> MemoryReport:
     """Where the bytes are now."""
-    if model.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(model.device)
-        resident = total - free
-    else:
-        resident = psutil.Process().memory_info().rss
+    on_gpu = model.device.type == "cuda"
+    resident = used_memory(model.device) if on_gpu else psutil.Process().memory_info().rss
     return MemoryReport(
         limit=envelope.limit_bytes,
         weights=model.weight_bytes(),

@@ -11,12 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.device import to_device
 from engine.layers.attention import AttentionBatch
-
-# Bytes; every array of a packed buffer begins at a multiple: Triton would compile a kernel anew for an address that is
-# none of 16.
-_WORD = 16
-_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,36 +114,3 @@ def build_step_tensors(
     tokens, places, mapping, rows, start, context, table_tensor = to_device([*wide, *narrow], device)
     batch = AttentionBatch(query_lens, context_lens, start, context, table_tensor, mapping)
     return StepTensors(tokens, places, rows, batch)
-
-
-def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays as tensors: on the CPU in place, elsewhere by one copy that the host does not wait for."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
-    # From torch's own pinned allocator, which reuses the memory only when the copy is done.
-    host = torch.empty(packed_bytes(arrays), dtype=torch.uint8, pin_memory=True)
-    pack(arrays, host.numpy())
-    return unpack(host.to(device, non_blocking=True), arrays)
-
-
-def packed_bytes(arrays: Sequence[np.ndarray]) -> int:
-    """Bytes that :func:`pack` fills."""
-    return sum(-(-array.nbytes // _WORD) * _WORD for array in arrays)
-
-
-def pack(arrays: Sequence[np.ndarray], buffer: np.ndarray) -> None:
-    """Write the arrays one behind the other into a buffer of bytes."""
-    offset = 0
-    for array in arrays:
-        buffer[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        offset += -(-array.nbytes // _WORD) * _WORD
-
-
-def unpack(buffer: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """Views of a packed uint8 buffer with the shapes and dtypes of ``arrays``, which are int32, int64 or float32."""
-    tensors, offset = [], 0
-    for array in arrays:
-        dtype = _DTYPES[array.dtype.type]
-        tensors.append(buffer[offset : offset + array.nbytes].view(dtype).view(array.shape))
-        offset += -(-array.nbytes // _WORD) * _WORD
-    return tensors

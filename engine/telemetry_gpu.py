@@ -222,9 +222,9 @@ def gpu_uuid(device: Any) -> str | None:
     """
     if getattr(device, "type", None) != "cuda":
         return None
-    import torch
+    from engine.device import gpu_properties  # torch should load only where there is a model
 
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    uuid = getattr(gpu_properties(device), "uuid", None)
     return "" if uuid is None else f"GPU-{uuid}"
 
 

@@ -15,6 +15,7 @@ import torch
 
 from kernels.cpu import build
 from kernels.cpu.attention import MAX_HEAD_DIM
+from kernels.device import capability as gpu_capability
 from kernels.kv_formats import KV_FORMATS
 
 Op = Literal[
@@ -158,7 +159,7 @@ def _choose_triton(op: Op, other: str, device: torch.device, dtype: torch.dtype,
     if device.type != "cuda":
         remedy = f"{instead} To check the kernel without a GPU, start the process with TRITON_INTERPRET=1."
         return Choice(op, None, f"the Triton kernel needs a CUDA device, the model is on {device}.", remedy)
-    capability = torch.cuda.get_device_capability(device)
+    capability = gpu_capability(device)
     if capability < (8, 0):
         reason = f"the Triton kernel needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}."
         return Choice(op, None, reason, instead)
@@ -172,7 +173,7 @@ def cache_obstacle(path: str, kv_format: str, device: torch.device | str, head_d
         reason = f"{kv_format} packs {packed} dimensions into a byte, heads of this model have {head_dim}."
         return Choice("kv_write", None, reason, "Choose int8 or fp8.")
     if kv_format == "fp8" and path == "triton":
-        capability = torch.cuda.get_device_capability(device)
+        capability = gpu_capability(device)
         if capability < FP8_CAPABILITY:
             reason = (
                 f"Triton converts FP8 from compute capability 8.9 on, this GPU has {capability[0]}.{capability[1]}."

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from kernels.device import capability
 from kernels.kv_formats import KV_FORMATS, dequantize, format_of
 from kernels.kv_write import KVScales
 from kernels.language import tl, triton
@@ -176,7 +177,7 @@ def _pick(
 @functools.cache
 def _capability(device: torch.device) -> int:
     """90 for compute capability 9.0; that of a Hopper for the interpreter."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    major, minor = capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 
 

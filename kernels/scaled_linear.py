@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from kernels.device import capability
 from kernels.language import tl, triton
 from kernels.quantize_rows import EIGHT_BITS
 from kernels.tuning import select
@@ -250,7 +251,7 @@ def _finish_scaled(
 
 def tuning_problems(device: torch.device) -> Iterator[tuple[tuple[int | str, ...], dict[str, Callable[[], object]]]]:
     """Each shape of Llama-3.1-8B with each type at several rows: its key, and a launch in every configuration."""
-    kinds = ("int8", "fp8") if torch.cuda.get_device_capability(device) >= (8, 9) else ("int8",)
+    kinds = ("int8", "fp8") if capability(device) >= (8, 9) else ("int8",)
     for outputs, inputs in LLAMA_3_1_8B.values():
         for kind in kinds:
             dtype = EIGHT_BITS[kind].dtype

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from kernels.device import gpu_name
+
 SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -44,7 +46,7 @@ def key_text(key: tuple[int | str, ...]) -> str:
 @functools.cache
 def gpu_slug(index: int) -> str:
     """``nvidia-h200``: the file name of a GPU's tables."""
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(index).lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name(index).lower()).strip("-")
 
 
 @functools.cache

@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from engine.cache.kv_cache import KVCache
+from engine.device import capture_graph, graph_pool
 from engine.execution.attend_op import AttendContext
 from engine.execution.base import Execution, PreparedShape, Step, TokenRange
 from engine.layers.attention import AttentionBackend, AttentionBatch
-
-_WARM_UP_RUNS = 2  # allocations and kernel compilation must not fall into the capture
 
 
 class GraphCapture(abc.ABC):
@@ -43,21 +41,11 @@ class CudaGraphCapture(GraphCapture):
     """``torch.cuda.CUDAGraph``, all captures from one memory pool."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = graph_pool()
 
     def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """As :meth:`GraphCapture.capture`."""
-        stream: Any = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may talk to the device meanwhile (telemetry, another engine): only this one is watched.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
-        return graph.replay, result
+        return capture_graph(work, self._pool)
 
 
 class StaticBuffers:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from engine.device import capability
 from engine.execution.base import TokenRange
 from engine.execution.blueprint import DecoderBlueprint
 from engine.paths import cache_dir
@@ -40,7 +41,7 @@ def compiler_cache_dir() -> Path:
 def packages_dir(blueprint: DecoderBlueprint, device: torch.device) -> Path:
     """The folder of the programs for these layers on this machine."""
     if device.type == "cuda":
-        machine = "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+        machine = "cuda {}.{}".format(*capability(device))
     else:
         machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return cache_dir() / "compiled" / blueprint.digest(_code(), torch.__version__, device.type, machine)[:32]

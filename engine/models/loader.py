@@ -15,6 +15,7 @@ import torch
 
 from engine.capacity import ModelSpec, weight_bytes
 from engine.capacity.weights import parameter_count
+from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_exchange
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint, read_tensor
@@ -252,7 +253,7 @@ def resolve_device(device: str) -> torch.device:
         ConfigError: if torch does not know the device or cannot use it here.
     """
     if device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if num_gpus() else "cpu")
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
@@ -278,7 +279,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
             )
         return named[dtype]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if has_bfloat16(device) else torch.float16
     return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
 
 

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
+from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
 from engine.models.checkpoint import Checkpoint, read_tensor
 from engine.models.decoder import Decoder
@@ -176,7 +177,7 @@ def _make(
 
 def free_bytes(device: torch.device) -> int:
     """Memory of the device that can be had without swapping, in bytes."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    return int(available_memory(device) if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _check_memory(

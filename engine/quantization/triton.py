@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from engine.device import capability
 from engine.quantization.formats import SameWeights, WeightFormat
 from engine.quantization.int4 import Int4Format
 from engine.quantization.int8 import Int8Format
 from engine.quantization.scaled import ScaledFormat
+from kernels.dispatch import FP8_CAPABILITY
 from kernels.quantize_rows import quantize_rows_triton
 from kernels.scaled_linear import num_counters, scaled_linear_triton
 from kernels.weight_only_linear import weight_only_linear_triton
@@ -87,7 +89,7 @@ class TritonScaledFormat(SameWeights):
 
 def _multiplies(kind: str, device: torch.device) -> bool:
     """True if our kernel runs there: FP8 came to the matrix units with compute capability 8.9."""
-    return kind == "int8" or device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return kind == "int8" or device.type == "cpu" or capability(device) >= FP8_CAPABILITY
 
 
 def to_triton(format: WeightFormat) -> WeightFormat:

@@ -13,7 +13,7 @@ import torch
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.device import on_device
+from engine.device import on_device, pack, packed_bytes, unpack
 from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.execution.dispatcher import Dispatcher, bucket_ranges, graph_buckets
 from engine.execution.executor import Executor
@@ -22,7 +22,7 @@ from engine.execution.warm_up import warm_ups
 from engine.layers.attention_sdpa import SdpaAttention
 from engine.layers.attention_triton import TritonAttention
 from engine.models import LoadedModel, load_model
-from engine.step_tensors import build_step_tensors, pack, packed_bytes, unpack
+from engine.step_tensors import build_step_tensors
 
 CPU = torch.device("cpu")
 BLOCK = 4
