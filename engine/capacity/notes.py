@@ -29,6 +29,13 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
     warnings += spec.notes
     if request.draft is not None:
         warnings += [f"{request.draft.name}: {note}" for note in request.draft.notes]
+    if spec.kv_dtype is not None and request.kv_dtype == spec.kv_dtype:
+        warnings.append(f"The checkpoint asks for a KV cache in {spec.kv_dtype.upper()}: planned so.")
+    elif spec.kv_dtype is not None:
+        warnings.append(
+            f"The checkpoint asks for a KV cache in {spec.kv_dtype.upper()}, planned is {request.kv_dtype}: give "
+            f"kv_dtype={spec.kv_dtype} for the smaller one."
+        )
     if request.weights.startswith("fp8") and gpu.bf16_tflops and not gpu.fp8_tflops:
         warnings.append(f"{gpu.name} has no FP8 arithmetic: FP8 weights save memory there, not time.")
     if request.weights in INT8_PRODUCTS and gpu.int8_tops and gpu.bf16_tflops and gpu.int8_tops < gpu.bf16_tflops:
