@@ -29,11 +29,9 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
     warnings += spec.notes
     if request.draft is not None:
         warnings += [f"{request.draft.name}: {note}" for note in request.draft.notes]
-    if spec.kv_dtype is not None and request.kv_dtype == spec.kv_dtype:
-        warnings.append(f"The checkpoint asks for a KV cache in {spec.kv_dtype.upper()}: planned so.")
-    elif spec.kv_dtype is not None:
+    if spec.kv_dtype not in (None, request.kv_dtype):
         warnings.append(
-            f"The checkpoint asks for a KV cache in {spec.kv_dtype.upper()}, planned is {request.kv_dtype}: give "
+            f"The checkpoint asks for a KV cache in {str(spec.kv_dtype).upper()}, planned is {request.kv_dtype}: give "
             f"kv_dtype={spec.kv_dtype} for the smaller one."
         )
     if request.weights.startswith("fp8") and gpu.bf16_tflops and not gpu.fp8_tflops:
@@ -104,6 +102,8 @@ def assumptions_of(request: CompleteRequest) -> tuple[str, ...]:
         f"blocks of {request.block_size} tokens.",
         *profile.assumptions,
     ]
+    if request.spec.kv_dtype == request.kv_dtype:
+        lines.append(f"KV cache in {request.kv_dtype.upper()}: the checkpoint asks for it.")
     if request.pp > 1:
         lines.append("Figures are of the pipeline stage that limits.")
     return tuple(lines)

@@ -82,6 +82,8 @@ class ModelSpec:
         """
         if not isinstance(config, Mapping):
             raise ConfigError("is not a JSON object.", field="config.json", remedy=REMEDY)
+        if quantization is not None and not isinstance(quantization, Mapping):
+            raise ConfigError("is not a JSON object.", field="hf_quant_config.json", remedy=REMEDY)
         stated = Stated(config)
         outer = family_of(stated)
         family, inner, notes = _language_model(stated, outer)
