@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _SECONDS = 1e-3
 _USUAL_OUTPUT = 256
+#: NVIDIA ModelOpt writes how a checkpoint is quantized into a file of its own.
+_QUANTIZATION_FILE = "hf_quant_config.json"
+_LARGEST_FILE = 16 * 2**20
 
 
 def plan(
@@ -139,15 +142,25 @@ def _model_spec_from_file(model: str) -> ModelSpec | None:
         path /= "config.json"
     elif path.suffix.lower() != ".json":
         return None
-    remedy = "Give the path of a model's config.json, or the name of a model in the catalog."
+    config = _read_json(path, "model", "Give the path of a model's config.json, or the name of a model in the catalog.")
+    beside = path.with_name(_QUANTIZATION_FILE)
+    remedy = "Download it again from the model's repository, or move it away to plan without it."
+    quantization = _read_json(beside, _QUANTIZATION_FILE, remedy) if beside.is_file() else None
+    return ModelSpec.from_hf_config(config, quantization=quantization)
+
+
+def _read_json(path: Path, field: str, remedy: str) -> Any:
     try:
-        config = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a file.", field=field, remedy=remedy)
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"{path} is larger than {_LARGEST_FILE:,} bytes.", field=field, remedy=remedy)
+        return json.loads(path.read_bytes())
     except OSError as problem:
         message = f"{path} cannot be read ({problem.strerror or problem})."
-        raise ConfigError(message, field="model", remedy=remedy) from None
+        raise ConfigError(message, field=field, remedy=remedy) from None
     except (ValueError, RecursionError) as problem:
-        raise ConfigError(f"{path} is not JSON ({problem}).", field="model", remedy=remedy) from None
-    return ModelSpec.from_hf_config(config)
+        raise ConfigError(f"{path} is not JSON ({str(problem)[:200]}).", field=field, remedy=remedy) from None
 
 
 def _print(answer: Deployment, name: str, output_format: str) -> None:

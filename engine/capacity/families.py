@@ -21,6 +21,7 @@ class Experts:
     Attributes:
         count, top_k, width: experts, experts a token, width of one.
         shared_width: width of all shared experts together; shared_count: or their number, of ``width`` each.
+        latent: the width that routed experts work on, where it is not the hidden size.
         shared_gate, bias, router_bias, correction: see :class:`engine.capacity.layers.MixtureMLP`.
         gated: experts have a gate projection.
         placement: which layers are mixtures: "all", "step" (every ``decoder_sparse_step``-th, except
@@ -32,6 +33,7 @@ class Experts:
     width: str = "moe_intermediate_size"
     shared_width: str = ""
     shared_count: str = ""
+    latent: str = ""
     shared_gate: bool = False
     bias: bool = False
     router_bias: bool = False
@@ -51,10 +53,11 @@ class Family:
         head_dim: default of ``head_dim``; None: hidden size / heads.
         tied: default of ``tie_word_embeddings``.
         biases: "config" if ``attention_bias`` (query, key, value and output) and ``mlp_bias`` apply, "attention" if
-            only the former does, "config_qkv" if it means query, key and value alone, "qkv" if these always have one,
+            only the former does, "config_qkv" if it means query, key and value alone, "qkv" if these always have one, "qkv_bias" if
+            that field says so,
             "use_bias" if that field switches all of them, "none".
         qk_norm: queries and keys are normalized: "head" by a weight of head_dim each, "full" over all heads, "config"
-            if ``use_qk_norm`` says so.
+            and "config_full" if ``use_qk_norm`` says so.
         sliding: "none", "always" (``sliding_window`` unless null), "switch" (only where ``use_sliding_window``, from
             layer ``max_window_layers`` on), "even" (layers 0, 2, …) or "pattern" (all but every
             ``sliding_window_pattern``-th).
@@ -63,11 +66,12 @@ class Family:
         norms: norms of the hidden width a layer; norm_bias: they have one (LayerNorm).
         gated: the MLP has a gate projection.
         sinks: attention has a learned sink a head.
-        head_bias: the language-model head has one.
+        head_bias: the language-model head has one; "config": if ``lm_head_bias`` says so.
         experts: where the experts are stated, for a mixture.
         layout: "plain", or the layer structure of its own that :mod:`engine.capacity.readers` knows by this name.
         text: the architecture that wraps a language model stated under ``text_config``; False for a language model.
         defaults: other fields' defaults.
+        unused: fields of the family's configuration that change no size in it, whatever they say.
     """
 
     model_type: str
@@ -84,11 +88,12 @@ class Family:
     norm_bias: bool = False
     gated: bool = True
     sinks: bool = False
-    head_bias: bool = False
+    head_bias: bool | str = False
     experts: Experts | None = None
     layout: str = "plain"
     text: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 _QWEN_EXPERTS = Experts(placement="step")
@@ -97,6 +102,8 @@ _LOCAL_EXPERTS = Experts(count="num_local_experts", width="intermediate_size")
 _GPT_OSS_EXPERTS = Experts(count="num_local_experts", width="intermediate_size", bias=True, router_bias=True)
 _DEEPSEEK2_EXPERTS = Experts(count="n_routed_experts", shared_count="n_shared_experts", placement="first_dense")
 _DEEPSEEK3_EXPERTS = dataclasses.replace(_DEEPSEEK2_EXPERTS, correction=True)
+#: Heads of keys are those of queries, of nope + rope dimensions.
+_LATENT_UNUSED = ("num_key_value_heads", "head_dim", "qk_head_dim")
 _GEMMA3_TEXT = (
     ("vocab_size", 262208),
     ("hidden_size", 2304),
@@ -121,7 +128,14 @@ FAMILIES: tuple[Family, ...] = (
         experts=_LOCAL_EXPERTS,
     ),
     Family("qwen2", "Qwen2ForCausalLM", num_kv_heads=32, biases="qkv", sliding="switch"),
-    Family("qwen2_moe", "Qwen2MoeForCausalLM", num_kv_heads=16, biases="qkv", sliding="switch", experts=_QWEN2_EXPERTS),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        num_kv_heads=16,
+        biases="qkv_bias",
+        sliding="switch",
+        experts=_QWEN2_EXPERTS,
+    ),
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
@@ -199,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         sliding="always",
         window=None,
         norm_bias=True,
-        head_bias=True,
+        head_bias="config",
         max_position=131072,
         experts=_LOCAL_EXPERTS,
     ),
@@ -215,9 +229,24 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         experts=_GPT_OSS_EXPERTS,
         defaults=(("attention_bias", True),),
+        unused=("experts_per_token", "initial_context_length"),
     ),
-    Family("deepseek_v2", "DeepseekV2ForCausalLM", layout="latent", experts=_DEEPSEEK2_EXPERTS, max_position=2048),
-    Family("deepseek_v3", "DeepseekV3ForCausalLM", layout="latent", experts=_DEEPSEEK3_EXPERTS, max_position=4096),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        layout="latent",
+        experts=_DEEPSEEK2_EXPERTS,
+        max_position=2048,
+        unused=_LATENT_UNUSED,
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        layout="latent",
+        experts=_DEEPSEEK3_EXPERTS,
+        max_position=4096,
+        unused=_LATENT_UNUSED,
+    ),
     Family("granite", "GraniteForCausalLM", biases="config", max_position=2048),
     Family("granitemoe", "GraniteMoeForCausalLM", biases="attention", max_position=2048, experts=_LOCAL_EXPERTS),
     Family(
@@ -226,9 +255,10 @@ FAMILIES: tuple[Family, ...] = (
         biases="attention",
         layout="granite_hybrid",
         max_position=2048,
+        unused=("intermediate_size",),
         experts=dataclasses.replace(_LOCAL_EXPERTS, shared_width="shared_intermediate_size"),
     ),
-    Family("falcon", "FalconForCausalLM", tied=True, norm_bias=True, gated=False, layout="falcon", max_position=2048),
+    Family("falcon", "FalconForCausalLM", tied=True, norm_bias=True, gated=False, layout="falcon", max_position=2048, unused=("alibi",)),
     Family(
         "nemotron_h",
         "NemotronHForCausalLM",
@@ -242,14 +272,33 @@ FAMILIES: tuple[Family, ...] = (
         experts=Experts(
             count="n_routed_experts",
             shared_width="moe_shared_expert_intermediate_size",
+            latent="moe_latent_size",
             correction=True,
             gated=False,
         ),
+        unused=("expand", "n_shared_experts", "attention_head_dim", "mtp_hybrid_override_pattern", "mtp_layers_block_type"),
     ),
-    Family("llama4_text", "Llama4ForCausalLM", num_kv_heads=8, head_dim=128, layout="llama4", max_position=131072),
+    Family(
+        "llama4_text",
+        "Llama4ForCausalLM",
+        num_kv_heads=8,
+        head_dim=128,
+        biases="attention",
+        layout="llama4",
+        max_position=131072,
+        unused=("use_qk_norm",),  # without weights
+    ),
     Family("llama4", "Llama4ForConditionalGeneration", text=True),
     Family("olmo2", "Olmo2ForCausalLM", biases="attention", qk_norm="full", max_position=2048),
-    Family("cohere", "CohereForCausalLM", tied=True, biases="attention", norms=1, max_position=8192),
+    Family(
+        "cohere",
+        "CohereForCausalLM",
+        tied=True,
+        biases="attention",
+        qk_norm="config_full",
+        norms=1,
+        max_position=8192,
+    ),
     Family(
         "cohere2",
         "Cohere2ForCausalLM",

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
+from engine.capacity.formats import WeightFormat
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
@@ -23,6 +25,7 @@ class Tensor:
         active: how many of them one token passes through; None: all.
         linear: a matrix that weight formats apply to; else it keeps the model's dtype.
         slices: projections that are fused into one tensor (query, key and value: 3).
+        own: its format in a quantized checkpoint, where that is not the one of most matrices there.
     """
 
     part: str
@@ -33,6 +36,7 @@ class Tensor:
     active: int | None = None
     linear: bool = False
     slices: int = 1
+    own: WeightFormat | None = None
 
     @property
     def size(self) -> int:
@@ -299,6 +303,8 @@ class MixtureMLP:
         gated, bias: of the experts, as in :class:`DenseMLP`.
         shared_gate: the shared expert is scaled by a gate of its own.
         router_bias: the router's logits have one; correction: a bias an expert that only the choice sees.
+        latent: the routed experts work on projections of the hidden state to this width and back (Nemotron 3 Super);
+            0: on the hidden state itself. latent_bias: these two projections have one.
     """
 
     num_experts: int
@@ -310,6 +316,8 @@ class MixtureMLP:
     shared_gate: bool = False
     router_bias: bool = False
     correction: bool = False
+    latent: int = 0
+    latent_bias: bool = False
 
     def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
         """Experts split by width, or whole over ``ep`` GPUs; router on every GPU."""
@@ -317,8 +325,13 @@ class MixtureMLP:
         width = self.width if ep > 1 else share(self.width, tp)
         # On average a GPU computes its share of the experts that a token has chosen, never less than one.
         active = min(local, share(self.top_k * local, self.num_experts))
-        for tensor in _mlp("experts", "expert", self, hidden, width):
+        for tensor in _mlp("experts", "expert", self, self.latent or hidden, width):
             yield dataclasses.replace(tensor, count=local, active=active)
+        if self.latent:
+            yield Tensor("mlp", "latent_down", self.latent, hidden, linear=True)
+            yield Tensor("mlp", "latent_up", hidden, self.latent, linear=True)
+            if self.latent_bias:
+                yield Tensor("mlp", "bias", 1, self.latent + hidden)
         yield Tensor("router", "router", self.num_experts, hidden)
         if self.router_bias or self.correction:
             yield Tensor("router", "bias", 1, self.num_experts)
@@ -354,11 +367,21 @@ AnyMLP = DenseMLP | MixtureMLP
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width."""
+    """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
+
+    ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most.
+    """
 
     mixer: AnyMixer
     mlp: AnyMLP
     norms: int = 2
+    formats: tuple[tuple[str, WeightFormat], ...] = ()
+
+    def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
+        """Weights of one such layer on one GPU, norms of the hidden width excepted."""
+        own = dict(self.formats)
+        for tensor in (*self.mixer.tensors(hidden, tp), *self.mlp.tensors(hidden, tp, ep)):
+            yield dataclasses.replace(tensor, own=own[tensor.role]) if tensor.role in own else tensor
 
     @property
     def window(self) -> int | None:

@@ -192,9 +192,13 @@ def find_profile(name: str) -> Profile:
     )
 
 
-def profile_weight_format(profile: Profile, name: str) -> WeightFormat:
-    """The weight format as that engine keeps it: ours has the zero point of a group in 16 bits, beside the scale."""
-    return weight_format(name, zero_point_bits=16 if profile.name == "headroom" else 4)
+def profile_weight_format(profile: Profile, name: str, spec: ModelSpec | None = None) -> WeightFormat:
+    """The weight format as that engine keeps it: ours has the zero point of a group in 16 bits, beside the scale.
+
+    ``spec``: the model, whose checkpoint may be in a format of its own by that name.
+    """
+    bits = 16 if profile.name == "headroom" else 4
+    return weight_format(name, zero_point_bits=bits) if spec is None else spec.weight_format(name, zero_point_bits=bits)
 
 
 def resident_weight_bytes(
@@ -210,7 +214,7 @@ def resident_weight_bytes(
     14.2487
     """
     held = stage or whole_model(spec)
-    format = profile_weight_format(profile, weights)
+    format = profile_weight_format(profile, weights, spec)
     multiple = 64 if profile.torch_cuda else 1
     tensors = stored_tensors(spec, format, dtype=dtype, tp=tp, ep=ep, stage=held, vocab_multiple=multiple)
     if not profile.torch_cuda:
@@ -225,7 +229,7 @@ def resident_weight_bytes(
             total += layers * cuda_allocation(stored.bytes * (count // layers))
         else:
             total += cuda_allocation(stored.bytes) * count
-        if kind.role == "kv_up" and format.dtype is None:
+        if kind.role == "kv_up" and stored.bytes != kind.rows * kind.columns * size:
             # Decoding multiplies by the two halves of this matrix, kept unquantized beside it.
             total += count * cuda_allocation(kind.rows * kind.columns * size)
     return total

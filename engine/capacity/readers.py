@@ -20,10 +20,20 @@ from engine.capacity.layers import (
     MixtureMLP,
     NoMixer,
 )
+from engine.capacity.stated import Stated
 from engine.capacity.words import shown
 from engine.errors import ConfigError
 
 _KINDS = ("sliding_attention", "full_attention")
+#: What published files and transformers 5 call layers with a state, and layers with a cache.
+_RECURRENT = ("mamba", "linear_attention")
+_FULL = ("attention", "full_attention")
+
+
+def _seen(config: Mapping[str, Any], *fields: str) -> None:
+    """Count fields as read that do not apply to this file, because another one switches them off."""
+    for field in fields:
+        config.get(field)
 
 
 def read_layers(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
@@ -40,8 +50,8 @@ def attention_of(config: Mapping[str, Any], family: Family) -> Attention:
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     qkv, output = _attention_biases(config, family)
     norm = family.qk_norm
-    if norm == "config":
-        norm = "head" if flag(config, "use_qk_norm", False) else ""
+    if norm in ("config", "config_full"):
+        norm = norm.replace("config", "head").removeprefix("head_") if flag(config, "use_qk_norm", False) else ""
     return Attention(
         num_heads=heads,
         num_kv_heads=_kv_heads(config, family, heads),
@@ -89,6 +99,8 @@ def _attention_biases(config: Mapping[str, Any], family: Family) -> tuple[bool, 
         return stated, stated and family.biases != "config_qkv"
     if family.biases == "use_bias":
         return (flag(config, "use_bias", True),) * 2
+    if family.biases == "qkv_bias":
+        return flag(config, "qkv_bias", True), False
     return family.biases in ("qkv", "all"), family.biases == "all"
 
 
@@ -127,11 +139,14 @@ def _mixture(config: Mapping[str, Any], family: Family) -> MixtureMLP:
         shared_gate=stated.shared_gate and shared > 0,
         router_bias=stated.router_bias,
         correction=stated.correction,
+        latent=whole(config, stated.latent, 0) if stated.latent else 0,
+        latent_bias=bool(stated.latent) and flag(config, "mlp_bias", False),
     )
 
 
 def _mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
     """The MLP of every layer."""
+    _seen(config, "intermediate_size")  # of a mixture's dense layers, if it has any
     if family.experts is None:
         return [_dense(config, family)] * layers
     sparse = [_is_sparse(config, family.experts.placement, index) for index in range(layers)]
@@ -155,6 +170,8 @@ def _windows(config: Mapping[str, Any], family: Family, layers: int) -> list[int
     """Per layer; ``layer_types`` says it where the file has it."""
     window = _window(config, family)
     if window is None:
+        if family.sliding != "none" or set(_peeked_list(config, "layer_types")) <= {"full_attention"}:
+            _seen(config, "layer_types")
         return [None] * layers
     kinds = names(config, "layer_types", _KINDS, layers)
     if kinds is not None:
@@ -168,9 +185,16 @@ def _windows(config: Mapping[str, Any], family: Family, layers: int) -> list[int
     return [None if index < full else window for index in range(layers)]
 
 
+def _peeked_list(config: Mapping[str, Any], field: str) -> list[str]:
+    """The texts of a list, without counting the field as read."""
+    value = config.peek(field) if isinstance(config, Stated) else config.get(field)
+    return [str(item)[:40] for item in value[:MAX_LAYERS]] if isinstance(value, list | tuple) else []
+
+
 def _window(config: Mapping[str, Any], family: Family) -> int | None:
     if family.sliding == "none":
         return None
+    _seen(config, "sliding_window", "max_window_layers", "sliding_window_pattern")
     if family.sliding == "switch" and not flag(config, "use_sliding_window", False):
         return None
     if "sliding_window" in config and config["sliding_window"] is None:
@@ -246,10 +270,10 @@ def _granite_hybrid(config: Mapping[str, Any], family: Family) -> tuple[Layer, .
         bias=flag(config, "mamba_proj_bias", False),
     )
     attention = attention_of(config, family)
-    kinds = names(config, "layer_types", ("mamba", "attention", "full_attention"), layers) or ["mamba"] * layers
+    kinds = names(config, "layer_types", (*_RECURRENT, *_FULL), layers) or ["mamba"] * layers
     dense = whole(config, "num_local_experts", 8) == 0
     mlp: AnyMLP = DenseMLP(positive(config, "shared_intermediate_size", 1024)) if dense else _mixture(config, family)
-    return tuple(Layer(mamba if kind == "mamba" else attention, mlp) for kind in kinds)
+    return tuple(Layer(mamba if kind in _RECURRENT else attention, mlp) for kind in kinds)
 
 
 _NEMOTRON_KINDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
@@ -257,6 +281,7 @@ _NEMOTRON_KINDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
 def _nemotron_h(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Nemotron-H: every layer is one of Mamba-2, attention, MLP or experts, with one norm."""
+    _seen(config, "intermediate_size", "num_hidden_layers")
     nothing = DenseMLP(0)
     made: dict[str, Layer] = {}
     for kind in set(_nemotron_kinds(config)):
@@ -273,9 +298,11 @@ def _nemotron_h(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
 
 def _nemotron_kinds(config: Mapping[str, Any]) -> list[str]:
     stated = config.get("layers_block_type")
-    known = tuple(_NEMOTRON_KINDS.values())
+    known = (*_NEMOTRON_KINDS.values(), *_RECURRENT, *_FULL)
     if isinstance(stated, list) and 0 < len(stated) <= MAX_LAYERS:
-        return names(config, "layers_block_type", known, len(stated)) or []
+        _seen(config, "hybrid_override_pattern", "layer_types")
+        kinds = names(config, "layers_block_type", known, len(stated)) or []
+        return ["mamba" if kind in _RECURRENT else "attention" if kind in _FULL else kind for kind in kinds]
     pattern = config.get("hybrid_override_pattern")
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_LAYERS or set(pattern) - set(_NEMOTRON_KINDS):
         raise ConfigError(
@@ -293,6 +320,8 @@ def _nemotron_kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def _nemotron_mamba(config: Mapping[str, Any]) -> Mamba2:
+    if isinstance(config, Stated) and config.peek("mamba_ssm_cache_dtype") == "float32":
+        _seen(config, "mamba_ssm_cache_dtype")  # what states are counted in
     return Mamba2(
         num_heads=positive(config, "mamba_num_heads", 128),
         head_dim=positive(config, "mamba_head_dim", 64),
@@ -300,13 +329,14 @@ def _nemotron_mamba(config: Mapping[str, Any]) -> Mamba2:
         state_dim=positive(config, "ssm_state_size", 128),
         kernel=positive(config, "conv_kernel", 4, 1024),
         conv_bias=flag(config, "use_conv_bias", True),
-        bias=flag(config, "mamba_proj_bias", False),
+        bias=flag(config, "use_bias", False),
     )
 
 
 def _falcon(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Falcon: multi-query attention, or groups in the newer form; one or two norms before parallel branches."""
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+    _seen(config, "num_kv_heads", "parallel_attn", "multi_query", "num_ln_in_parallel_attn")
     newer = flag(config, "new_decoder_architecture", False)
     older = 1 if flag(config, "multi_query", True) else heads
     kv_heads = positive(config, "num_kv_heads", heads) if newer else older

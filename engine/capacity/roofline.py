@@ -39,6 +39,8 @@ GROUPS = {
     "shared_down": "MLP",
     "expert_up": "experts",
     "expert_down": "experts",
+    "latent_down": "experts",
+    "latent_up": "experts",
     "router": "experts",
     "head": "head",
 }
@@ -274,7 +276,7 @@ def all_reduce_seconds(size: float, gpus: int, link_bytes_s: float, hop_s: float
 
 def _matrices(request: CompleteRequest) -> Iterator[_Matrix]:
     spec = request.spec
-    format = profile_weight_format(request.profile, request.weights)
+    format = profile_weight_format(request.profile, request.weights, spec)
     multiple = 64 if request.profile.torch_cuda else 1
     stored = stored_tensors(spec, format, dtype=request.dtype, tp=request.tp, ep=request.ep, vocab_multiple=multiple)
     for item in stored:

@@ -48,7 +48,7 @@ def _cut(name: str, layers: int) -> dict[str, Any]:
     return config
 
 
-def _built(config: dict[str, Any]) -> int:
+def built_parameters(config: dict[str, Any]) -> int:
     """Parameters, and the routers' correction biases, that transformers keeps as buffers."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -65,10 +65,10 @@ def _built(config: dict[str, Any]) -> int:
 @pytest.mark.parametrize(("name", "layers"), LAYERS.items())
 def test_count_is_that_of_the_model_that_transformers_builds(name: str, layers: int):
     config = _cut(name, layers)
-    assert parameter_count(ModelSpec.from_hf_config(config)).total == _built(config)
+    assert parameter_count(ModelSpec.from_hf_config(config)).total == built_parameters(config)
 
 
 def test_hybrid_pattern_counts_as_transformers_builds_it():
     config = model_config("Nemotron-3-Nano-30B-A3B") | {"hybrid_override_pattern": "ME*-", "num_hidden_layers": 4}
     expected = parameter_count(ModelSpec.from_hf_config(config)).total
-    assert expected == _built(config | {"layers_block_type": ["mamba", "moe", "attention", "mlp"]})
+    assert expected == built_parameters(config | {"layers_block_type": ["mamba", "moe", "attention", "mlp"]})
