@@ -66,8 +66,7 @@ def running_dashboard(home: Path) -> Iterator[Dashboard]:
     log = home / "dashboard.log"
     environment = {**os.environ, "HEADROOM_HOME": str(home), "HEADROOM_MODEL": "smollm2-135m"}
     environment.pop("HEADROOM_DB", None)
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    command += ["--server.address", "127.0.0.1", "--server.port", str(port)]
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
