@@ -17,7 +17,7 @@ help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 run: setup ## Open the dashboard on 127.0.0.1:8501 with the default model loading (MODEL=…, PORT=…).
-	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.address 127.0.0.1 --server.port $(PORT)
+	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.port $(PORT)
 
 setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model.
 	@$(BIN)/python -m engine fetch smollm2-135m

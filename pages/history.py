@@ -15,6 +15,7 @@ from pages.widgets.history_filters import Choice, filter_bar
 from pages.widgets.history_table import runs_table, select_runs
 from pages.widgets.history_values import setting_words
 from pages.widgets.messages import show_error
+from pages.widgets.text import badge_label
 from storage import RunFilter, RunRow, StorageError, Store
 
 _MOST_LISTED = 1000
@@ -81,7 +82,11 @@ def _comparison_notice(choice: Choice) -> None:
     if choice.where.comparison_id is None:
         return
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.badge(f"Runs of comparison {choice.where.comparison_id[:8]}", icon=":material/balance:", color="primary")
+        st.badge(
+            badge_label(f"Runs of comparison {choice.where.comparison_id[:8]}"),
+            icon=":material/balance:",
+            color="primary",
+        )
         st.button("Show all runs", type="tertiary", key="history-all-runs", on_click=_show_all_runs)
 
 

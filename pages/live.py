@@ -20,6 +20,7 @@ from pages.widgets.memory import memory_bar
 from pages.widgets.messages import bytes_text, seconds_text
 from pages.widgets.series import bin_steps, event_marks
 from pages.widgets.telemetry_charts import telemetry_charts
+from pages.widgets.text import plain
 from pages.widgets.workloads import workload_launcher
 
 _BUSY_S = 1.0
@@ -138,7 +139,7 @@ def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
     )
     columns[4].metric("Preempted", f"{totals.get('preemptions', 0):,}", help="Preemptions since the model was loaded.")
     _preparation(engine.execution)
-    with st.expander(_model_line(model, engine.path.get("execution", "eager")), icon=":material/info:"):
+    with st.expander(plain(_model_line(model, engine.path.get("execution", "eager"))), icon=":material/info:"):
         st.table(_details(engine), border="horizontal")
 
 
@@ -146,13 +147,13 @@ def _preparation(execution: Mapping[str, Any]) -> None:
     """How far the preparation of an execution mode is, and what could not be prepared."""
     running = execution.get("preparing")
     if running:
-        current = f", now {running['current']}" if running["current"] else ""
-        text = f"Preparing **{execution['asked']}**: {running['done']} of {running['total']} shapes{current}"
+        current = f", now {plain(running['current'])}" if running["current"] else ""
+        text = f"Preparing **{plain(execution['asked'])}**: {running['done']} of {running['total']} shapes{current}"
         share = running["done"] / max(running["total"], 1)
         st.progress(share, text=f"{text} ({seconds_text(running['seconds'])}). Requests are served meanwhile.")
     for failure in execution.get("failed", ()):
-        words = f"{failure['tokens']} tokens stay eager: {failure['error']}"
-        st.warning(f"**{execution['asked']}**: {words}", icon=":material/warning:")
+        words = plain(f"{failure['tokens']} tokens stay eager: {failure['error']}")
+        st.warning(f"**{plain(execution['asked'])}**: {words}", icon=":material/warning:")
 
 
 def _execution_text(execution: Mapping[str, Any]) -> str:
@@ -188,7 +189,8 @@ def _details(engine: EngineStatus) -> dict[str, str]:
         "Execution": _execution_text(engine.execution),
         "Fingerprint": str(model.get("fingerprint", ""))[:16],
     }
-    return facts | {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
+    facts |= {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
+    return {plain(name): plain(fact) for name, fact in facts.items()}
 
 
 def _history_charts(snapshot: Snapshot, busy: bool) -> None:
@@ -214,7 +216,7 @@ def _reset_prefix_cache(services: Services) -> None:
     try:
         text = f"Prefix cache reset: {services.client.reset_prefix_cache():,} blocks forgotten."
     except Exception as problem:  # the worker may be gone
-        text = f"The prefix cache could not be reset: {problem}"
+        text = f"The prefix cache could not be reset: {plain(problem)}"
     st.session_state.setdefault("toasts", []).append(text)
 
 

@@ -15,6 +15,7 @@ from engine.measure.metrics import METRICS
 from engine.measure.results import RunResult, to_json
 from pages.widgets.energy import compared_energy
 from pages.widgets.messages import bytes_text, history_link, value_text
+from pages.widgets.text import plain
 
 #: The metrics of the interval chart, in its order; all others are in the table.
 _HEADLINES = (
@@ -107,16 +108,16 @@ def _headline(
         setting = ", ".join(f"{name} = {value_text(pair['AB'.index(letter)])}" for name, pair in change.items())
         noise = f"± {100 * spread:.1f} % between runs" if spread is not None else "one run"
         column.metric(
-            f"{letter}: {setting or 'the same setting'}",
+            f"{letter}: {plain(setting) or 'the same setting'}",
             f"{mean or 0:,.1f} {main.unit}",
             delta=f"{noise}, {len(runs)} run{'s' if len(runs) != 1 else ''}",
             delta_color="off",
             delta_arrow="off",
             border=True,
         )
-    st.info(f"**{main.label}**: {main.verdict}", icon=":material/balance:")
+    st.info(f"**{plain(main.label)}**: {plain(main.verdict)}", icon=":material/balance:")
     for warning in dict.fromkeys(main.warnings):
-        st.caption(f":material/warning: {warning}")
+        st.caption(f":material/warning: {plain(warning)}")
 
 
 def _intervals(compared: Sequence[MetricComparison]) -> None:
@@ -225,7 +226,7 @@ def _quality(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult]) -> None:
     st.table(pd.DataFrame(rows).set_index(""), border="horizontal")
     notes = [event.summary for _, run in measured for event in run.events if event.summary.startswith("quality:")]
     if notes:
-        st.caption(notes[-1].rpartition("(")[2].rstrip(")").capitalize() + ".")
+        st.caption(plain(notes[-1].rpartition("(")[2].rstrip(")").capitalize()) + ".")
 
 
 def _quality_value(run: RunResult, name: str) -> str:
@@ -249,7 +250,7 @@ def _claims(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult], change: Ma
         word, color = _CLAIM_BADGES[verdict.status]
         with st.container(border=True, gap="small"):
             st.markdown(f"**{claim.title}** · claimed: {claim.text} :{color}-badge[{word}]")
-            st.caption(f"{verdict.text} {claim.caveat}")
+            st.caption(f"{plain(verdict.text)} {claim.caveat}")
 
 
 def _table(compared: Sequence[MetricComparison]) -> None:
@@ -289,7 +290,8 @@ def _paths(run_a: RunResult, run_b: RunResult) -> None:
     for name in dict.fromkeys([*path_a, *path_b]):
         a, b = path_a.get(name, "–"), path_b.get(name, "–")
         mark = "**" if a != b else ""
-        rows.append({"": name.replace("_", " "), "A": f"{mark}{a}{mark}", "B": f"{mark}{b}{mark}"})
+        words = plain(name.replace("_", " "))
+        rows.append({"": words, "A": f"{mark}{plain(a)}{mark}", "B": f"{mark}{plain(b)}{mark}"})
     with st.expander("What really ran", icon=":material/route:"):
         st.table(pd.DataFrame(rows).set_index(""), border="horizontal")
 

@@ -10,6 +10,7 @@ import streamlit as st
 from pages.widgets.actions import act, show_problem
 from pages.widgets.history_values import moment_text, run_name
 from pages.widgets.messages import show_error
+from pages.widgets.text import plain
 from storage import RunRow, StorageError, Store
 
 _LISTED = 8
@@ -79,7 +80,7 @@ def _download(label: str, help_text: str, file_name: str, make: Any) -> None:
 def _confirm_deletion(store: Store, rows: Sequence[RunRow]) -> None:
     going = [row for row in rows if row.status != "running"]
     for row in going[:_LISTED]:
-        st.markdown(f"- **{run_name(row)}** :small[:gray[{moment_text(row.started_unix_s)}]]")
+        st.markdown(f"- **{plain(run_name(row))}** :small[:gray[{moment_text(row.started_unix_s)}]]")
     if len(going) > _LISTED:
         st.markdown(f"- and {len(going) - _LISTED} more")
     if len(going) < len(rows):

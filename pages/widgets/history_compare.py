@@ -23,6 +23,7 @@ from pages.widgets.history_values import (
     setting_words,
 )
 from pages.widgets.messages import value_text
+from pages.widgets.text import code, plain
 from storage.differences import Difference, differences
 
 MOST = 8
@@ -156,7 +157,7 @@ def metric_row(name: str, groups: Sequence[Group]) -> dict[str, str]:
     Two groups of several runs also get the interval of the Compare page, and then the difference has a colour only
     where that interval shows one.
     """
-    row = {"Metric": metric_info(name).label}
+    row = {"Metric": plain(metric_info(name).label)}
     tested = None
     if len(groups) == 2 and all(len(group.values(name)) > 1 for group in groups) and name in METRICS:
         tested = compare(groups[0].runs, groups[1].runs, name)
@@ -165,7 +166,7 @@ def metric_row(name: str, groups: Sequence[Group]) -> dict[str, str]:
         values = group.values(name)
         shown = tested is None or tested.better is not None
         difference = difference_text(name, base, values, coloured=shown) if number else ""
-        row[group.name] = f"{_mean_text(name, values)} {difference}".rstrip()
+        row[plain(group.name)] = f"{plain(_mean_text(name, values))} {difference}".rstrip()
     if tested is not None:
         row["Ratio, 95 % interval"] = _interval_text(tested)
     return row
@@ -234,18 +235,18 @@ def _difference_table(found: Sequence[Difference], names: Sequence[str]) -> pd.D
             if item.section == "config"
             else _NAMES.get(item.name, item.name.replace("_", " "))
         )
-        row: dict[str, Any] = {"Field": f"{_SECTIONS[item.section]}: {label}"}
-        row.update({name: _shown(item.name, value) for name, value in zip(names, item.values, strict=True)})
+        row: dict[str, Any] = {"Field": f"{_SECTIONS[item.section]}: {plain(label)}"}
+        row.update({plain(name): _shown(item.name, value) for name, value in zip(names, item.values, strict=True)})
         rows.append(row)
     return pd.DataFrame(rows).set_index("Field")
 
 
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, str) and (name.endswith(("hash", "fingerprint", "revision"))) and value:
-        return f"`{value[:12]}`"
+        return code(value[:12])
     if name == "code_dirty":
         return {True: "with changes", False: "clean"}.get(value, "unknown")
-    return value_text(value)
+    return plain(value_text(value))
 
 
 def _charts(groups: Sequence[Group]) -> None:

@@ -14,6 +14,7 @@ from engine.config import EngineConfig, Knob, Tier
 from pages.background.feed import Snapshot
 from pages.services import Services
 from pages.widgets.messages import error_text, value_text
+from pages.widgets.text import plain
 
 _TIER_COLORS = {Tier.LIVE: "green", Tier.SWAP: "violet", Tier.RELOAD: "gray"}
 _TIER_WORDS = {
@@ -97,7 +98,7 @@ def knob_panel(services: Services, knobs: Iterable[Knob], config: Mapping[str, A
     shown = [knob for knob in knobs if knob.tier is not Tier.RELOAD and not _single_choice(knob)]
     with st.container():  # always there: what stands below keeps its place, and with it its state in the browser
         if pending is not None:
-            names = ", ".join(f"{name} → {value_text(value)}" for name, value in pending.changes.items())
+            names = ", ".join(plain(f"{name} → {value_text(value)}") for name, value in pending.changes.items())
             st.info(f"Applying {names} … {time.monotonic() - pending.started:.0f} s", icon=":material/sync:")
     for group in dict.fromkeys(knob.group for knob in shown):
         with st.container(border=True, gap="small"):
@@ -206,13 +207,14 @@ def settle_change(services: Services) -> bool:
 def change_text(result: Any) -> str:
     """The outcome of a reconfiguration in a sentence or two."""
     changed = ", ".join(
-        f"{name}: {value_text(old)} → **{value_text(new)}**" for name, (old, new) in dict(result.changed).items()
+        f"{plain(name)}: {plain(value_text(old))} → **{plain(value_text(new))}**"
+        for name, (old, new) in dict(result.changed).items()
     )
     if not changed:
         return "Nothing changed: that setting was already in force."
     prepared = f", prepared in {result.prepare_ms:.0f} ms beside it" if result.prepare_ms >= 1 else ""
     flight = f" {result.requests_in_flight} requests in flight went on." if result.requests_in_flight else ""
-    notes = "".join(f"\n\n{note}" for note in result.notes)
+    notes = "".join(f"\n\n{plain(note)}" for note in result.notes)
     return f"{changed}. The engine paused {result.pause_ms:.1f} ms{prepared}.{flight}{notes}"
 
 

@@ -21,6 +21,7 @@ from engine.capacity import (
 )
 from engine.paths import headroom_home
 from pages.widgets.plan_inputs import DEFAULTS, key
+from pages.widgets.text import plain
 
 _LONGEST_NAME = 60
 
@@ -29,10 +30,10 @@ def launch(found: Deployment) -> None:
     """Commands that start one copy of the plan."""
     with st.expander("Start it: vLLM, SGLang, Headroom", icon=":material/terminal:"):
         for item in launch_commands(found.plan.request, found.workload):
-            st.markdown(f"**{item.engine}**")
+            st.markdown(f"**{plain(item.engine)}**")
             st.code(item.command, language="bash", wrap_lines=True)
             for remark in item.remarks:
-                st.caption(f":orange[:material/warning:] {remark}")
+                st.caption(f":orange[:material/warning:] {plain(remark)}")
 
 
 def save_and_compare(found: Deployment) -> None:
