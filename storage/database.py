@@ -18,6 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from engine.paths import headroom_home
 from storage.errors import TRANSLATED, StorageError, translate
+from storage.views import create_views, drop_views, views_are_current
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x4EAD_200A  # any number that no other program on the server is likely to have picked
@@ -130,13 +131,16 @@ def migrate(engine: Engine) -> None:
     name = engine.url.render_as_string(hide_password=True)
     try:
         with engine.connect() as connection:
-            if _is_current(connection, name):
+            if _is_current(connection, name) and views_are_current(connection):
                 return
         with writer(engine).begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
             if not _is_current(connection, name):
+                drop_views(connection)
                 alembic.command.upgrade(alembic_config(connection), "head")
+            if not views_are_current(connection):  # knobs or metrics have come or gone since
+                create_views(connection)
     except TRANSLATED as problem:
         raise translate(problem, name) from problem
 

@@ -22,6 +22,7 @@ class RunFilter:
         text: part of the label, the model, the workload's name or the error, in any case; or the start of the run id.
         since_unix_s, until_unix_s: started at or after, and before.
         config_hash, workload_hash, comparison_id: exactly.
+        disturbed: True: only runs that were disturbed; False: only those that were not.
     """
 
     models: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class RunFilter:
     config_hash: str | None = None
     workload_hash: str | None = None
     comparison_id: str | None = None
+    disturbed: bool | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """The filter as SQL conditions on ``runs``."""
@@ -46,6 +48,8 @@ class RunFilter:
             found.append(c.started_unix_s >= self.since_unix_s)
         if self.until_unix_s is not None:
             found.append(c.started_unix_s < self.until_unix_s)
+        if self.disturbed is not None:
+            found.append(c.disturbed != [] if self.disturbed else c.disturbed == [])
         if self.text:
             searched = (c.label, c.model, c.workload_name, c.error)
             texts = [column.icontains(self.text, autoescape=True) for column in searched]
@@ -77,6 +81,8 @@ class RunRow:
     repeat: int | None
     error: str | None
     owner: Owner | None
+    disturbed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    quality_reference: str | None = None
 
     @property
     def model(self) -> str:
@@ -145,7 +151,7 @@ def _request_counts(connection: Connection) -> dict[str, int]:
 def _run_row(row: Any, metrics: dict[str, float | None], num_requests: int) -> RunRow:
     copied = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")
     return RunRow(
-        **{name: getattr(row, name) for name in (*copied, "error")},
+        **{name: getattr(row, name) for name in (*copied, "error", "disturbed", "quality_reference")},
         provenance=provenance_of(row),
         metrics=ordered_metrics(row, metrics),
         num_requests=num_requests,

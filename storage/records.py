@@ -32,12 +32,13 @@ _DETAILS = (
 )
 _PROVENANCE_FIELDS = tuple(field.name for field in dataclasses.fields(Provenance))
 _RUN_FIELDS = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")
+_LAST_FIELDS = ("error", "disturbed", "quality_reference")
 
 
 def run_values(result: RunResult, owner: Owner | None) -> dict[str, Any]:
     """Column values of the run's own row."""
     provenance = result.provenance
-    values = {name: getattr(result, name) for name in (*_RUN_FIELDS, "error")}
+    values = {name: getattr(result, name) for name in (*_RUN_FIELDS, *_LAST_FIELDS)}
     values.update({name: getattr(provenance, name) for name in _PROVENANCE_FIELDS})
     values["workload_name"] = str(provenance.workload.get("name", ""))
     values["metric_names"] = list(result.metrics)
@@ -74,7 +75,7 @@ def read_results(connection: Connection, run_ids: Sequence[str]) -> list[RunResu
     details = {field: _read_details(connection, target, kind, wanted) for target, field, kind in _DETAILS}
     return [
         RunResult(
-            **{name: getattr(rows[run_id], name) for name in (*_RUN_FIELDS, "error")},
+            **{name: getattr(rows[run_id], name) for name in (*_RUN_FIELDS, *_LAST_FIELDS)},
             provenance=provenance_of(rows[run_id]),
             metrics=ordered_metrics(rows[run_id], metrics.get(run_id, {})),
             **{field: found.get(run_id, []) for field, found in details.items()},
