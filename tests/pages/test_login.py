@@ -1,4 +1,4 @@
-"""The login in front of the pages: nothing is shown before it where ``[auth]`` is set, and nothing stands in the way else."""
+"""The login in front of the pages: nothing is shown before it where ``[auth]`` is set, everything without it."""
 
 from __future__ import annotations
 
