@@ -24,8 +24,10 @@ from pages.widgets.text import plain
 from pages.widgets.workloads import workload_launcher
 
 _BUSY_S = 1.0
-_IDLE_S = 5.0
-_HARDWARE_S = 4.0  # slower than the engine's charts: each drawing takes processor time from an engine on the CPU
+# While nothing happens only ages and the hardware's curves move; the strip at the top wakes the page at once.
+_IDLE_S = 30.0
+_CHANGES_S = 5.0
+_HARDWARE_S = {True: 4.0, False: 15.0}  # busy or not: each drawing takes processor time from an engine on the CPU
 _CHANGE_S = 0.4
 _BINS = 60
 _WINDOWS = {"1 min": 60.0, "5 min": 300.0, "15 min": 900.0}
@@ -38,6 +40,7 @@ def main() -> None:
     ready = phase == "ready"
     snapshot = services.feed.read() if ready else services.feed.latest()
     left, middle, right = st.columns([1.05, 2.1, 1.35], gap="medium")
+    st.session_state["drawn_version"] = snapshot.version if ready else None
     with left:
         _controls(services, snapshot, phase)
     with middle:
@@ -48,7 +51,8 @@ def main() -> None:
             chat(services, ready=ready)
         with tab_workload:
             workload_launcher(services, ready=ready)
-        st.fragment(_changes, run_every=_IDLE_S if ready else None)(services)
+        moving = _is_busy(services, snapshot)
+        st.fragment(_changes, run_every=(_CHANGES_S if moving else _IDLE_S) if ready else None)(services)
     show_toasts()  # last: a rerun that a part above asks for throws away what this run has shown
 
 
@@ -85,7 +89,7 @@ def _monitor(services: Services, snapshot: Snapshot, ready: bool) -> None:
     busy = ready and _is_busy(services, snapshot)
     interval = (_BUSY_S if busy else _IDLE_S) if ready else None
     st.fragment(_charts, run_every=interval)(services, ready, busy, window)
-    st.fragment(_hardware, run_every=_HARDWARE_S if ready else None)(services)
+    st.fragment(_hardware, run_every=_HARDWARE_S[busy] if ready else None)(services)
 
 
 def _is_busy(services: Services, snapshot: Snapshot) -> bool:

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from engine.config import EngineConfig, schema
 from engine.core import Engine
 from engine.errors import HeadroomError
+from engine.loop import EngineLoop
 from engine.measure import WORKLOADS
 from engine.server.host import EngineHost, NotReadyError
 from engine.server.jobs import JobRunner
@@ -49,6 +50,16 @@ def _reset_prefix_cache(engine: Engine) -> int:
     return blocks
 
 
+def _newest(loop: EngineLoop) -> dict[str, Any]:
+    """The numbers of the last step and event, so that a reader asks for the series only where there is more."""
+    events = loop.events_since(loop.engine.events.last_index)
+    return {
+        "last_step": loop.engine.steps.last_index,
+        "last_event": events[-1].index if events else -1,
+        "last_event_unix_s": events[-1].time_unix_s if events else None,  # another engine counts from 0 again
+    }
+
+
 def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler, token: str) -> APIRouter:
     """Routes under ``/admin``."""
     router = APIRouter(prefix="/admin", dependencies=[Depends(require_token(token))])
@@ -58,7 +69,9 @@ def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler,
         load = dataclasses.asdict(host.state())
         worker = {"pid": os.getpid(), "uptime_s": time.time() - host.started_unix_s, "load": load}
         try:
-            engine = dataclasses.asdict(host.loop.status())
+            loop = host.loop
+            engine = dataclasses.asdict(loop.status())
+            worker |= _newest(loop)
         except NotReadyError:
             engine = None
         return {"worker": worker, "engine": engine, "telemetry": telemetry.latest().sample}

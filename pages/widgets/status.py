@@ -18,7 +18,12 @@ _INTERVAL_S = {"loading": 0.5, "ready": 2.0, "failed": 5.0, "dead": None}
 
 
 def status_strip(services: Services) -> None:
-    """Draw the strip; it polls fast while something changes and not at all once the worker is dead."""
+    """Draw the strip; it polls fast while something changes and not at all once the worker is dead.
+
+    It is also what wakes a page that stands still: one that sets ``drawn_version`` is drawn anew when the feed has
+    another one (see :attr:`pages.background.feed.Snapshot.version`), so that it needs no poll of its own.
+    """
+    st.session_state["drawn_version"] = None
     phase = services.view().phase
     st.session_state["worker_phase"] = phase
     st.fragment(_strip, run_every=_INTERVAL_S[phase])(services)
@@ -50,7 +55,10 @@ def _loading(view: WorkerView) -> None:
 
 
 def _ready(services: Services) -> None:
-    snapshot = services.feed.read(max_age_s=3.0)
+    snapshot = services.feed.read(max_age_s=1.5, samples=False)
+    drawn = st.session_state.get("drawn_version")
+    if drawn is not None and drawn != snapshot.version and not snapshot.error:
+        st.rerun()  # a page that stands still while nothing happens has something new to draw
     engine = snapshot.engine
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         if engine is None:

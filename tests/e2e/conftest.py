@@ -48,7 +48,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def page(browser, dashboard):
-    """A tab; a script error, a request that leaves this machine or one that the content policy refuses fails the test."""
+    """A tab; a script error, a request that leaves this machine or that the content policy refuses fails the test."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
     opened = context.new_page()
     opened.set_default_timeout(_PATIENCE_MS)
