@@ -54,10 +54,13 @@ class Quantization:
         """The layers, each with the formats that differ from the usual one."""
         if self.format is None or not self.rules:
             return layers
+        roles: dict[int, list[str]] = {}
         made: dict[tuple[int, tuple[tuple[str, WeightFormat], ...]], Layer] = {}
         found = []
         for index, layer in enumerate(layers):
-            formats = ((role, self.of(role, index)) for role in ROLES if role != "head")
+            if id(layer) not in roles:
+                roles[id(layer)] = [tensor.role for tensor in layer.tensors(1, 1, 1) if tensor.linear]
+            formats = ((role, self.of(role, index)) for role in roles[id(layer)])
             own = tuple((role, form) for role, form in formats if form != self.format)
             key = (id(layer), own)
             if key not in made:
