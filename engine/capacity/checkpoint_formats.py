@@ -320,7 +320,9 @@ def _by_algorithm(stated: Stated, group: object) -> tuple[list[_Rule], WeightFor
     listed = stated.get("quantized_layers")
     by_format: dict[WeightFormat, list[object]] = {}
     for name, entry in list(listed.items())[:_MOST_ENTRIES] if isinstance(listed, Mapping) else []:
-        form = _algorithm(entry.get("quant_algo"), entry.get("group_size", group)) if isinstance(entry, Mapping) else None
+        form = (
+            _algorithm(entry.get("quant_algo"), entry.get("group_size", group)) if isinstance(entry, Mapping) else None
+        )
         if form is not None:
             by_format.setdefault(form, []).append(name)
     rules = [_Rule(ModuleList(entries), form) for form, entries in by_format.items()]

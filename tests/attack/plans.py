@@ -20,7 +20,10 @@ NONSENSE: tuple[Any, ...] = (
 )  # fmt: skip
 _QUANTIZATIONS: tuple[Any, ...] = (
     {"quant_method": "compressed-tensors"},
-    {"quant_method": "compressed-tensors", "config_groups": {"a": None, "b": [], "c": {"weights": {"num_bits": 1e308}}}},
+    {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"a": None, "b": [], "c": {"weights": {"num_bits": 1e308}}},
+    },
     {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 10**9}}}},
     {"quant_method": "compressed-tensors", "ignore": ["re:(a+)+$", "re:[", "re:" + "(" * 500, 3, None, {"a": 1}]},
     {"quant_method": "gptq", "bits": 10**9, "group_size": -5},
@@ -33,7 +36,23 @@ _QUANTIZATIONS: tuple[Any, ...] = (
     {"quant_method": ["fp8"]},
     {"quant_method": "x" * 5000},
 )
-_NUMBERS = ("nan", "inf", "-inf", "1e308", "1e300", "1e-300", "-1", "0", "1", "10", "1000000000", "9" * 40, "0.5", "x", "")
+_NUMBERS = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "1e300",
+    "1e-300",
+    "-1",
+    "0",
+    "1",
+    "10",
+    "1000000000",
+    "9" * 40,
+    "0.5",
+    "x",
+    "",
+)
 _OPTIONS = (
     "tp", "pp", "ep", "dp", "context", "max-num-seqs", "token-budget", "block-size", "gpu-memory-utilization",
     "gpu-memory-gib", "concurrency", "rate", "input-tokens", "output-tokens", "input-cv", "output-cv", "burstiness",

@@ -121,7 +121,9 @@ def test_modelopt_states_its_algorithm_for_all_or_for_each_layer():
     spec = read(None, beside={"producer": {"name": "modelopt"}, "quantization": excluded})
     assert (spec.checkpoint_format, spec.kv_dtype) == ("fp8", "fp8")
     assert size(spec) == MATRICES + 4 * 32 * 7 + REST
-    layers = {f"model.layers.{index}.mlp.{name}_proj": {"quant_algo": "FP8"} for index in range(32) for name in ("up", "gate")}
+    layers = {
+        f"model.layers.{index}.mlp.{name}_proj": {"quant_algo": "FP8"} for index in range(32) for name in ("up", "gate")
+    }
     mixed = read(None, beside={"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}})
     quantized = 32 * 2 * 4096 * 14336
     assert size(mixed) == quantized + 4 * 32 * 2 + 2 * (COUNT.total - quantized)
@@ -148,7 +150,12 @@ def test_what_is_not_understood_is_named(stated: Any, says: str):
 
 def test_lists_of_any_length_and_any_expression_take_no_time():
     layers = LLAMA | {"num_hidden_layers": 4096}
-    entries = ["re:.*a.*b.*c.*d.*e.*f$", "re:(x|xx)+y", "re:[0-9]+.*[a-z]*", *(f"model.layers.{n}.zz" for n in range(50_000))]
+    entries = [
+        "re:.*a.*b.*c.*d.*e.*f$",
+        "re:(x|xx)+y",
+        "re:[0-9]+.*[a-z]*",
+        *(f"model.layers.{n}.zz" for n in range(50_000)),
+    ]
     started = time.process_time()
     read(compressed(group(8, "float"), ignore=entries), layers)
     assert time.process_time() - started < 15
