@@ -24,7 +24,16 @@ _LARGEST_FILE = 16 * 2**20
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", "-m", help="Name in the catalog, or path of a config.json.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Name in the catalog, or path of a config.json.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="A shape entered by hand, instead of --model: layers=32,hidden=4096,heads=32,kv_heads=8,"
+            "intermediate=14336,vocab=128256 … or JSON, or a file of it."
+        ),
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help='Name in the catalog, e.g. "H100 SXM 80GB".')] = None,
     gpu_memory_gib: Annotated[
         float | None, typer.Option(help="Usable memory of each GPU, in place of the catalog's. GiB.")
@@ -80,10 +89,10 @@ def plan(
     if concurrency is not None and rate is not None:
         raise ConfigError("a rate and a concurrency are given.", field="rate", remedy="Give only one of them.")
     request = request_from_names(
-        model,
+        model or "",
         gpu,
         gpu_memory_gib=gpu_memory_gib,
-        spec=_model_spec_from_file(model),
+        spec=_spec(model, shape),
         draft=_draft(draft),
         tp=tp,
         pp=pp,
@@ -131,6 +140,38 @@ def _draft(draft: str | None) -> ModelSpec | None:
     from engine.capacity import model_spec
 
     return None if draft is None else _model_spec_from_file(draft) or model_spec(draft)
+
+
+def _spec(model: str | None, shape: str | None) -> ModelSpec | None:
+    """The spec of a shape or a file; None where ``model`` is a name of the catalog."""
+    from engine.capacity.shape import spec_of_shape
+
+    if shape is not None:
+        return spec_of_shape(_read_shape(shape), model or "model entered by hand")
+    if model is None:
+        raise ConfigError("neither a model nor a shape is given.", field="model", remedy="Give --model or --shape.")
+    return _model_spec_from_file(model)
+
+
+def _read_shape(text: str) -> Any:
+    """A shape as JSON, as ``name=value`` pairs, or from a file."""
+    remedy = "Give layers=32,hidden=4096,… or a JSON object, or the path of a file with one."
+    if not text.lstrip().startswith("{") and "=" not in text:
+        return _read_json(Path(text).expanduser(), "shape", remedy)
+    try:
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        pairs = (part.partition("=") for part in text.split(",") if part.strip())
+        return {name.strip().replace("-", "_"): _shape_value(value.strip()) for name, _, value in pairs}
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(f"it is not readable ({str(problem)[:200]}).", field="shape", remedy=remedy) from None
+
+
+def _shape_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # of the name and the number format, or wrong and then named with its field
 
 
 def _model_spec_from_file(model: str) -> ModelSpec | None:

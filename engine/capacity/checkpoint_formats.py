@@ -54,10 +54,13 @@ class Quantization:
         """The layers, each with the formats that differ from the usual one."""
         if self.format is None or not self.rules:
             return layers
+        roles: dict[int, list[str]] = {}
         made: dict[tuple[int, tuple[tuple[str, WeightFormat], ...]], Layer] = {}
         found = []
         for index, layer in enumerate(layers):
-            formats = ((role, self.of(role, index)) for role in ROLES if role != "head")
+            if id(layer) not in roles:
+                roles[id(layer)] = [tensor.role for tensor in layer.tensors(1, 1, 1) if tensor.linear]
+            formats = ((role, self.of(role, index)) for role in roles[id(layer)])
             own = tuple((role, form) for role, form in formats if form != self.format)
             key = (id(layer), own)
             if key not in made:
@@ -317,7 +320,9 @@ def _by_algorithm(stated: Stated, group: object) -> tuple[list[_Rule], WeightFor
     listed = stated.get("quantized_layers")
     by_format: dict[WeightFormat, list[object]] = {}
     for name, entry in list(listed.items())[:_MOST_ENTRIES] if isinstance(listed, Mapping) else []:
-        form = _algorithm(entry.get("quant_algo"), entry.get("group_size", group)) if isinstance(entry, Mapping) else None
+        form = (
+            _algorithm(entry.get("quant_algo"), entry.get("group_size", group)) if isinstance(entry, Mapping) else None
+        )
         if form is not None:
             by_format.setdefault(form, []).append(name)
     rules = [_Rule(ModuleList(entries), form) for form, entries in by_format.items()]

@@ -258,7 +258,16 @@ FAMILIES: tuple[Family, ...] = (
         unused=("intermediate_size",),
         experts=dataclasses.replace(_LOCAL_EXPERTS, shared_width="shared_intermediate_size"),
     ),
-    Family("falcon", "FalconForCausalLM", tied=True, norm_bias=True, gated=False, layout="falcon", max_position=2048, unused=("alibi",)),
+    Family(
+        "falcon",
+        "FalconForCausalLM",
+        tied=True,
+        norm_bias=True,
+        gated=False,
+        layout="falcon",
+        max_position=2048,
+        unused=("alibi",),
+    ),
     Family(
         "nemotron_h",
         "NemotronHForCausalLM",
@@ -276,7 +285,13 @@ FAMILIES: tuple[Family, ...] = (
             correction=True,
             gated=False,
         ),
-        unused=("expand", "n_shared_experts", "attention_head_dim", "mtp_hybrid_override_pattern", "mtp_layers_block_type"),
+        unused=(
+            "expand",
+            "n_shared_experts",
+            "attention_head_dim",
+            "mtp_hybrid_override_pattern",
+            "mtp_layers_block_type",
+        ),
     ),
     Family(
         "llama4_text",

@@ -105,7 +105,9 @@ class WeightFormat:
         group = self.group_size
         if group is not None and self.exact:
             groups = rows * -(-columns // group)
-            return -(-rows * columns * self.bits // 8) + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
+            return (
+                -(-rows * columns * self.bits // 8) + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
+            )
         if group is not None:
             sizes = (size for size in (*reversed(GROUP_SIZES), 16) if size <= group and columns % size == 0)
             group = next(sizes, None) if self.zero_point_bits else (group if columns % group == 0 else None)

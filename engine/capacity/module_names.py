@@ -50,6 +50,8 @@ ROLES = (*_PATHS, "head")
 _LONGEST_PATTERN = 200
 _MOST_REPEATS = 3
 _MOST_PATTERNS = 256
+#: Layers above are all taken to be alike: no real model has as many.
+_MOST_LAYERS = 512
 
 
 @functools.cache
@@ -80,18 +82,18 @@ class ModuleList:
         self._patterns: list[re.Pattern[str]] = []
         for entry in entries:
             self._add(entry)
-        self._numbers = {int(digits) for name in self._texts() for digits in re.findall(r"\d{1,6}", name)}
+        written = {int(digits) for name in self._texts() for digits in re.findall(r"\d{1,6}", name)}
         # [3-9] and the like mean numbers that are not written.
-        self._ranges = any("[" in pattern.pattern for pattern in self._patterns)
+        ranges = any(re.search(r"\[[^\]]*\d", pattern.pattern) for pattern in self._patterns)
+        self._numbers = set(range(_MOST_LAYERS)) if ranges else {number for number in written if number < _MOST_LAYERS}
         self._known: dict[tuple[str, int], bool] = {}
 
     def holds(self, role: str, layer: int) -> bool:
         """True if the list means the modules of ``role`` in ``layer``."""
         # Layers that no entry names by number are all alike.
-        asked = (role, layer if self._ranges or layer in self._numbers else -1)
+        asked = (role, layer if layer in self._numbers else -1)
         if asked not in self._known:
-            paths = module_paths(role, layer)
-            self._known[asked] = any(self._means(path) for path in paths)
+            self._known[asked] = any(self._means(path) for path in module_paths(role, layer))
         return self._known[asked]
 
     def _texts(self) -> Iterator[str]:

@@ -81,7 +81,9 @@ def unread_warning(names: list[str], of: str) -> list[str]:
     """
     if not names:
         return []
-    listed = ", ".join(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_MOST_NAMES])
+    listed = ", ".join(
+        name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_MOST_NAMES]
+    )
     more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
     those = "this field" if len(names) == 1 else "these fields"
     return [

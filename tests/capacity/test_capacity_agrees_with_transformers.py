@@ -33,6 +33,7 @@ LAYERS = {
     "Falcon-7b": 2,
     "Falcon-40b": 2,
     "OLMo-2-7B": 2,
+    "Command-R-v01": 2,
     "Command-R7B": 4,
     "SmolLM3-3B": 2,
     "StarCoder2-7b": 2,
@@ -41,7 +42,7 @@ LAYERS = {
 }
 
 
-def _cut(name: str, layers: int) -> dict[str, Any]:
+def cut_config(name: str, layers: int) -> dict[str, Any]:
     config = model_config(name) | {"num_hidden_layers": layers}
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][:layers]
@@ -64,7 +65,7 @@ def built_parameters(config: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(("name", "layers"), LAYERS.items())
 def test_count_is_that_of_the_model_that_transformers_builds(name: str, layers: int):
-    config = _cut(name, layers)
+    config = cut_config(name, layers)
     assert parameter_count(ModelSpec.from_hf_config(config)).total == built_parameters(config)
 
 
