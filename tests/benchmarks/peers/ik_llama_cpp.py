@@ -9,7 +9,7 @@ flash_attention ("on", "off"); and ``weights``, which names what the file holds.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.benchmarks.peers.llama_cpp import BATCH_TOKENS, MICRO_BATCH_TOKENS, SteppedLlama
 from tests.benchmarks.peers.protocol import Order, serve
@@ -27,7 +27,7 @@ class IkLlamaCpp(SteppedLlama):
     """The fork's context, stepped in batches."""
 
     package = "ik-llama-cpp-python"
-    defaults = {"repack": False, "flash_attention": "off"}
+    defaults: ClassVar[dict[str, Any]] = {"repack": False, "flash_attention": "off"}
 
     def __init__(self, order: Order) -> None:
         from ik_llama_cpp import _ctypes_api as binding

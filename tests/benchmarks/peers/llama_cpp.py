@@ -1,8 +1,8 @@
 """llama.cpp as a peer, through the low-level functions of llama-cpp-python.
 
 The binding's high-level class and server run one sequence at a time; ``llama_decode`` itself takes batches of several
-sequences, which is how llama.cpp's own server works. :class:`SteppedLlama` steps as that server does: one token of every
-sequence past its prompt, then as many prompt tokens as fit the batch.
+sequences, which is how llama.cpp's own server works. :class:`SteppedLlama` steps as that server does: one token of
+every sequence past its prompt, then as many prompt tokens as fit the batch.
 
 Options: slots (sequences at once), unified (one KV buffer for all sequences instead of one each), flash_attention; and
 ``weights``, which names what the file holds.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
 
@@ -42,7 +42,7 @@ class SteppedLlama:
     """
 
     package: str
-    defaults: dict[str, Any]
+    defaults: ClassVar[dict[str, Any]]
 
     def __init__(self, order: Order, binding: Any) -> None:
         import numpy
@@ -212,7 +212,7 @@ class LlamaCpp(SteppedLlama):
     """llama.cpp itself."""
 
     package = "llama-cpp-python"
-    defaults = {"unified": False, "flash_attention": "auto"}
+    defaults: ClassVar[dict[str, Any]] = {"unified": False, "flash_attention": "auto"}
 
     def __init__(self, order: Order) -> None:
         import llama_cpp
