@@ -147,8 +147,8 @@ def _quality_note(document: dict[str, Any]) -> str:
     return (
         f"Quality: {figures['tokens']} tokens of the bundled text, measured in the same run with exactly the knobs of "
         "the row (but for the execution mode, which moves it by rounding only). Reference: "
-        f"{quality['reference']}, perplexity {figures['perplexity']:.2f} ± {figures['perplexity_se']:.2f}; KL in nats. What peers lose by 8-bit "
-        "activations or caches of their own is not measured."
+        f"{quality['reference']}, perplexity {figures['perplexity']:.2f} ± {figures['perplexity_se']:.2f}; KL in nats. "
+        "What peers lose by 8-bit activations or caches of their own is not measured."
     )
 
 

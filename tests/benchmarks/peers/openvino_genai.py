@@ -40,9 +40,7 @@ class OpenVinoGenAi:
         core = openvino.Core()
         core.set_property("CPU", properties)
         self._runs_with = {name: str(core.get_property("CPU", name)) for name in SHOWN}
-        self.pipeline: Any = openvino_genai.ContinuousBatchingPipeline(
-            order.gguf, self._scheduler(), "CPU", properties
-        )
+        self.pipeline: Any = openvino_genai.ContinuousBatchingPipeline(order.gguf, self._scheduler(), "CPU", properties)
         self._flights: dict[int, tuple[Request, Any]] = {}
         self._count = 0
 
