@@ -9,6 +9,7 @@ MODEL ?= smollm2-135m
 PORT ?= 8501
 HEADROOM_HOME ?= $(HOME)/.cache/headroom
 PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
+PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
 .PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak clean
@@ -59,9 +60,9 @@ bench: setup-dev ## Measure the engine beside its peers on this machine, in one 
 gpu: $(VENV)/.installed-dev ## Prove the kernels and the engine on this machine's GPU (OUT=…, nine minutes at most).
 	$(BIN)/python -m tests.gpu.run --out $(or $(OUT),tests/artifacts/gpu) $(ARGS)
 
-# Each peer of the benchmark has an environment of its own; one that cannot be installed does not keep the other away.
-peers: ## Install the peers that the benchmark compares with (minutes: one is built from source).
-	@$(MAKE) --no-print-directory --keep-going $(PEERS)/vllm/.installed $(PEERS)/llama/.installed
+# Each peer of the benchmark has an environment of its own; one that cannot be installed does not keep the others away.
+peers: ## Install the peers that the benchmark compares with (minutes: two are built from source).
+	@$(MAKE) --no-print-directory --keep-going $(foreach peer,$(PEER_NAMES),$(PEERS)/$(peer)/.installed)
 
 $(PEERS)/%/.installed: tests/benchmarks/peers/%-requirements.txt
 	rm -rf $(@D) && mkdir -p $(PEERS) && $(PYTHON) -m venv $(@D)
