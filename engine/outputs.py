@@ -7,7 +7,10 @@ All times are ``time.perf_counter()`` seconds of the engine's process unless a n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from engine.errors import HeadroomError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -75,6 +78,8 @@ class RequestOutput:
         num_cached_tokens: prompt tokens whose KV came from the prefix cache.
         num_preemptions: how often the request was put back.
         num_draft_tokens, num_accepted_tokens: speculation totals so far.
+        refusal: if the request was refused when it was to be queued (its caller had left by then), what the caller
+            would have been raised; such an output is the only one of its request.
     """
 
     request_id: str
@@ -93,6 +98,32 @@ class RequestOutput:
     num_preemptions: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    refusal: HeadroomError | None = None
+
+    @classmethod
+    def refused(
+        cls, request_id: str, prompt_token_ids: Sequence[int], times: RequestTimes, problem: BaseException
+    ) -> RequestOutput:
+        """The only output of a request that was not queued."""
+        return cls(
+            request_id=request_id,
+            new_token_ids=[],
+            new_text="",
+            transcript=Transcript(list(prompt_token_ids), len(prompt_token_ids), []),
+            num_output_tokens=0,
+            num_pieces=0,
+            finished=True,
+            finish_reason="error",
+            stop_reason=None,
+            error=str(problem) if isinstance(problem, HeadroomError) else f"{type(problem).__name__}: {problem}",
+            logprobs=None,
+            times=times,
+            num_cached_tokens=0,
+            num_preemptions=0,
+            num_draft_tokens=0,
+            num_accepted_tokens=0,
+            refusal=problem if isinstance(problem, HeadroomError) else None,
+        )
 
     @property
     def prompt_token_ids(self) -> list[int]:

@@ -19,7 +19,9 @@ request of the highest priority is never preempted in favour of another, so it a
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 from engine.batching.request import Request, RequestState
 from engine.cache.block_pool import BlockPool
@@ -141,6 +143,40 @@ class Scheduler:
         assert pool.block_size == self.pool.block_size, "digests of prefixes are those of the old block size"
         self.pool = pool
         self._releases += 1
+
+    def start_over(self, requests: Iterable[Request], pool: BlockPool) -> None:
+        """Queue these requests, to be computed again with the tokens they have, whatever state all of it was in.
+
+        For when something was raised in the midst of a change: blocks and queues are those of nobody then.
+
+        Args:
+            requests: unfinished ones.
+            pool: a fresh one, of the same block size.
+        """
+        self.pool = pool
+        self.running, self._waiting, self._static_batch, self._blocked = [], [], set(), None
+        self._releases += 1
+        for request in requests:
+            begun = request.times.first_scheduled is not None
+            if begun and request.state is RequestState.RUNNING:
+                request.num_preemptions += 1
+            request.state = RequestState.PREEMPTED if begun else RequestState.WAITING
+            request.draft_token_ids = []
+            request.block_ids = []
+            request.num_computed_tokens = request.num_published = 0
+            request.publishable = True
+            self.add(request)
+
+    @contextlib.contextmanager
+    def only(self, request: Request) -> Iterator[None]:
+        """Inside the block nothing but this request, which ends with it, is queued; all others keep their blocks."""
+        others = self.running, self._waiting, self._static_batch
+        self.running, self._waiting, self._static_batch = [], [request], set()
+        try:
+            yield
+        finally:
+            self.finish(request)
+            self.running, self._waiting, self._static_batch = others
 
     def schedule(self, config: EngineConfig) -> Schedule:
         """Decide the next step under the knobs in force now."""
