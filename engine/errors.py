@@ -52,3 +52,7 @@ class WorkloadError(HeadroomError):
 
 class EngineDeadError(HeadroomError):
     """The engine's stepping thread has stopped; nothing can be submitted any more."""
+
+
+class QueueFullError(HeadroomError):
+    """Too many requests wait already; nothing was queued."""

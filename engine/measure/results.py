@@ -118,6 +118,8 @@ class RunResult:
         started_unix_s: wall clock; duration_s: wall time from the first arrival to the last end.
         comparison_id, arm, repeat: for a run of a comparison: its id, "A" or "B", and the number of the repetition.
         error: why it failed.
+        disturbed: what happened meanwhile that was no part of the run: ``{"time_unix_s": float, "what": str}`` each.
+            Empty for a run that had the engine to itself.
     """
 
     run_id: str
@@ -135,6 +137,7 @@ class RunResult:
     arm: str | None = None
     repeat: int | None = None
     error: str | None = None
+    disturbed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def to_json(result: RunResult) -> dict[str, Any]:
