@@ -2,7 +2,7 @@
 
 A checkpoint's chat template is a program and its tokenizer holds regular expressions: either may run for ever or want
 all memory, and no thread can be ended. This process can. It speaks over the socket it inherits: a length of four
-bytes, then a JSON document; first what the tokenizer is, then one job after the other.
+bytes, then a JSON document: what the tokenizer is (before the first job, and whenever it changes), or a job.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 _NICE = 5  # whoever decodes goes first
 _GRACE_S = 2.0
+_SETUP_S = 60.0
 
 Document = dict[str, Any]
 
@@ -63,11 +64,6 @@ class _Texts:
             self._fast.no_truncation()
             self._fast.no_padding()
 
-    def prepare(self) -> None:
-        """Import what the first chat would otherwise wait for."""
-        if self._template:
-            import transformers.utils.chat_template_utils  # noqa: F401
-
     def encode(self, texts: list[str], special: bool) -> Document:
         """Token ids of each text, as the transformers tokenizer gives them."""
         if self._slow is not None:
@@ -109,19 +105,20 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with contextlib.suppress(OSError):
         os.nice(_NICE)
-    setup = receive(channel)
-    if setup is None:
-        return
-    limit = setup["memory_mib"] << 20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    import transformers.utils.chat_template_utils  # noqa: F401  now, and not while the first chat waits for it
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    texts = _Texts(setup)
-    send(channel, {"ready": True})
-    texts.prepare()
-    while (job := receive(channel)) is not None:
+    texts: _Texts | None = None
+    seconds = 0.0
+    while (document := receive(channel)) is not None:
         # The kernel ends this process if a job does not, also when nobody is left to do it.
-        signal.setitimer(signal.ITIMER_REAL, setup["seconds"] + _GRACE_S)
-        answer = _answer(texts, job)
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_S if texts else _SETUP_S)
+        if "special_tokens" in document:
+            resource.setrlimit(resource.RLIMIT_AS, (document["memory_mib"] << 20,) * 2)
+            texts, seconds, answer = _Texts(document), document["seconds"], {"ready": True}
+        else:
+            assert texts is not None
+            answer = _answer(texts, document)
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(channel, answer)
 

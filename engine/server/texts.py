@@ -53,7 +53,7 @@ class _Process:
     """One process and the tokenizer that it holds. Used by one thread at a time."""
 
     def __init__(self) -> None:
-        self.tokenizer: object = None
+        self._tokenizer: object = None
         self._popen: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._closed = False
@@ -66,15 +66,32 @@ class _Process:
             _LostError: if it ended by itself.
         """
         try:
-            if self._popen is None or self._popen.poll() is not None or self.tokenizer is not tokenizer:
-                self._start(tokenizer, setup)
+            if self._popen is None or self._popen.poll() is not None:
+                self.start()
             assert self._channel is not None
+            if self._tokenizer is not tokenizer:
+                self._exchange(self._channel, setup, _START_TIMEOUT_S)
+                self._tokenizer = tokenizer
             return self._exchange(self._channel, json.dumps(job).encode(), seconds)
         except (TimeoutError, OSError, _LostError) as problem:
             self.end()
             if isinstance(problem, TimeoutError | _LostError):
                 raise
             raise _LostError from problem
+
+    def start(self) -> None:
+        """Start it, without waiting for it."""
+        self.end()
+        if self._closed:
+            raise _LostError
+        ours, theirs = socket.socketpair()
+        environment = {name: value for name, value in os.environ.items() if name not in _SECRETS} | _ENVIRONMENT
+        command = [sys.executable, "-m", "engine.server.text_worker", str(theirs.fileno())]
+        with theirs:
+            self._popen = subprocess.Popen(
+                command, cwd=_PROJECT, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        self._channel, self._tokenizer = ours, None
 
     def close(self) -> None:
         """End it for good; in any thread."""
@@ -89,20 +106,6 @@ class _Process:
             popen.wait()
         if self._channel is not None:
             self._channel.close()
-
-    def _start(self, tokenizer: object, setup: bytes) -> None:
-        self.end()
-        if self._closed:
-            raise _LostError
-        ours, theirs = socket.socketpair()
-        environment = {name: value for name, value in os.environ.items() if name not in _SECRETS} | _ENVIRONMENT
-        command = [sys.executable, "-m", "engine.server.text_worker", str(theirs.fileno())]
-        with theirs:
-            self._popen = subprocess.Popen(
-                command, cwd=_PROJECT, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-            )
-        self._channel, self.tokenizer = ours, tokenizer
-        self._exchange(ours, setup, _START_TIMEOUT_S)
 
     @staticmethod
     def _exchange(channel: socket.socket, content: bytes, seconds: float) -> Document:
@@ -125,7 +128,7 @@ class TextPool:
 
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
-        self._threads = ThreadPoolExecutor(limits.text_workers + 1, thread_name_prefix="texts")
+        self._threads = ThreadPoolExecutor(limits.text_workers, thread_name_prefix="texts")
         self._processes = [_Process() for _ in range(limits.text_workers)]
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()  # one that has answered before is ready
         for process in self._processes:
@@ -136,6 +139,7 @@ class TextPool:
         self._waiting = 0
         self._setup: tuple[object, bytes] | None = None
         self._setup_lock = threading.Lock()
+        self._processes[-1].start()  # the first to be asked; its imports need not wait for the model
 
     async def encode(self, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens added as the tokenizer does.
@@ -158,9 +162,12 @@ class TextPool:
         return list(answer["ids"][0])
 
     def prepare(self, tokenizer: Any) -> None:
-        """Start a process for this tokenizer, so that the first request need not wait for it. Returns at once."""
-        with contextlib.suppress(RuntimeError):  # closed meanwhile
-            self._threads.submit(self._prepare, tokenizer)
+        """Have a process ready for this tokenizer, so that the first request need not wait for it. Blocks meanwhile."""
+        began = time.monotonic()
+        try:
+            self._ask(tokenizer, {"texts": [], "special": False})
+        except (TimeoutError, _LostError):
+            logger.warning("the process that tokenizes did not start within %.0f s", time.monotonic() - began)
 
     def close(self) -> None:
         """End all processes; what they were at is answered with an error."""
@@ -233,13 +240,6 @@ class TextPool:
             return process.ask(tokenizer, self._setup_of(tokenizer), job, self._limits.text_seconds)
         finally:
             self._idle.put(process)
-
-    def _prepare(self, tokenizer: Any) -> None:
-        began = time.monotonic()
-        try:
-            self._ask(tokenizer, {"texts": [], "special": False})
-        except (TimeoutError, _LostError):
-            logger.warning("the process that tokenizes did not start within %.0f s", time.monotonic() - began)
 
     def _setup_of(self, tokenizer: Any) -> bytes:
         """What a process is told of a tokenizer; made once for each."""
