@@ -543,9 +543,7 @@ class Engine:
             self._stop_drafting(request, problem)
         return tokens
 
-    def _append(
-        self, request: Request, tokens: list[int], now: float, failure: Failure | None = None
-    ) -> RequestOutput:
+    def _append(self, request: Request, tokens: list[int], now: float, failure: Failure | None = None) -> RequestOutput:
         """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it.
 
         Args:

@@ -18,13 +18,15 @@ from typing import IO, Literal
 from engine.client import EngineClient, EngineUnreachableError
 from engine.config import EngineConfig
 from engine.paths import headroom_home
+from engine.server.limits import ServerLimits, limits_from_environment
 
 ProcessState = Literal["starting", "running", "dead"]
 
 _LOG_LINES = 40
 _LOG_TAIL_BYTES = 16_384
 _LOGS_KEPT = 10
-_STOP_TIMEOUT_S = 8.0
+_DRAIN_S = 2.0
+_STOP_TIMEOUT_S = 9.0  # beside draining: longer than the worker takes to end itself by force
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -49,9 +51,12 @@ class Worker:
     Args:
         model: what it loads at start.
         config: the knobs it starts with; ``model`` there is ignored.
+        limits: how much it accepts from outside. If not given, what the environment says (``HEADROOM_MAX_BODY_BYTES``
+            and so on), else the defaults, with a shorter time to drain: people wait for a restart.
     """
 
-    def __init__(self, model: str, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: str, config: EngineConfig | None = None, limits: ServerLimits | None = None) -> None:
+        self._limits = limits or limits_from_environment(drain_seconds=_DRAIN_S)
         self._config = (config or EngineConfig()).with_changes({"model": model})
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -123,7 +128,7 @@ class Worker:
                 return
             process.terminate()
             try:
-                process.wait(_STOP_TIMEOUT_S)
+                process.wait(self._limits.drain_seconds + _STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -136,7 +141,10 @@ class Worker:
         for name, value in self._config.to_dict().items():
             if name != "model" and value != defaults[name]:
                 command += ["--set", f"{name}={'auto' if value is None else value}"]
-        # The token travels in the environment: arguments are readable by every user of the machine.
+        for name, limit in dataclasses.asdict(self._limits).items():
+            command += [f"--{name.replace('_', '-')}", str(limit)]
+        # The token travels in the environment, as an API key does (HEADROOM_API_KEY): arguments are readable by every
+        # user of the machine.
         environment = {**os.environ, "HEADROOM_ADMIN_TOKEN": self._token, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             command, cwd=_PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -163,7 +163,7 @@ class Scheduler:
             request.state = RequestState.PREEMPTED if begun else RequestState.WAITING
             request.draft_token_ids = []
             request.block_ids = []
-            request.num_computed_tokens = request.num_published = 0
+            request.num_computed_tokens = request.num_published = request.num_freed = 0
             request.publishable = True
             self.add(request)
 
