@@ -16,7 +16,7 @@ import typer
 from storage.documents import parse_documents
 from storage.errors import StorageError
 from storage.queries import RunFilter, RunRow
-from storage.spool import keep
+from storage.spool import keep, kept_words
 from storage.store import Store, open_store
 
 app = typer.Typer(
@@ -138,7 +138,7 @@ def _keep(text: bytes) -> None:
         for result in parse_documents(text).runs:
             path = keep(result)
             if path is not None:
-                print(f"The run was kept in {path}; afterwards: python -m storage record < {path}", file=sys.stderr)
+                print(kept_words(path), file=sys.stderr)
 
 
 def _write(text: str) -> None:

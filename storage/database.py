@@ -16,7 +16,8 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from engine.paths import headroom_home
+from engine.paths import headroom_home, private_dir
+from kernels.trust import private_file
 from storage.errors import TRANSLATED, StorageError, cause_of, translate
 from storage.masking import masked
 from storage.space import prepare
@@ -112,9 +113,14 @@ def reader(engine: Engine) -> Engine:
 
 
 def _sqlite_engine(url: URL, lock_timeout_s: float) -> Engine:
-    folder = Path(str(url.database)).parent
+    file = Path(str(url.database))
+    folder = file.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_dir(folder)
+        if "uri" not in url.query and not file.is_dir():
+            private_file(file)  # SQLite gives its log and its index the mode of the database
+    except PermissionError:
+        pass  # a file that may only be read can still be shown; writing to it is refused with its reason
     except OSError as problem:
         remedy = "Choose a folder that can be written to, with HEADROOM_HOME or HEADROOM_DB."
         raise StorageError(f"the folder cannot be made ({problem}).", field=str(folder), remedy=remedy) from problem

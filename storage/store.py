@@ -18,7 +18,7 @@ from storage.masking import masked
 from storage.owner import Owner, this_process
 from storage.queries import ComparisonRow, Facets, RunFilter, RunRow
 from storage.records import RUNS, UnshowableRun, read_runs, run_values, write_details
-from storage.spool import keep
+from storage.spool import keep, kept_words
 
 EVERY_RUN = RunFilter()
 
@@ -100,9 +100,12 @@ class Store:
             path = keep(result)
             if path is None:
                 raise
-            advice = f"The run was kept in {path}; afterwards: python -m storage record < {path}"
             raise StorageError(
-                problem.message, field=problem.field, remedy=f"{problem.remedy} {advice}", kept=path
+                problem.message,
+                field=problem.field,
+                remedy=f"{problem.remedy} {kept_words(path)}",
+                kept=path,
+                disk_full=problem.disk_full,
             ) from problem
 
     def fail_run(self, run_id: str, error: str) -> bool:
