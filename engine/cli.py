@@ -18,7 +18,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -431,32 +430,25 @@ def _show_run(out: TextIO, result: RunResult) -> None:
 
 def _record(document: dict[str, Any], url: str) -> bool:
     """Put the run on record through the storage room's own command; False, with the run in a file, if it fails."""
+    from engine.measure.unsaved import keep_document, kept_words
+
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "storage", "record", f"--db={url}"]
+    environment["HEADROOM_DB"] = url  # not as an argument: everybody on the machine can read those
+    command = [sys.executable, "-m", "storage", "record"]
     text = json.dumps(document)
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
         console.note(f"run {document['run_id']} is on record.")
         return True
     console.note("error: the run could not be put on record:")
-    for line in (done.stderr or done.stdout).strip().splitlines()[-5:]:
+    told = (done.stderr or done.stdout).strip()
+    for line in told.splitlines()[-5:]:
         console.note(f"  {line}")
-    console.note(_keep(text, f"headroom-run-{document['run_id']}.json"))
+    if f"headroom-run-{document['run_id']}.json" not in told:  # it ended before it could keep the run itself
+        path = keep_document(document)
+        console.note("It could not be kept in a file either." if path is None else kept_words(path))
     return False
-
-
-def _keep(text: str, name: str) -> str:
-    """Save a run that is not on record in the present folder, else in the one for temporary files; where it is."""
-    reasons = []
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
-        try:
-            (folder / name).write_text(text, encoding="utf-8")
-        except OSError as problem:
-            reasons.append(f"{folder}: {problem.strerror or problem}")
-        else:
-            return f"It is kept in {folder / name}; afterwards: python -m storage record < {folder / name}"
-    return f"It could not be kept in a file either ({'; '.join(reasons)})."
 
 
 # -- all commands --------------------------------------------------------------------------------------------

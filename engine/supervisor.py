@@ -17,8 +17,9 @@ from typing import IO, Literal
 
 from engine.client import EngineClient, EngineUnreachableError
 from engine.config import EngineConfig
-from engine.paths import headroom_home
+from engine.paths import headroom_home, private_dir
 from engine.server.limits import ServerLimits, limits_from_environment
+from kernels.trust import private_file
 
 ProcessState = Literal["starting", "running", "dead"]
 
@@ -99,7 +100,7 @@ class Worker:
             name = f"worker-{os.getpid()}-{self._starts}"
             self._log_path, self._ready_path = logs / f"{name}.log", logs / f"{name}.ready"
             self._ready_path.unlink(missing_ok=True)
-            with self._log_path.open("wb") as log:
+            with private_file(self._log_path).open("wb") as log:
                 self._process = self._spawn(log)
 
     def poll(self) -> WorkerState:
@@ -184,7 +185,7 @@ def _log_folder() -> Path:
     """Where logs go: under HEADROOM_HOME or, where that cannot be written, a folder for temporary files."""
     folder = headroom_home() / "logs"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_dir(folder)
         _drop_old_logs(folder)
         with tempfile.TemporaryFile(dir=folder):
             return folder

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 
 from engine.measure.results import Provenance
 from storage.owner import Owner
-from storage.records import METRICS, RUNS, ordered_metrics, provenance_of, read_metrics, table
+from storage.records import METRICS, RUNS, printable, read_metrics, run_document, table, why_unshowable
 from storage.tables import Request
 
 
@@ -64,6 +64,8 @@ class RunRow:
     Attributes:
         num_requests: how many requests are recorded.
         owner: the process that is running it; None once it has ended.
+        unshowable: why this row of the database cannot be shown (the field at fault), None for every other row. Its
+            other fields are then empty, its start is 0.
         Others: as in :class:`engine.measure.results.RunResult`.
     """
 
@@ -83,6 +85,7 @@ class RunRow:
     owner: Owner | None
     disturbed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     quality_reference: str | None = None
+    unshowable: str | None = None
 
     @property
     def model(self) -> str:
@@ -149,19 +152,32 @@ def _request_counts(connection: Connection) -> dict[str, int]:
 
 
 def _run_row(row: Any, metrics: dict[str, float | None], num_requests: int) -> RunRow:
-    copied = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")
-    return RunRow(
-        **{name: getattr(row, name) for name in (*copied, "error", "disturbed", "quality_reference")},
-        provenance=provenance_of(row),
-        metrics=ordered_metrics(row, metrics),
-        num_requests=num_requests,
-        owner=owner_of(row),
-    )
+    document = run_document(row, metrics)
+    reason = why_unshowable(document)
+    if reason is not None:
+        document |= _EMPTY | {name: printable(document[name]) for name in ("kind", "status", "label")}
+    document["provenance"] = Provenance(**document["provenance"])
+    return RunRow(**document, num_requests=num_requests, owner=owner_of(row), unshowable=reason)
+
+
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("started_unix_s", "duration_s"), 0.0),
+    **dict.fromkeys(("comparison_id", "arm", "repeat", "error", "quality_reference")),
+    "metrics": {},
+    "disturbed": [],
+    "provenance": {
+        **dict.fromkeys(("model", "model_fingerprint", "config_hash", "workload_hash", "code_revision"), ""),
+        **{name: {} for name in ("config", "workload", "versions", "hardware", "path")},
+        "seed": 0,
+        "code_dirty": None,
+    },
+}
 
 
 def owner_of(row: Any) -> Owner | None:
     """The process that announced a running run."""
-    if row.owner_pid is None:
+    numbers = isinstance(row.owner_pid, int) and isinstance(row.owner_started_unix_s, (int, float))
+    if not numbers or not isinstance(row.owner_host, str):
         return None
     return Owner(row.owner_host, row.owner_pid, row.owner_started_unix_s)
 
@@ -173,6 +189,8 @@ def select_comparisons(connection: Connection) -> list[ComparisonRow]:
     query = select(*columns).where(c.comparison_id.is_not(None)).order_by(c.repeat, c.started_unix_s)
     groups: dict[str, list[Any]] = {}
     for row in connection.execute(query):
+        if not isinstance(row.started_unix_s, (int, float)):
+            continue  # its run is listed as one that cannot be shown
         groups.setdefault(row.comparison_id, []).append(row)
     comparisons = [_comparison_row(comparison_id, rows) for comparison_id, rows in groups.items()]
     return sorted(comparisons, key=lambda comparison: comparison.started_unix_s, reverse=True)
@@ -185,11 +203,11 @@ def _comparison_row(comparison_id: str, rows: list[Any]) -> ComparisonRow:
     first = min(rows, key=lambda row: row.started_unix_s)
     return ComparisonRow(
         comparison_id=comparison_id,
-        label=first.label,
-        model=first.model,
-        workload_name=first.workload_name,
+        label=printable(first.label),
+        model=printable(first.model),
+        workload_name=printable(first.workload_name),
         started_unix_s=first.started_unix_s,
-        statuses=tuple(sorted({row.status for row in rows})),
+        statuses=tuple(sorted({printable(row.status) for row in rows})),
         run_ids=dict(sorted(run_ids.items())),
     )
 
@@ -197,4 +215,5 @@ def _comparison_row(comparison_id: str, rows: list[Any]) -> ComparisonRow:
 def select_facets(connection: Connection) -> Facets:
     """The values that occur, sorted."""
     columns = (RUNS.c.model, RUNS.c.kind, RUNS.c.status, RUNS.c.workload_name)
-    return Facets(*(sorted(connection.scalars(select(column).distinct())) for column in columns))
+    occurring = ([printable(value) for value in connection.scalars(select(column).distinct())] for column in columns)
+    return Facets(*(sorted(values) for values in occurring))

@@ -10,7 +10,8 @@ from typing import Any
 
 from engine.errors import ModelLoadError
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, read_json
-from engine.paths import cache_dir
+from engine.paths import cache_dir, private_dir
+from kernels.trust import PRIVATE_FILE, tighten
 
 _REMEDY = "The folder needs the tokenizer's files, usually tokenizer.json and tokenizer_config.json."
 
@@ -91,12 +92,14 @@ def _convert(checkpoint: GGUFCheckpoint) -> Any:
 def _keep(tokenizer: Any, folder: Path) -> None:
     """Save into a temporary folder and rename, so that a crash never leaves half a tokenizer; best effort."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        private_dir(folder.parent)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     except OSError:
         return  # a read-only home only costs the conversion time at each load
     try:
         tokenizer.save_pretrained(temporary)
+        for file in temporary.rglob("*"):
+            tighten(file, PRIVATE_FILE)
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # full disk, or another process was first

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from kernels.trust import PRIVATE_FILE, home, private_dir, why_not_trusted
+
 SOURCES = Path(__file__).with_name("native")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -108,18 +110,20 @@ def build(progress: Progress) -> None:
 
 
 def _target(compiler: str) -> Path:
-    return _folder() / f"native-{_digest(compiler)}.so"
+    return private_dir(home() / "cache" / "native", home()) / f"native-{_digest(compiler)}.so"
 
 
 def _built() -> Path:
     compiler = _compiler()
     target = _target(compiler)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if reason := why_not_trusted(target.parent):
+        raise NativeBuildError(reason)
+    if not target.exists() or why_not_trusted(target):  # what somebody else could have written is made anew
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / "native.so"
             _run([compiler, *_FLAGS, "-c", str(SOURCES / "native.cpp"), "-o", f"{scratch}/native.o"])
             _run([compiler, "-shared", f"{scratch}/native.o", *_openmp(), "-o", str(made)])
+            made.chmod(PRIVATE_FILE)
             os.replace(made, target)  # at once: another process may be building the same file
     return target
 
@@ -130,11 +134,6 @@ def _compiler() -> str:
         if path := shutil.which(name):
             return path
     raise NativeBuildError(f"there is no C++ compiler ({wanted or ', '.join(_COMPILERS)}) on this machine.")
-
-
-def _folder() -> Path:
-    home = os.environ.get("HEADROOM_HOME") or "~/.cache/headroom"
-    return Path(home).expanduser() / "cache" / "native"
 
 
 def _digest(compiler: str) -> str:
