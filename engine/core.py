@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -174,8 +175,16 @@ class Engine:
             torch.set_num_threads(config.threads)  # a setting of the process: torch knows no narrower one
         started = time.perf_counter()
         with sizing.Explained(lambda: sizing.load_shortage(config)):
-            model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+            model = load_model(
+                config.model,
+                dtype=config.dtype,
+                device=config.device,
+                progress=progress,
+                choose=functools.partial(_choose_weights, config),
+            )
         engine = cls(model, config)
+        for warning in model.warnings:
+            engine.add_event("warning", warning, {"model": model.name})
         seconds = time.perf_counter() - started
         engine.add_event("load", f"loaded {model.name} in {seconds:.1f} s", {"seconds": seconds})
         return engine
@@ -870,20 +879,9 @@ class Engine:
         Raises:
             ConfigError: if the kernels it names cannot run here.
         """
-        linear = config.linear
-        if not self.model.decoder.exchanges_weights:
-            if linear in ("native", "triton"):
-                raise ConfigError(
-                    f"{linear!r} is not available for {self.model.spec.architecture}, which runs through transformers.",
-                    field="linear",
-                    remedy="Choose auto or torch.",
-                )
-            linear = "torch"
-        choice = choose("linear", linear, device=self.model.device, dtype=self.model.dtype)
-        if choice.path is None:
-            raise ConfigError(f"{linear!r} cannot run here: {choice.reason}", field="linear", remedy=choice.remedy)
-        implementation = choice.path.partition(" ")[0]
-        return WeightChoice(config.weights, int(config.group_size), config.head_weights, implementation)
+        model = self.model
+        fallback = None if model.decoder.exchanges_weights else model.spec.architecture
+        return _choose_weights(config, model.device, model.dtype, fallback)
 
     def _bring_weights(self, choice: WeightChoice) -> None:
         """Put freshly loaded weights into the chosen formats; a mere change of layout reads nothing again."""
@@ -1006,6 +1004,36 @@ class _Tally:
     accepted_tokens: int = 0
     output_tokens: int = 0
     raised: int = 0  # rows of which something raised
+
+
+def _choose_weights(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, fallback: str | None
+) -> WeightChoice:
+    """As :meth:`Engine._weight_choice`, for a model that may not be loaded yet.
+
+    Args:
+        fallback: name of a model whose layers transformers computes, which keeps its weights as they are; else None.
+    """
+    linear = config.linear
+    if fallback is not None:
+        if linear in ("native", "triton"):
+            raise ConfigError(
+                f"{linear!r} is not available for {fallback}, which runs through transformers.",
+                field="linear",
+                remedy="Choose auto or torch.",
+            )
+        linear = "torch"
+    choice = choose("linear", linear, device=device, dtype=dtype)
+    if choice.path is None:
+        raise ConfigError(f"{linear!r} cannot run here: {choice.reason}", field="linear", remedy=choice.remedy)
+    wanted = sizing.wanted_formats(config, choice.path.partition(" ")[0])
+    if fallback is not None and wanted.label != "model":
+        raise ConfigError(
+            f"{wanted.label!r} is not available for {fallback}, which runs through transformers.",
+            field="weights",
+            remedy="Choose model.",
+        )
+    return wanted
 
 
 def _output(request: Request, outlet: _Outlet, tokens: list[int], new_text: str) -> RequestOutput:

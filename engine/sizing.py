@@ -19,13 +19,13 @@ import torch
 
 from engine import capacity
 from engine.cache.kv_cache import KVCache
-from engine.capacity.formats import weight_format
 from engine.config import EngineConfig
 from engine.device import release_gpu_memory, total_memory, used_memory
 from engine.errors import CapacityError, ConfigError, HeadroomError
 from engine.models.loader import resolve, resolve_device, resolve_dtype
-from engine.models.weight_exchange import free_bytes
+from engine.models.weight_exchange import free_bytes, planned_bytes
 from engine.outputs import MemoryReport
+from engine.quantization.registry import WeightChoice
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel
@@ -196,17 +196,16 @@ def load_shortage(config: EngineConfig) -> CapacityError:
     """Memory ran out while a model was read."""
     try:
         device = resolve_device(config.device)
-        dtype = _dtype_name(resolve_dtype(config.dtype, device))
-        needed = capacity.weight_bytes(capacity.ModelSpec.from_hf_config(resolve(config.model).config), dtype)
-        numbers = (
-            f": its weights are {needed / GIB:.3f} GiB in {dtype}; {free_bytes(device) / GIB:.3f} GiB are free now"
-        )
+        dtype, choice = resolve_dtype(config.dtype, device), wanted_formats(config)
+        needed = planned_bytes(capacity.ModelSpec.from_hf_config(resolve(config.model).config), choice, dtype)
+        kept = _dtype_name(dtype) if choice.label == "model" else choice.label
+        numbers = f": its weights are {needed / GIB:.3f} GiB in {kept}; {free_bytes(device) / GIB:.3f} GiB are free now"
     except HeadroomError:  # then the load would have failed for that, not for memory
         numbers = ""
     return CapacityError(
         f"memory ran out while {config.model} was read{numbers}.",
         field="model",
-        remedy="Free memory, choose a smaller model or a smaller dtype.",
+        remedy="Free memory, or choose a smaller model, a smaller dtype or quantized weights.",
     )
 
 
@@ -271,17 +270,12 @@ def check_requests_fit(longest_request: int, envelope: Envelope, target: EngineC
 
 def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes of the weights in the format that ``config`` asks for, by the planner's formula."""
-    dtype = _dtype_name(model.dtype)
-    if config.weights == "model":
-        total = capacity.weight_bytes(model.spec, dtype)
-    else:
-        name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
-        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
-        total = capacity.weight_bytes(model.spec, weight_format(name, zero_point_bits=16), dtype=dtype)
-    if config.head_weights == "int8":
-        rows, width = model.spec.vocab_size, model.spec.hidden_size
-        total += rows * (width + 2) - rows * width * model.dtype.itemsize  # one bfloat16 scale a row
-    return total
+    return planned_bytes(model.spec, wanted_formats(config), model.dtype)
+
+
+def wanted_formats(config: EngineConfig, linear: str = "torch") -> WeightChoice:
+    """The weight formats that a configuration asks for, for these kernels."""
+    return WeightChoice(config.weights, int(config.group_size), config.head_weights, linear)
 
 
 def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> MemoryReport:
@@ -314,6 +308,7 @@ def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "vocab_size": spec.vocab_size,
         "context_length": model.max_position,
+        "warnings": list(model.warnings),
         "kv_bytes_per_token": capacity.kv_bytes_per_token(spec, kv_format_name(config, model.dtype)),
     }
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered, remembered_sha256
 from engine.models.families import Family, family_of, family_of_gguf, unsupported
+from engine.models.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from engine.models.gguf_file import GGUFFile
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _FULL_HASH_LIMIT_BYTES = 1 << 30
 _SAMPLE_BYTES = 1 << 20
 _NUM_SAMPLES = 64
+_INDEX = "model.safetensors.index.json"
+_LONGEST_JSON = 256 << 20
 
 
 class Checkpoint(abc.ABC):
@@ -61,6 +63,18 @@ class Checkpoint(abc.ABC):
             ModelLoadError: if it is not there or cannot be read.
         """
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the file's header where it has one.
+
+        Raises:
+            ModelLoadError: if it is not there.
+        """
+        return tuple(self.tensor(name).shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` … ``stop`` - 1 of what :meth:`tensor` gives; nothing else is read where the file allows it."""
+        return self.tensor(name)[start:stop]
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) that identifies the content; quick when the files are unchanged since the last call."""
@@ -91,7 +105,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = read_json(folder / "config.json", "config.json")
         self.family = family_of(self.config)
         self._file_of = self._locate()
-        super().__init__(sorted(set(self._file_of.values())))
+        super().__init__(sorted({file.path for file in self._file_of.values()}))
         untied = self.family is not None and not self.family.complete(self.config).get("tie_word_embeddings", False)
         if untied and "lm_head.weight" not in self._file_of:
             raise _incomplete(folder, "lacks lm_head.weight although its config.json does not tie the head")
@@ -99,14 +113,22 @@ class SafetensorsCheckpoint(Checkpoint):
     def names(self) -> frozenset[str]:
         return frozenset(self._file_of)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).tensors[name].shape
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._file(name).rows(name, start, stop)
+
     def tensor(self, name: str) -> torch.Tensor:
-        if name not in self._file_of:
-            raise _incomplete(self.path, f"lacks the tensor {name!r}")
-        with _open(self._file_of[name]) as stored:
-            tensor = stored.get_tensor(name).clone()  # a copy: the file's mapping ends with this block
+        tensor = self._file(name).rows(name)
         if self.family is not None and self.family.norm_offset and name.endswith("norm.weight"):
             return tensor.float() + self.family.norm_offset  # in float32: 1 + w has more digits than w
         return tensor
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._file_of:
+            raise _incomplete(self.path, f"lacks the tensor {name!r}")
+        return self._file_of[name]
 
     def fingerprint(self) -> str:
         return remembered("safetensors-v1", [self.path / "config.json", *self._files], self._hash)
@@ -130,26 +152,44 @@ class SafetensorsCheckpoint(Checkpoint):
                     digest.update(stream.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
-    def _locate(self) -> dict[str, Path]:
-        """Tensor name → file, from the index where there is one, else from the files' own headers."""
-        index = self.path / "model.safetensors.index.json"
+    def _locate(self) -> dict[str, SafetensorsFile]:
+        """Tensor name → its file, from the index where there is one, else from the files' own headers."""
+        index = self.path / _INDEX
         if index.exists():
-            weight_map = read_json(index, index.name).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise _incomplete(self.path, f"has an {index.name} without a weight_map")
-            located = {name: self.path / str(file) for name, file in weight_map.items()}
-            for path in sorted(set(located.values())):
-                if not path.exists():
-                    raise _incomplete(self.path, f"lacks {path.name}, which {index.name} names")
-            return located
+            return self._follow(read_json(index, _INDEX).get("weight_map"))
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             raise _incomplete(self.path, "contains no *.safetensors files")
-        located = {}
-        for path in files:
-            with _open(path) as stored:
-                located.update(dict.fromkeys(stored.keys(), path))
-        return located
+        return {name: file for file in map(SafetensorsFile, files) for name in file.tensors}
+
+    def _follow(self, weight_map: Any) -> dict[str, SafetensorsFile]:
+        """The index's own table, each entry found in the file that it names."""
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise _incomplete(self.path, f"has an {_INDEX} without a weight_map of tensor and file names")
+        files = {name: SafetensorsFile(self._shard(name)) for name in sorted(set(weight_map.values()))}
+        for tensor, name in weight_map.items():
+            if tensor not in files[name].tensors:
+                raise _incomplete(
+                    self.path, f"has an {_INDEX} that looks for {tensor[:200]!r} in {name}, which lacks it"
+                )
+        return {tensor: files[name] for tensor, name in weight_map.items()}
+
+    def _shard(self, name: str) -> Path:
+        """The place of a file that the index names; it names none outside the folder."""
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name or ":" in parts.parts[0]:
+            raise ModelLoadError(
+                f"{self.path / _INDEX} names {name[:200]!r}, which is not in its folder.",
+                field=_INDEX,
+                remedy="Let it name files of its own folder, or download the model again.",
+            )
+        path = self.path / name
+        try:
+            if path.is_file():
+                return path
+        except OSError:  # a name that no file system takes
+            pass
+        raise _incomplete(self.path, f"lacks {name[:200]}, which {_INDEX} names")
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -183,23 +223,39 @@ class GGUFCheckpoint(Checkpoint):
     def names(self) -> frozenset[str]:
         return frozenset(self._gguf_name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[self._stored(name)].shape
+
     def tensor(self, name: str) -> torch.Tensor:
+        shape = self.shape(name)
+        return self.rows(name, 0, shape[0]) if shape else self.file.read(self._stored(name))
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._stored(name)
+        rows = self._rows_of_a_head(name)
+        if rows is None:
+            return self.file.read(stored, start, stop)
+        first = start // rows * rows
+        heads = self.file.read(stored, first, -(-stop // rows) * rows)
+        return _unpermute(heads, heads.shape[0] // rows)[start - first : stop - first]
+
+    def _stored(self, name: str) -> str:
         if name not in self._gguf_name:
             raise _incomplete(self.path, f"lacks the tensor {name!r}")
-        tensor = self.file.read(self._gguf_name[name])
-        if self.family.gguf_permuted and ".q_proj." in name:
-            return _unpermute(tensor, self.config["num_attention_heads"])
-        if self.family.gguf_permuted and ".k_proj." in name:
-            return _unpermute(tensor, self.config["num_key_value_heads"])
-        return tensor
+        return self._gguf_name[name]
+
+    def _rows_of_a_head(self, name: str) -> int | None:
+        """Of a projection whose rows lie in GGUF's order, else None."""
+        field = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
+        if not self.family.gguf_permuted or not (".q_proj." in name or ".k_proj." in name):
+            return None
+        heads, rows = self.config[field], self.shape(name)[0]
+        if not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
+            raise _incomplete(self.path, f"has {rows} rows in {name!r}, which {heads} heads of even size do not divide")
+        return rows // heads
 
     def fingerprint(self) -> str:
         return remembered_sha256(self.path)
-
-
-def read_tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """One tensor in the compute dtype on the device: the same bits at every call."""
-    return checkpoint.tensor(name).to(device=device, dtype=dtype)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -209,12 +265,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ModelLoadError: if it is missing, not readable or not a JSON object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would be waited for
+            raise ValueError("it is not a regular file")
+        if path.stat().st_size > _LONGEST_JSON:
+            raise ValueError(f"more than {_LONGEST_JSON >> 20} MiB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _incomplete(path.parent, f"has no {what}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:300]
         raise ModelLoadError(
-            f"{path} is not valid JSON ({error}).", field=what, remedy="Mend the file or download it again."
+            f"{path} is not valid JSON ({reason}).", field=what, remedy="Mend the file or download it again."
         ) from None
     if not isinstance(value, dict):
         raise ModelLoadError(f"{path} is not a JSON object.", field=what, remedy="Mend it or download it again.")
@@ -305,17 +366,6 @@ def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[s
     if family.local_rope:
         config["rope_local_base_freq"] = value("rope.freq_base_swa", 10000.0)
     return config
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(
-            f"{path} cannot be read ({error}).",
-            field="model",
-            remedy="The file is missing, cut off or damaged: copy or download it again.",
-        ) from None
 
 
 def _incomplete(path: Path, what: str) -> ModelLoadError:

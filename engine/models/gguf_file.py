@@ -73,8 +73,9 @@ class GGUFFile:
         except (ValueError, struct.error, MemoryError, OverflowError):  # mmap of an empty file is a ValueError
             raise self._broken("ends inside its header, or the header is damaged") from None
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor's values: float32 if it is stored quantized, else its stored float dtype. A fresh copy.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The tensor's rows ``start`` … ``stop`` - 1: float32 if it is stored quantized, else its stored float dtype. A
+        fresh copy.
 
         Raises:
             ModelLoadError: if there is no such tensor or its storage type is unknown to the ``gguf`` package.
@@ -82,19 +83,30 @@ class GGUFFile:
         info = self.tensors.get(name)
         if info is None:
             raise self._broken(f"lacks the tensor {name!r}")
-        # Read, not mapped: a file that is truncated beside us must give an error, not a bus error.
-        raw = np.fromfile(self.path, dtype=np.uint8, count=info.num_bytes, offset=info.offset)
-        if raw.size != info.num_bytes:
-            raise self._broken("has become shorter since it was opened")
+        count = info.shape[0] if info.shape else 1
+        stop = count if stop is None else stop
+        row_bytes = info.num_bytes // max(count, 1)
+        raw = self._raw(info.offset + start * row_bytes, (stop - start) * row_bytes)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
         if info.kind in _PLAIN_DTYPES:
-            return torch.from_numpy(raw.view(_PLAIN_DTYPES[info.kind]).reshape(info.shape))
+            return torch.from_numpy(raw.view(_PLAIN_DTYPES[info.kind]).reshape(shape))
         if info.kind == GGMLQuantizationType.BF16:
-            return torch.from_numpy(raw).view(torch.bfloat16).reshape(info.shape)
+            return torch.from_numpy(raw).view(torch.bfloat16).reshape(shape)
         try:
-            values = dequantize(raw.reshape(*info.shape[:-1], -1), info.kind)
+            values = dequantize(raw.reshape(*shape[:-1], -1), info.kind)
         except NotImplementedError:
             raise self._broken(f"stores {name!r} as {info.kind.name}, which cannot be dequantized here") from None
-        return torch.from_numpy(np.ascontiguousarray(values.reshape(info.shape)))
+        return torch.from_numpy(np.ascontiguousarray(values.reshape(shape)))
+
+    def _raw(self, offset: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Read, not mapped: a file that is truncated beside us must give an error, not a bus error."""
+        try:
+            raw = np.fromfile(self.path, dtype=np.uint8, count=num_bytes, offset=offset)
+        except OSError as error:
+            raise self._broken(f"cannot be read ({error.strerror or error})") from None
+        if raw.size != num_bytes:
+            raise self._broken("has become shorter since it was opened")
+        return raw
 
     def _broken(self, what: str) -> ModelLoadError:
         return ModelLoadError(
