@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from engine.device import to_device
 from engine.errors import ConfigError, RequestError, shown
 from engine.outputs import TokenLogprob
 from kernels.dispatch import choose
@@ -353,9 +354,15 @@ def logprobs_of(logits: torch.Tensor, rows: Sequence[SamplingRow], chosen: Seque
     asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
     if not asked:
         return result
-    raw = logits[[index for index, _ in asked]].float().log_softmax(dim=-1).clamp_min(LEAST_LOGPROB)
-    for line, (index, count) in zip(raw, asked, strict=True):
-        top = line.topk(count or 0)
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        result[index] = TokenLogprob(chosen[index], float(line[chosen[index]]), dict(pairs))
+    columns = ([index for index, _ in asked], [chosen[index] for index, _ in asked])
+    places, tokens = to_device([np.array(column, np.int64) for column in columns], logits.device)
+    raw = logits.index_select(0, places).float().log_softmax(dim=-1).clamp_min(LEAST_LOGPROB)
+    most = max(count or 0 for _, count in asked)
+    top = raw.topk(most, dim=-1)
+    # Token ids and float32 are exact in float64: one copy to the host for all of it.
+    parts = (raw.gather(1, tokens[:, None]), top.values, top.indices)
+    for (index, count), line in zip(asked, torch.cat([part.double() for part in parts], dim=1).tolist(), strict=True):
+        value, values, ids = line[0], line[1 : most + 1], line[most + 1 :]
+        pairs = {int(token): of_it for token, of_it in zip(ids[:count], values[:count], strict=True)}
+        result[index] = TokenLogprob(chosen[index], value, pairs)
     return result

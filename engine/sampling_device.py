@@ -22,10 +22,14 @@ def sample_on_device(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple
 
     What a row asks for goes to the device in one copy, and the tokens come back in one: nothing else waits.
     """
-    if all(row.params.greedy for row in rows):  # one maximum a row: there is nothing to search
+    if all(_takes_the_largest(row) for row in rows):  # one maximum a row: there is nothing to search
         return sample(logits, rows)
     tokens: list[int] = sample_triton(logits, _tensors(logits, rows)).tolist()
     return tokens, logprobs_of(logits, rows, tokens)
+
+
+def _takes_the_largest(row: SamplingRow) -> bool:
+    return row.params.greedy and row.params.repetition_penalty == 1.0 and not row.forbidden
 
 
 def _tensors(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplingTensors:
@@ -65,5 +69,6 @@ def _marks(logits: torch.Tensor, tokens: Sequence[Sequence[int]]) -> torch.Tenso
     flat = [row * vocab + token for row, some in enumerate(tokens) for token in some]
     marks = torch.zeros(logits.shape, dtype=torch.uint8, device=logits.device)
     if flat:
-        marks.view(-1)[torch.tensor(flat, device=logits.device)] = 1
+        (places,) = to_device([np.array(flat, np.int64)], logits.device)
+        marks.view(-1).index_fill_(0, places, 1)
     return marks

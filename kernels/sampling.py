@@ -135,7 +135,8 @@ def sample_triton(logits: torch.Tensor, asked: SamplingTensors, *, candidates: i
     device, blocks = logits.device, triton.cdiv(vocab, _BLOCK)
     scaled = torch.empty((num_rows, vocab + candidates), dtype=torch.float32, device=device)
     collected = torch.empty((num_rows, candidates), dtype=torch.int32, device=device)
-    largest, totals = torch.empty((2, num_rows, blocks), dtype=torch.float32, device=device)
+    # Each its own: halves of one tensor lie at any multiple of 4, and Triton compiles anew for one that is none of 16.
+    largest, totals = (torch.empty((num_rows, blocks), dtype=torch.float32, device=device) for _ in range(2))
     masses = torch.empty((num_rows, blocks, 16), dtype=torch.float32, device=device)
     counts = torch.empty((num_rows, blocks, 16), dtype=torch.int32, device=device)
     _adjust_kernel[(num_rows, blocks)](

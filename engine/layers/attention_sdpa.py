@@ -34,9 +34,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.device import to_device
 from engine.layers.attention import AttentionBackend, AttentionBatch
 from kernels.kv_formats import KVFormat, dequantize, format_of, quantize
 from kernels.kv_write import KVScales, kv_write_reference
@@ -204,27 +206,29 @@ def _make_tile(
 ) -> _Tile:
     kv_len, query_len = members[0].span, members[0].query_len  # the longest comes first
     members = sorted(members, key=lambda m: m.index)
-    rows = _rows([starts[m.index] for m in members], query_len, query.device)
+    device = query.device
+    columns = np.array([(starts[m.index], m.first, m.context_len, m.index) for m in members], np.int64).T
+    begins, first, context, index = to_device([np.ascontiguousarray(column) for column in columns], device)
+    rows = _rows([starts[m.index] for m in members], begins, query_len)
     if members[0].fresh:
         return _Tile(rows, len(members), query_len, kv_len, True, None, None)
-    device = query.device
-    first = torch.tensor([m.first for m in members], device=device)[:, None]
-    context = torch.tensor([m.context_len for m in members], device=device)[:, None]
+    first, context = first[:, None], context[:, None]
     positions = first + torch.arange(kv_len, device=device)  # [n, S]
     # Padding repeats the last valid position: always finite, and masked.
     valid = torch.minimum(positions, context - 1)
     block_size = key_cache.shape[1]
-    tables = batch.block_tables[[m.index for m in members]].long()
+    tables = batch.block_tables.index_select(0, index).long()
     slots = tables.gather(1, valid // block_size) * block_size + valid % block_size
     group_size = query.shape[1] // key_cache.shape[2] if query_len <= _FOLD_MAX_QUERIES else 1
     mask = _mask(positions, context, query_len, window, group_size, query.dtype)
     return _Tile(rows, len(members), query_len, kv_len, False, _slice_or_index(slots), mask)
 
 
-def _rows(starts: list[int], query_len: int, device: torch.device) -> slice | torch.Tensor:
+def _rows(starts: list[int], begins: torch.Tensor, query_len: int) -> slice | torch.Tensor:
+    """Rows of the queries that begin at ``starts``, which are ``begins`` on the device."""
     if starts[-1] - starts[0] == query_len * (len(starts) - 1):
         return slice(starts[0], starts[-1] + query_len)
-    return (torch.tensor(starts, device=device)[:, None] + torch.arange(query_len, device=device)).flatten()
+    return (begins[:, None] + torch.arange(query_len, device=begins.device)).flatten()
 
 
 def _slice_or_index(slots: torch.Tensor) -> slice | torch.Tensor:

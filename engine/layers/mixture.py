@@ -61,10 +61,12 @@ class MixtureMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] → the same."""
         weights, chosen = self.route(x)
-        order = torch.argsort(chosen.flatten(), stable=True)  # of the T · k pairs, by expert
+        pairs_of = chosen.flatten()
+        order = torch.argsort(pairs_of, stable=True)  # of the T · k pairs, by expert
         rows = x.index_select(0, order // self.experts_per_token)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        pieces = rows.split(counts)
+        # not bincount: on a GPU it waits for the largest of them besides
+        counts = chosen.new_zeros(len(self.experts)).scatter_add_(0, pairs_of, torch.ones_like(pairs_of))
+        pieces = rows.split(counts.tolist())
         outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True) if piece.shape[0]]
         # Back in the order of tokens and summed there: the same sum whatever else is in the batch, on every device.
         pairs = torch.empty_like(rows).index_copy_(0, order, torch.cat(outputs))

@@ -301,8 +301,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda:0" if num_gpus() else "cpu")
     try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        # With its number: "cuda" alone means whichever GPU is current where it is used.
+        resolved = torch.empty(1, device=torch.device(device)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -227,7 +227,7 @@ class Simulation(TorchDispatchMode):
         if bare_kwargs.get("device") is not None and bare_kwargs["device"].type == "cuda":
             bare_kwargs["device"] = torch.device("cpu")
         pinned = bare_kwargs.pop("pin_memory", False)
-        result = func(*bare_args, **bare_kwargs)
+        result = _as_on_a_gpu(func, bare_args, bare_kwargs)
         if device is None:
             if pinned:
                 self._pinned[result.untyped_storage().data_ptr()] = result
@@ -247,7 +247,10 @@ class Simulation(TorchDispatchMode):
             return value
         assert device.index is not None
         self.made_on.add(device.index)
-        return known[id(value)] if id(value) in known else SimulatedTensor(value, device, self)
+        if id(value) in known:
+            return known[id(value)]
+        with torch.inference_mode(False):  # a view of what was made outside of it must not be a tensor of inference
+            return SimulatedTensor(value, device, self)
 
     def _device_of(self, func: Any, leaves: list[torch.Tensor], kwargs: dict[str, Any]) -> torch.device | None:
         """The simulated GPU that an operator's result is on, None for the host; copies and waits go to the ledger."""
@@ -356,6 +359,16 @@ def bare(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{f.name: bare(getattr(value, f.name)) for f in dataclasses.fields(value)})
     return value
+
+
+def _as_on_a_gpu(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operator on the CPU, where that does what CUDA does and the CPU does not."""
+    if func.name() == "aten::histc" and not args[0].is_floating_point():
+        return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    result = func(*args, **kwargs)
+    if func.name() == "aten::native_layer_norm":  # mean and deviation are float32 there
+        return result[0], result[1].float(), result[2].float()
+    return result
 
 
 def _spoil(fresh: torch.Tensor) -> None:
