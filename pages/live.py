@@ -30,6 +30,7 @@ _CHANGES_S = 5.0
 _HARDWARE_S = {True: 4.0, False: 15.0}  # busy or not: each drawing takes processor time from an engine on the CPU
 _CHANGE_S = 0.4
 _BINS = 60
+_STEPS_OF_A_WINDOW = 300
 _WINDOWS = {"1 min": 60.0, "5 min": 300.0, "15 min": 900.0}
 
 
@@ -87,7 +88,8 @@ def _knobs(services: Services, was_pending: bool) -> None:
 def _monitor(services: Services, snapshot: Snapshot, ready: bool) -> None:
     window = st.session_state.get("live-window") or "1 min"
     busy = ready and _is_busy(services, snapshot)
-    interval = (_BUSY_S if busy else _IDLE_S) if ready else None
+    pace = max(_BUSY_S, _WINDOWS[window] / _STEPS_OF_A_WINDOW)  # a long window moves too slowly to be drawn each second
+    interval = (pace if busy else _IDLE_S) if ready else None
     st.fragment(_charts, run_every=interval)(services, ready, busy, window)
     st.fragment(_hardware, run_every=_HARDWARE_S[busy] if ready else None)(services)
 
