@@ -36,6 +36,7 @@ class Profile:
         utilization, max_num_seqs, token_budget, block_size: the engine's defaults; ``token_budget`` None: a step takes
             a whole prompt of the planned context.
         frees_windows: gives back KV blocks that have slid out of a layer's window.
+        shares_tables: all layers share a request's blocks, so none is given back where one layer sees everything.
         groups_layers: layers with and without a window share one pool of equal groups.
         expands_latent: caches full keys and values where a model has latent attention.
         torch_cuda: weights are counted as torch's CUDA allocator does, with vLLM's rotary table and padded vocabulary.
@@ -57,10 +58,15 @@ class Profile:
     logits_fit: tuple[float, float] | None
     non_torch_gib: tuple[float, float]
     groups_layers: bool = False
+    shares_tables: bool = False
     expands_latent: bool = False
     batch_is_concurrency: bool = False
     caps_cache: bool = False
     assumptions: tuple[str, ...] = ()
+
+    def frees_windows_of(self, spec: ModelSpec) -> bool:
+        """True if blocks that have slid out of the windows of this model are given back."""
+        return self.frees_windows and not (self.shares_tables and spec.num_sliding_layers < spec.num_attention_layers)
 
 
 _VLLM_WEIGHTS = (
@@ -132,7 +138,8 @@ PROFILES: tuple[Profile, ...] = (
         max_num_seqs=64,
         token_budget=2048,
         block_size=16,
-        frees_windows=False,
+        frees_windows=True,
+        shares_tables=True,
         torch_cuda=False,
         logits_fit=None,
         non_torch_gib=(0.0, 0.0),
@@ -140,7 +147,7 @@ PROFILES: tuple[Profile, ...] = (
         assumptions=(
             "Sized by the function that the engine itself uses; what lies outside of torch comes from the memory "
             "outside the utilization.",
-            "Blocks that slide out of a window are kept.",
+            "Blocks that slide out of the windows are given back where every layer has one, else kept.",
         ),
     ),
     Profile(

@@ -19,7 +19,7 @@ def formulas(plan: Plan) -> None:
         asked.block_size,
         asked.kv_dtype,
         asked.tp,
-        frees_windows=asked.profile.frees_windows,
+        frees_windows=asked.profile.frees_windows_of(asked.spec),
     )
     st.markdown(f"**KV cache of one request of {asked.context:,} tokens**")
     left, right = st.columns(2, gap="small")
