@@ -304,7 +304,7 @@ class Engine:
             self._executor.close()
 
     def _propose(self) -> None:
-        """Draft for every request past its prompt; where that fails the step goes on without: no token depends on it."""
+        """Draft for every request past its prompt; where that fails the step does without: no token depends on it."""
         if self._proposer is None:
             return
         try:
@@ -477,7 +477,7 @@ class Engine:
         for row in rows:
             request = row.request
             known = row.num_tokens - row.num_drafts
-            end = offset + row.num_drafts + row.samples
+            end = offset
             try:
                 if request.times.first_scheduled is None:
                     request.times.first_scheduled = scheduled
@@ -488,6 +488,7 @@ class Engine:
                     tally.decode_tokens += 1
                 else:
                     tally.prefill_tokens += known
+                end += row.num_drafts + 1
                 tokens = all_tokens[offset:end]
                 if row.num_drafts:
                     tokens = self._verify(row, tokens, tally)
@@ -539,9 +540,7 @@ class Engine:
             self._stop_drafting(request, problem)
         return tokens
 
-    def _append(
-        self, request: Request, tokens: list[int], now: float, failure: Failure | None = None
-    ) -> RequestOutput:
+    def _append(self, request: Request, tokens: list[int], now: float, failure: Failure | None = None) -> RequestOutput:
         """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it.
 
         Args:
@@ -569,12 +568,12 @@ class Engine:
                 request.num_computed_tokens -= len(tokens) - taken
                 tokens = tokens[:taken]
                 break
-        if reason is None and failure is not None:
+        if reason is None:
+            if failure is None:
+                return _output(request, outlet, tokens, outlet.detokenizer.take())
             reason, request.error = "error", failure.reason
             self._report_failure(request, failure)
-        if reason is not None:
-            return self._end(request, reason, tokens)
-        return _output(request, outlet, tokens, outlet.detokenizer.take())
+        return self._end(request, reason, tokens)
 
     def _end(self, request: Request, reason: FinishReason, tokens: list[int] | None = None) -> RequestOutput:
         """Finish a request: publish what is reusable, free its blocks, give its last output."""
