@@ -317,7 +317,7 @@ class Engine:
             self._executor.close()
 
     def _propose(self) -> None:
-        """Draft for every request past its prompt; where that fails the step goes on without: no token depends on it."""
+        """Draft for every request past its prompt; where that fails the step does without: no token depends on it."""
         if self._proposer is None:
             return
         try:
@@ -490,7 +490,7 @@ class Engine:
         for row in rows:
             request = row.request
             known = row.num_tokens - row.num_drafts
-            end = offset + row.num_drafts + row.samples
+            end = offset
             try:
                 if request.times.first_scheduled is None:
                     request.times.first_scheduled = scheduled
@@ -501,6 +501,7 @@ class Engine:
                     tally.decode_tokens += 1
                 else:
                     tally.prefill_tokens += known
+                end += row.num_drafts + 1
                 tokens = all_tokens[offset:end]
                 if row.num_drafts:
                     tokens = self._verify(row, tokens, tally)
@@ -580,12 +581,12 @@ class Engine:
                 request.num_computed_tokens -= len(tokens) - taken
                 tokens = tokens[:taken]
                 break
-        if reason is None and failure is not None:
+        if reason is None:
+            if failure is None:
+                return _output(request, outlet, tokens, outlet.detokenizer.take())
             reason, request.error = "error", failure.reason
             self._report_failure(request, failure)
-        if reason is not None:
-            return self._end(request, reason, tokens)
-        return _output(request, outlet, tokens, outlet.detokenizer.take())
+        return self._end(request, reason, tokens)
 
     def _end(self, request: Request, reason: FinishReason, tokens: list[int] | None = None) -> RequestOutput:
         """Finish a request: publish what is reusable, free its blocks, give its last output."""

@@ -151,7 +151,7 @@ class Detokenizer:
         """Add one output token.
 
         Args:
-            may_stop: False while the output may not end yet (``min_tokens``): no stop string is completed by this token.
+            may_stop: False while the output may not end yet (``min_tokens``): this token completes no stop string.
 
         Returns:
             The stop string that has just been completed (the text then ends before it), else None.
@@ -159,10 +159,11 @@ class Detokenizer:
         text = None
         if self._table is not None and not self._begun:  # nearly always: without a call, which 128 sequences would feel
             text = self._table[token_id][1]
-        before = len(self._tail)
-        self._tail += self._decode_next(token_id) if text is None else text
+        if text is None:
+            text = self._decode_next(token_id)
+        self._tail += text
         if self._stop and may_stop:
-            return self._find_stop(before)
+            return self._find_stop(len(self._tail) - len(text))
         return None
 
     def take(self) -> str:
@@ -202,7 +203,7 @@ class Detokenizer:
         return complete[len(decoded) :]
 
     def _find_stop(self, before: int) -> str | None:
-        """The stop string that begins first among those that end in the tail behind ``before``; cuts the text before it.
+        """The stop string that begins first of those that end in the tail behind ``before``; cuts the text before it.
 
         No stop string can begin in what was handed out: its beginning would have been held back. One that ends before
         was completed by a token that might not end the output; whether its text was handed out since, which depends on

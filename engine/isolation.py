@@ -1,9 +1,9 @@
 """Finding the rows that make a step raise, so that they end alone.
 
-Keys and values are written where they belong whoever else is in the batch, and a draw depends on its own row alone: the
-same rows can be computed and sampled again, in any company, and give the same tokens. So a batch that raises is computed
-again in halves, down to the rows that raise by themselves; a batch whose sampling raises is sampled position by position.
-If no part of it raises again nobody is to blame, as where memory was short for all of them at once.
+Keys and values are written where they belong whoever else is in the batch, and a draw depends on its own row alone:
+the same rows can be computed and sampled again, in any company, and give the same tokens. So a batch that raises is
+computed again in halves, down to the rows that raise by themselves; a batch whose sampling raises is sampled position
+by position. If no part of it raises again nobody is to blame, as where memory was short for all of them at once.
 """
 
 from __future__ import annotations

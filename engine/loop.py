@@ -14,6 +14,7 @@ posted it. Nothing that is posted, and no callback, ends the thread.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
@@ -146,10 +147,8 @@ class EngineLoop:
             if output is not None:
                 self._deliver([output])
 
-        try:
+        with contextlib.suppress(EngineDeadError):  # then it has ended
             self._post(_Action(drop, _report))
-        except EngineDeadError:
-            pass  # then it has ended
 
     def reconfigure(self, changes: Mapping[str, Any]) -> ReconfigureResult:
         """Change knobs while requests are in flight: prepared here, applied between two steps.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ _OPTIONAL = ("seed", "logprobs")
 def _checked_stops(stop: object) -> tuple[str, ...]:
     remedy = f"Give at most {MOST_STOPS} texts of 1 to {MOST_STOP_CHARACTERS:,} characters."
     _require(isinstance(stop, tuple | list), "stop", stop, remedy)
-    texts = tuple(stop)  # type: ignore[arg-type]
+    texts: tuple[Any, ...] = tuple(stop)  # type: ignore[arg-type]
     if len(texts) > MOST_STOPS:
         raise RequestError(f"{len(texts):,} stop strings are too many.", field="stop", remedy=remedy)
     for text in texts:
@@ -155,7 +156,7 @@ def _checked_stops(stop: object) -> tuple[str, ...]:
 def _checked_stop_tokens(token_ids: object) -> tuple[int, ...]:
     remedy = f"Give at most {MOST_STOP_TOKENS:,} token ids."
     _require(isinstance(token_ids, tuple | list), "stop_token_ids", token_ids, remedy)
-    ids = tuple(token_ids)  # type: ignore[arg-type]
+    ids: tuple[Any, ...] = tuple(token_ids)  # type: ignore[arg-type]
     if len(ids) > MOST_STOP_TOKENS:
         raise RequestError(f"{len(ids):,} stop tokens are too many.", field="stop_token_ids", remedy=remedy)
     for token_id in ids:
@@ -239,8 +240,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int]
     drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         token_ids[drawn] = _draw(adjusted[drawn].float(), [rows[index] for index in drawn])
-    # In what comes back anyway: nobody waits for the answer to a question of its own.
-    chosen: list[int] = token_ids.masked_fill_(~largest.isfinite(), NO_TOKEN).tolist()
+    # On a device in what comes back anyway: nobody waits for the answer to a question of its own. Where nobody waits
+    # the sum answers for nearly every batch.
+    if logits.device.type != "cpu" or not math.isfinite(largest.sum()):
+        token_ids.masked_fill_(~largest.isfinite(), NO_TOKEN)
+    chosen: list[int] = token_ids.tolist()
     return chosen, logprobs_of(logits, rows, chosen)
 
 
@@ -293,10 +297,7 @@ def _draw_group(logits: torch.Tensor, rows: Sequence[SamplingRow], search: str) 
     if search == "topk":
         token_ids = _largest(logits, ks)
         logits = logits.gather(-1, token_ids)
-    if search == "all":
-        probabilities = logits.double().softmax(dim=-1)
-    else:
-        probabilities = _cut_by_rank(logits, rows, ks)
+    probabilities = logits.double().softmax(dim=-1) if search == "all" else _cut_by_rank(logits, rows, ks)
     min_p = _column([row.params.min_p for row in rows], logits)
     largest = probabilities.amax(dim=-1, keepdim=True)
     probabilities = probabilities.masked_fill(probabilities < min_p * largest, 0.0)

@@ -16,9 +16,9 @@ exactly. What is above it is kept, and of its equals the first in the vocabulary
 vocabulary, finds the token on which the draw falls.
 
 The candidates of a row are those of the host's sampler in the same order, and the draw is the same number, so the token
-is the same, except where a sum's rounding decides. Sums of a block are float32 trees, sums of blocks float64, in a fixed
-order: a row's token does not depend on the others. A row that leaves no token to choose (NaN or infinity among its
-logits, every one excluded) gives -1.
+is the same, except where a sum's rounding decides. Sums of a block are float32 trees, sums of blocks float64, in a
+fixed order: a row's token does not depend on the others. A row that leaves no token to choose (NaN or infinity among
+its logits, every one excluded) gives -1.
 """
 
 # ruff: noqa: ANN001, ANN201
@@ -71,8 +71,8 @@ def sample_reference(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tens
     """One token a row by sorting, in float64.
 
     Penalty (Keskar et al. 2019), then temperature, top-k, top-p on what top-k left (both by rank, of equals the lowest
-    ids), min-p (Nguyen et al. 2024), then the inverse of the cumulative distribution, in the order of the vocabulary, at
-    :func:`kernels.philox.uniform`.
+    ids), min-p (Nguyen et al. 2024), then the inverse of the cumulative distribution, in the order of the vocabulary,
+    at :func:`kernels.philox.uniform`.
 
     Args:
         logits: [R, V], any float type.
@@ -359,7 +359,7 @@ def _total(row_ptr, vocab, largest, cut, at_cut, least, BLOCK: tl.constexpr):
 def _draw_in_order(row_ptr, vocab, largest, cut, number_at_cut, least, target, BLOCK: tl.constexpr):
     """The first place at which the mass of the candidates up to it exceeds ``target``; the last candidate if none does.
 
-    Candidates are the keys above the cut and the first ``number_at_cut`` at it, where their weight is at least ``least``.
+    Candidates are the keys above the cut and the first ``number_at_cut`` at it, of a weight of at least ``least``.
     """
     before = tl.full([], 0.0, tl.float64)
     equals = 0
