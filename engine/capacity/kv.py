@@ -154,7 +154,8 @@ def grouped_layers(counts: tuple[int, ...]) -> tuple[int, ...]:
 
 def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fraction:
     vectors, width = layer.mixer.cached_heads(tp)
-    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width)
+    index = layer.mixer.index_bytes if isinstance(layer.mixer, LatentAttention) else 0
+    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width) + index
 
 
 def _exact_bytes_per_token(
@@ -286,10 +287,21 @@ def _product(
         factors += [Factor(heads, vectors // 2, "", words), Factor("d_{head}", width, "", "values per head")]
     else:
         factors.append(Factor("(r_{kv} + d_{rope})", width, "", "values of the latent that all heads share"))
+    if isinstance(mixer, LatentAttention) and mixer.index_dim:
+        factors[-1] = _with_index(mixer, form)
     factors.append(Factor(r"\hat{s}_{window}" if slides else r"\hat{s}", tokens, "tokens", f"{held}, in whole blocks"))
     bytes_each = float(form.bytes_per_head(width) / width)
     factors.append(Factor("b", bytes_each, "B", _value_words(form.head_overhead_bytes)))
     return tuple(factors)
+
+
+def _with_index(mixer: LatentAttention, form: KVFormat) -> Factor:
+    """The latent and the index of a sparse layer, as values of the cache's format."""
+    width = mixer.kv_rank + mixer.rope_dim
+    size = float(mixer.index_bytes / (form.bytes_per_head(width) / width))
+    return Factor(
+        "(r_{kv} + d_{rope} + d_{index})", width + size, "", "values of the latent, and of the index beside it"
+    )
 
 
 def _value_words(overhead: int) -> str:
@@ -299,11 +311,10 @@ def _value_words(overhead: int) -> str:
 def _errors(spec: ModelSpec, context: int, block_size: int, kv_dtype: str, tp: int, frees_windows: bool) -> list[str]:
     form = kv_format(kv_dtype, spec.torch_dtype)
     errors = []
-    recurrent = spec.num_layers - spec.num_attention_layers
-    if recurrent:
-        errors.append(
-            f"{recurrent:,} of {spec.num_layers:,} layers keep no keys and values: their state has a constant size."
-        )
+    without = spec.num_layers - spec.num_attention_layers
+    if without:
+        why = "their state has a constant size" if spec.is_recurrent else "they have none of their own"
+        errors.append(f"{without:,} of {spec.num_layers:,} layers keep no keys and values: {why}.")
     if spec.is_latent:
         errors.append(
             f"Keys and values of all {spec.num_heads:,} heads are cached as one latent of {spec.head_dim:,} values, on "

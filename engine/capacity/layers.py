@@ -83,6 +83,9 @@ class Attention:
         qk_norm: "" none, "head" a weight of head_dim for queries and keys each, "full" of all heads' width.
         sinks: a learned logit a head that takes part in the softmax (gpt-oss).
         gated: the query projection also yields a gate of the output (Qwen3-Next).
+        value_dim: a value's width where it is not the key's (MiMo-V2).
+        key_is_value: there is no value projection: values are the projected keys (Gemma 4).
+        shares_cache: queries alone; keys and values are those of an earlier layer (Gemma 4).
     """
 
     num_heads: int
@@ -94,6 +97,9 @@ class Attention:
     qk_norm: str = ""
     sinks: bool = False
     gated: bool = False
+    value_dim: int | None = None
+    key_is_value: bool = False
+    shares_cache: bool = False
 
     def tensors(self, hidden: int, tp: int) -> Iterator[Tensor]:
         """Fused query/key/value, output, biases, norms, sinks.
@@ -103,9 +109,12 @@ class Attention:
         """
         heads, kv_heads = share(self.num_heads, tp), share(self.num_kv_heads, tp)
         query, keys = heads * self.head_dim, kv_heads * self.head_dim
-        rows = query * (2 if self.gated else 1) + 2 * keys
-        yield Tensor("attention", "qkv", rows, hidden, linear=True, slices=3)
-        yield Tensor("attention", "attention_output", hidden, query, linear=True)
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        values = 0 if self.key_is_value else kv_heads * value_dim
+        own = 0 if self.shares_cache else keys + values
+        rows = query * (2 if self.gated else 1) + own
+        yield Tensor("attention", "qkv", rows, hidden, linear=True, slices=self._projections)
+        yield Tensor("attention", "attention_output", hidden, heads * value_dim, linear=True)
         if self.qkv_bias:
             yield Tensor("attention", "bias", 1, rows)
         if self.output_bias:
@@ -113,14 +122,23 @@ class Attention:
         if self.sinks:
             yield Tensor("attention", "sinks", 1, heads)
         if self.qk_norm == "head":
-            yield Tensor("norms", "norm", 1, self.head_dim, 2)
+            yield Tensor("norms", "norm", 1, self.head_dim, 1 if self.shares_cache else 2)
         elif self.qk_norm:
             yield Tensor("norms", "norm", 1, query)
             yield Tensor("norms", "norm", 1, keys)
 
     def cached_heads(self, tp: int) -> tuple[int, int]:
         """Keys and values of the GPU's heads; heads are replicated where there are more GPUs than heads."""
-        return 2 * share(self.num_kv_heads, tp), self.head_dim
+        if self.shares_cache:
+            return 0, self.head_dim
+        # Of different widths: two vectors of the mean width have the same bytes.
+        width = self.head_dim if self.value_dim is None else -(-(self.head_dim + self.value_dim) // 2)
+        return 2 * share(self.num_kv_heads, tp), width
+
+    @property
+    def _projections(self) -> int:
+        """Of query, key and value, those that the layer has."""
+        return 1 if self.shares_cache else 2 if self.key_is_value else 3
 
     def state_elements(self, tp: int) -> tuple[int, int]:
         """None: everything is in the cache."""
@@ -136,6 +154,8 @@ class LatentAttention:
         kv_rank: width of the latent; rope_dim: of the rotary key that all heads share.
         nope_dim, value_dim: a head's width of the unrotated query/key and of the value.
         bias: of the down projections and the output.
+        index_dim: width of the keys by which a sparse layer picks what it attends to (DeepSeek-V3.2), kept in FP8 with
+            a scale of 4 bytes for each 128; 0: none. index_top_k: how many tokens it picks.
     """
 
     num_heads: int
@@ -146,6 +166,17 @@ class LatentAttention:
     value_dim: int
     bias: bool = False
     window: int | None = None
+    index_dim: int = 0
+    index_top_k: int = 0
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that one more token adds to the index of a sparse layer.
+
+        >>> LatentAttention(128, 1536, 512, 128, 64, 128, index_dim=128).index_bytes  # DeepSeek-V3.2
+        132
+        """
+        return self.index_dim + 4 * -(-self.index_dim // 128)
 
     def tensors(self, hidden: int, tp: int) -> Iterator[Tensor]:
         """Down projections are on every GPU, up projections and output are split by heads."""
@@ -369,18 +400,20 @@ AnyMLP = DenseMLP | MixtureMLP
 class Layer:
     """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
 
-    ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most.
+    ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most. ``extra``:
+    tensors beside mixer and MLP, whole on every GPU.
     """
 
     mixer: AnyMixer
     mlp: AnyMLP
     norms: int = 2
     formats: tuple[tuple[str, WeightFormat], ...] = ()
+    extra: tuple[Tensor, ...] = ()
 
     def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
         """Weights of one such layer on one GPU, norms of the hidden width excepted."""
         own = dict(self.formats)
-        for tensor in (*self.mixer.tensors(hidden, tp), *self.mlp.tensors(hidden, tp, ep)):
+        for tensor in (*self.mixer.tensors(hidden, tp), *self.mlp.tensors(hidden, tp, ep), *self.extra):
             yield dataclasses.replace(tensor, own=own[tensor.role]) if tensor.role in own else tensor
 
     @property
@@ -391,4 +424,5 @@ class Layer:
     @property
     def attends(self) -> bool:
         """True if it keeps keys and values."""
-        return isinstance(self.mixer, Attention | LatentAttention)
+        own = not (isinstance(self.mixer, Attention) and self.mixer.shares_cache)
+        return own and isinstance(self.mixer, Attention | LatentAttention)

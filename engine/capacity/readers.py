@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.capacity.families import Family
-from engine.capacity.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, positive, whole
+from engine.capacity.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, number, positive, whole
 from engine.capacity.layers import (
     AnyMixer,
     AnyMLP,
@@ -19,6 +19,7 @@ from engine.capacity.layers import (
     Mamba2,
     MixtureMLP,
     NoMixer,
+    Tensor,
 )
 from engine.capacity.stated import Stated
 from engine.capacity.words import shown
@@ -120,6 +121,9 @@ def _mixture(config: Mapping[str, Any], family: Family) -> MixtureMLP:
     # transformers 5 writes num_local_experts where published files of the same family say num_experts.
     renamed = config.get(stated.count) is None and config.get("num_local_experts") is not None
     count = positive(config, "num_local_experts" if renamed else stated.count, maximum=MAX_EXPERTS)
+    for other in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if _peek(config, other) == count:
+            _seen(config, other)
     top_k = positive(config, stated.top_k, maximum=MAX_EXPERTS)
     if top_k > count:
         raise ConfigError(
@@ -149,7 +153,12 @@ def _mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP
     _seen(config, "intermediate_size")  # of a mixture's dense layers, if it has any
     if family.experts is None:
         return [_dense(config, family)] * layers
-    sparse = [_is_sparse(config, family.experts.placement, index) for index in range(layers)]
+    kinds = names(config, "mlp_layer_types", ("dense", "sparse"), layers)
+    if kinds is None:
+        sparse = [_is_sparse(config, family.experts.placement, index) for index in range(layers)]
+    else:
+        _seen(config, "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers")
+        sparse = [kind == "sparse" for kind in kinds]
     mixture = _mixture(config, family) if any(sparse) else None
     dense = None if all(sparse) else _dense(config, family)
     chosen = [mixture if is_sparse else dense for is_sparse in sparse]
@@ -185,9 +194,14 @@ def _windows(config: Mapping[str, Any], family: Family, layers: int) -> list[int
     return [None if index < full else window for index in range(layers)]
 
 
+def _peek(config: Mapping[str, Any], field: str) -> Any:
+    """A field's value, without counting it as read."""
+    return config.peek(field) if isinstance(config, Stated) else config.get(field)
+
+
 def _peeked_list(config: Mapping[str, Any], field: str) -> list[str]:
-    """The texts of a list, without counting the field as read."""
-    value = config.peek(field) if isinstance(config, Stated) else config.get(field)
+    """The texts of a list, likewise."""
+    value = _peek(config, field)
     return [str(item)[:40] for item in value[:MAX_LAYERS]] if isinstance(value, list | tuple) else []
 
 
@@ -220,9 +234,12 @@ def _plain(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
 
 def _latent(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """DeepSeek-V2 and V3."""
-    layers = _count(config)
+    return tuple(Layer(_latent_mixer(config), mlp) for mlp in _mlps(config, family, _count(config)))
+
+
+def _latent_mixer(config: Mapping[str, Any]) -> LatentAttention:
     compressed = config.get("q_lora_rank", 1536) is not None
-    mixer = LatentAttention(
+    return LatentAttention(
         num_heads=positive(config, "num_attention_heads"),
         query_rank=positive(config, "q_lora_rank", 1536) if compressed else None,
         kv_rank=positive(config, "kv_lora_rank", 512),
@@ -231,7 +248,45 @@ def _latent(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         value_dim=positive(config, "v_head_dim", 128),
         bias=flag(config, "attention_bias", False),
     )
-    return tuple(Layer(mixer, mlp) for mlp in _mlps(config, family, layers))
+
+
+def _indexed(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """DeepSeek-V3.2 and GLM-5: latent attention to tokens that an index picks; some layers may take another's pick."""
+    layers, hidden = _count(config), positive(config, "hidden_size")
+    plain = _latent_mixer(config)
+    _seen(config, "layer_types")
+    heads, width = positive(config, "index_n_heads", maximum=65_536), positive(config, "index_head_dim", 128)
+    top_k = positive(config, "index_topk", 2048)
+    if plain.query_rank is None:
+        raise ConfigError("an index needs compressed queries.", field="q_lora_rank", remedy=REMEDY)
+    index = (
+        Tensor("attention", "index_query", heads * width, plain.query_rank, linear=True),
+        Tensor("attention", "index_key", width, hidden, linear=True),
+        Tensor("attention", "index_weights", heads, hidden),
+        Tensor("norms", "norm", 2, width),
+    )
+    own = dataclasses.replace(plain, index_dim=width, index_top_k=top_k)
+    shared = dataclasses.replace(plain, index_top_k=top_k)
+    full = _index_of_layers(config, layers)
+    mlps = _mlps(config, family, layers)
+    return tuple(
+        Layer(own, mlp, extra=index) if has_index else Layer(shared, mlp)
+        for has_index, mlp in zip(full, mlps, strict=True)
+    )
+
+
+def _index_of_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
+    """Of each layer, whether it has an index of its own."""
+    _seen(config, "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+    kinds = names(config, "indexer_types", ("full", "shared"), layers)
+    if kinds is not None:
+        return [kind == "full" for kind in kinds]
+    pattern = config.get("index_topk_pattern")
+    if isinstance(pattern, str) and len(pattern) == layers and set(pattern) <= {"F", "S"}:
+        return [letter == "F" for letter in pattern]
+    every = max(whole(config, "index_topk_freq", 1, MAX_LAYERS), 1)
+    offset = whole(config, "index_skip_topk_offset", 2, MAX_LAYERS)
+    return [max(index - offset + 1, 0) % every == 0 for index in range(layers)]
 
 
 def _delta(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
@@ -320,7 +375,7 @@ def _nemotron_kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def _nemotron_mamba(config: Mapping[str, Any]) -> Mamba2:
-    if isinstance(config, Stated) and config.peek("mamba_ssm_cache_dtype") == "float32":
+    if _peek(config, "mamba_ssm_cache_dtype") == "float32":
         _seen(config, "mamba_ssm_cache_dtype")  # what states are counted in
     return Mamba2(
         num_heads=positive(config, "mamba_num_heads", 128),
@@ -377,6 +432,166 @@ def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     )
 
 
+def _mimo(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """MiMo-V2: sliding layers have more key/value heads and sinks; values are narrower than keys."""
+    layers = _count(config)
+    full = dataclasses.replace(attention_of(config, family), value_dim=positive(config, "v_head_dim", 128))
+    stated = whole(config, "sliding_window_size", 0)
+    window = stated + 1 if stated else positive(config, "sliding_window", 129)
+    sliding = dataclasses.replace(
+        full,
+        num_heads=positive(config, "swa_num_attention_heads", full.num_heads),
+        num_kv_heads=positive(config, "swa_num_key_value_heads", 2 * full.num_kv_heads),
+        head_dim=positive(config, "swa_head_dim", full.head_dim),
+        value_dim=positive(config, "swa_v_head_dim", full.value_dim),
+        window=window,
+        sinks=flag(config, "add_swa_attention_sink_bias", True),
+    )
+    full = dataclasses.replace(full, sinks=flag(config, "add_full_attention_sink_bias", False))
+    kinds = names(config, "layer_types", _KINDS, layers)
+    pattern = _switches(config, "hybrid_layer_pattern", layers)
+    if kinds is not None:
+        slides = [kind == "sliding_attention" for kind in kinds]
+    else:
+        slides = pattern or [index > 0 and (index + 1) % 6 != 0 for index in range(layers)]
+    sparse = _switches(config, "moe_layer_freq", layers)
+    if sparse is None:
+        mlps = _mlps(config, family, layers)
+    else:
+        _seen(config, "intermediate_size", "mlp_layer_types", "first_k_dense_replace")
+        mlps = [_mixture(config, family) if is_sparse else _dense(config, family) for is_sparse in sparse]
+    return tuple(Layer(sliding if slide else full, mlp) for slide, mlp in zip(slides, mlps, strict=True))
+
+
+def _switches(config: Mapping[str, Any], field: str, layers: int) -> list[bool] | None:
+    """A list of 0 and 1 for each layer; None where the field is absent or no list."""
+    value = config.get(field)
+    if not isinstance(value, list | tuple):
+        return None
+    if len(value) != layers or not all(item in (0, 1) for item in value if not isinstance(item, list | dict)):
+        raise ConfigError(f"must be 0 or 1 for each of {layers:,} layers.", field=field, remedy=REMEDY)
+    return [bool(item) for item in value]
+
+
+def _gemma4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """Gemma 4: full layers have wider heads; the last layers may share the cache of earlier ones; experts beside the
+    MLP; an embedding for each layer."""
+    layers, hidden = _count(config), positive(config, "hidden_size")
+    kinds = names(config, "layer_types", _KINDS, layers)
+    if kinds is None:
+        kinds = ["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(layers)]
+    kinds[-1] = "full_attention"
+    sliding = dataclasses.replace(attention_of(config, family), window=positive(config, "sliding_window", 512))
+    same = flag(config, "attention_k_eq_v", False)
+    stated = config.get("num_global_key_value_heads") if same else None
+    full = dataclasses.replace(
+        sliding,
+        window=None,
+        head_dim=positive(config, "global_head_dim", 512),
+        num_kv_heads=sliding.num_kv_heads if stated is None else positive(config, "num_global_key_value_heads"),
+        key_is_value=same,
+    )
+    _seen(config, "num_global_key_value_heads", "per_layer_config")
+    first_shared = layers - whole(config, "num_kv_shared_layers", 0, layers)
+    wide = 2 if flag(config, "use_double_wide_mlp", False) else 1
+    width = positive(config, "intermediate_size")
+    extra, norms = _gemma4_extra(config, hidden)
+    made: dict[tuple[str, bool], Layer] = {}
+    for kind in set(kinds):
+        for shares in (False, True):
+            mixer = dataclasses.replace(full if kind == "full_attention" else sliding, shares_cache=shares)
+            mlp = _gemma4_mlp(config, width * (wide if shares else 1))
+            made[kind, shares] = Layer(mixer, mlp, family.norms + norms, extra=extra)
+    return tuple(made[kind, index >= first_shared] for index, kind in enumerate(kinds))
+
+
+def _gemma4_mlp(config: Mapping[str, Any], width: int) -> AnyMLP:
+    fields = ("num_experts", "top_k_experts", "moe_intermediate_size")
+    if not flag(config, "enable_moe_block", False):
+        _seen(config, *fields)
+        return DenseMLP(width)
+    count, top_k = (positive(config, field, maximum=MAX_EXPERTS) for field in fields[:2])
+    if top_k > count:
+        raise ConfigError(f"{top_k:,} are more than the {count:,} there are.", field=fields[1], remedy=REMEDY)
+    # The MLP of all tokens stands beside the experts.
+    return MixtureMLP(count, top_k, positive(config, fields[2]), shared_width=width, correction=True)
+
+
+def _gemma4_extra(config: Mapping[str, Any], hidden: int) -> tuple[tuple[Tensor, ...], int]:
+    """(a layer's tensors beside attention and MLP, norms more than usual)."""
+    width = whole(config, "hidden_size_per_layer_input", 256)
+    experts = flag(config, "enable_moe_block", False)
+    tensors = []
+    if width:
+        tensors.append(Tensor("mlp", "per_layer_gate", width, hidden, linear=True))
+        tensors.append(Tensor("mlp", "per_layer_projection", hidden, width, linear=True))
+    if experts:
+        tensors.append(Tensor("router", "scale", 1, hidden))
+    return tuple(tensors), (1 if width else 0) + (3 if experts else 0)
+
+
+def read_extra(config: Mapping[str, Any], family: Family) -> tuple[Tensor, ...]:
+    """Tensors beside embedding, layers and head: Gemma 4's embeddings of each layer."""
+    if family.layout != "gemma4":
+        return ()
+    width = whole(config, "hidden_size_per_layer_input", 256)
+    vocab = positive(config, "vocab_size_per_layer_input", 262144)
+    wide = _count(config) * width
+    if not width:
+        return ()
+    return (
+        Tensor("embedding", "per_layer_embedding", vocab, wide),
+        Tensor("mlp", "per_layer_model_projection", wide, positive(config, "hidden_size"), linear=True),
+        Tensor("norms", "norm", 1, width),
+    )
+
+
+def _blocks(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """Nemotron-NAS (DeciLM): each layer states its own attention and MLP, or that it has none (arXiv:2411.19146)."""
+    stated = config.get("block_configs")
+    if not isinstance(stated, list) or not 0 < len(stated) <= MAX_LAYERS:
+        raise ConfigError("must be a list with one object for each layer.", field="block_configs", remedy=REMEDY)
+    if _count(config) != len(stated):
+        raise ConfigError(
+            f"names {len(stated):,} layers, but num_hidden_layers is {_count(config):,}.",
+            field="block_configs",
+            remedy=REMEDY,
+        )
+    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+    width = head_dim(config, family, hidden, heads)
+    return tuple(_block(config, family, block, heads, width) for block in stated)
+
+
+def _block(config: Mapping[str, Any], family: Family, block: object, heads: int, width: int) -> Layer:
+    hidden = positive(config, "hidden_size")
+    parts = [block.get(name) if isinstance(block, Mapping) else None for name in ("attention", "ffn")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise ConfigError("each layer must state attention and ffn.", field="block_configs", remedy=REMEDY)
+    attention, ffn = parts
+    mixer: AnyMixer = NoMixer()
+    extra: list[Tensor] = []
+    if flag(attention, "replace_with_linear", False):
+        extra.append(Tensor("attention", "attention_linear", hidden, hidden, linear=True))
+    elif not flag(attention, "no_op", False):
+        group = positive(attention, "n_heads_in_group", maximum=heads)
+        if heads % group:
+            raise ConfigError(f"{heads:,} heads are no groups of {group:,}.", field="n_heads_in_group", remedy=REMEDY)
+        qkv, output = _attention_biases(config, family)
+        mixer = Attention(heads, heads // group, width, qkv_bias=qkv, output_bias=output)
+    mlp = DenseMLP(0)
+    if flag(ffn, "replace_with_linear", False):
+        extra.append(Tensor("mlp", "mlp_linear", hidden, hidden, linear=True))
+    elif not flag(ffn, "no_op", False):
+        share = number(ffn, "ffn_mult", 0.0, 0.0, 1000.0)
+        inner = int(2 * share * hidden / 3)
+        stated = config.get("intermediate_size") if not inner else None
+        rows = positive(config, "intermediate_size") if stated else -(-inner // 256) * 256
+        mlp = DenseMLP(rows, bias=_mlp_bias(config, family))
+    _seen(config, "intermediate_size", "mlp_bias", "attention_bias")
+    norms = sum(not flag(part, "no_op", False) for part in (attention, ffn))
+    return Layer(mixer, mlp, norms, extra=tuple(extra))
+
+
 _LAYOUTS: dict[str, Callable[[Mapping[str, Any], Family], tuple[Layer, ...]]] = {
     "plain": _plain,
     "latent": _latent,
@@ -385,4 +600,8 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any], Family], tuple[Layer, ...]]] = 
     "nemotron_h": _nemotron_h,
     "falcon": _falcon,
     "llama4": _llama4,
+    "indexed": _indexed,
+    "mimo": _mimo,
+    "gemma4": _gemma4,
+    "blocks": _blocks,
 }

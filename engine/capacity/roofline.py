@@ -41,6 +41,14 @@ GROUPS = {
     "expert_down": "experts",
     "latent_down": "experts",
     "latent_up": "experts",
+    "index_query": "attention projections",
+    "index_key": "attention projections",
+    "index_weights": "attention projections",
+    "attention_linear": "attention projections",
+    "mlp_linear": "MLP",
+    "per_layer_gate": "MLP",
+    "per_layer_projection": "MLP",
+    "per_layer_model_projection": "MLP",
     "router": "experts",
     "head": "head",
 }
@@ -321,7 +329,9 @@ def _caches(request: CompleteRequest) -> Iterator[_Cache]:
             heads = share(mixer.num_heads, tp)
             absorbed = 2.0 * heads * (2 * mixer.kv_rank + mixer.rope_dim)
             full = 2.0 * heads * (mixer.nope_dim + mixer.rope_dim + mixer.value_dim)
-            yield _Cache(count, window, token_bytes, absorbed, full)
+            # Of a sparse layer only what the index picks is read.
+            picked = min(window, float(mixer.index_top_k or 2**40))
+            yield _Cache(count, picked, token_bytes, absorbed, full)
 
 
 def _states(request: CompleteRequest) -> float:

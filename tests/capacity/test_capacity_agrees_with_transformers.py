@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine.capacity import ModelSpec, model_config, parameter_count
+from engine.capacity.families import FAMILIES
 
 # One of each family, cut down to a few layers that still show every kind.
 LAYERS = {
@@ -41,6 +42,29 @@ LAYERS = {
     "GLM-4.5": 4,
 }
 
+#: Families by the defaults of transformers' own class: ``model_type`` and layers that show every kind.
+BY_DEFAULT = {
+    "qwen3_vl_text": 4,
+    "qwen3_vl_moe_text": 4,
+    "qwen3_5_text": 4,
+    "qwen3_5_moe_text": 4,
+    "minimax_m2": 3,
+    "deepseek_v32": 5,
+    "glm_moe_dsa": 6,
+    "glm4_moe_lite": 4,
+    "mimo_v2_flash": 7,
+    "gemma4_text": 12,
+}
+
+
+def default_config(model_type: str, layers: int) -> dict[str, Any]:
+    """What transformers writes of a family's configuration with nothing but the number of layers given."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    architecture = next(family.architecture for family in FAMILIES if family.model_type == model_type)
+    written = CONFIG_MAPPING[model_type](num_hidden_layers=layers).to_dict()
+    return {"tie_word_embeddings": False} | written | {"architectures": [architecture], "model_type": model_type}
+
 
 def cut_config(name: str, layers: int) -> dict[str, Any]:
     config = model_config(name) | {"num_hidden_layers": layers}
@@ -52,20 +76,32 @@ def cut_config(name: str, layers: int) -> dict[str, Any]:
 def built_parameters(config: dict[str, Any]) -> int:
     """Parameters, and the routers' correction biases, that transformers keeps as buffers."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     left_out = ("architectures", "model_type", "torch_dtype", "quantization_config", "_name_or_path")
     fields = {key: value for key, value in config.items() if key not in left_out}
+    stated = CONFIG_MAPPING[config["model_type"]](**fields)
+    head = 0
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]](**fields))
+        if type(stated) in AutoModelForCausalLM._model_mapping:
+            model = AutoModelForCausalLM.from_config(stated)
+        else:  # a language model that only stands inside a multimodal one, which adds the head
+            model = AutoModel.from_config(stated)
+            head = 0 if config.get("tie_word_embeddings") else stated.vocab_size * stated.hidden_size
     corrections = [buffer for name, buffer in model.named_buffers() if "correction" in name]
-    return sum(tensor.numel() for tensor in (*model.parameters(), *corrections))
+    return head + sum(tensor.numel() for tensor in (*model.parameters(), *corrections))
 
 
 @pytest.mark.parametrize(("name", "layers"), LAYERS.items())
 def test_count_is_that_of_the_model_that_transformers_builds(name: str, layers: int):
     config = cut_config(name, layers)
+    assert parameter_count(ModelSpec.from_hf_config(config)).total == built_parameters(config)
+
+
+@pytest.mark.parametrize(("model_type", "layers"), BY_DEFAULT.items())
+def test_count_of_a_family_is_that_of_its_class_by_default(model_type: str, layers: int):
+    config = default_config(model_type, layers)
     assert parameter_count(ModelSpec.from_hf_config(config)).total == built_parameters(config)
 
 
