@@ -53,9 +53,8 @@ class Family:
         head_dim: default of ``head_dim``; None: hidden size / heads.
         tied: default of ``tie_word_embeddings``.
         biases: "config" if ``attention_bias`` (query, key, value and output) and ``mlp_bias`` apply, "attention" if
-            only the former does, "config_qkv" if it means query, key and value alone, "qkv" if these always have one, "qkv_bias" if
-            that field says so,
-            "use_bias" if that field switches all of them, "none".
+            only the former does, "config_qkv" if it means query, key and value alone, "qkv" if these always have
+            one, "qkv_bias" if that field says so, "use_bias" if that field switches all of them, "none".
         qk_norm: queries and keys are normalized: "head" by a weight of head_dim each, "full" over all heads, "config"
             and "config_full" if ``use_qk_norm`` says so.
         sliding: "none", "always" (``sliding_window`` unless null), "switch" (only where ``use_sliding_window``, from
@@ -71,7 +70,7 @@ class Family:
         layout: "plain", or the layer structure of its own that :mod:`engine.capacity.readers` knows by this name.
         text: the architecture that wraps a language model stated under ``text_config``; False for a language model.
         defaults: other fields' defaults.
-        aliases: other values of ``model_type`` that mean this family.
+        aliases: other values of ``model_type`` or ``architectures`` that mean this family.
         unused: fields of the family's configuration that change no size in it, whatever they say.
     """
 
@@ -354,7 +353,15 @@ FAMILIES: tuple[Family, ...] = (
         max_position=8192,
         defaults=(("sliding_window_pattern", 4),),
     ),
-    Family("smollm3", "SmolLM3ForCausalLM", num_kv_heads=4, tied=True, biases="config", max_position=32768),
+    Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        num_kv_heads=4,
+        tied=True,
+        biases="config",
+        max_position=32768,
+        unused=("no_rope_layers", "no_rope_layer_interval"),
+    ),
     Family(
         "starcoder2",
         "Starcoder2ForCausalLM",
@@ -490,6 +497,7 @@ FAMILIES: tuple[Family, ...] = (
         "KimiK25ForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "deepseek_v3"),),
+        aliases=("Kimi_K25ForConditionalGeneration",),
     ),
     Family(
         "mimo_v2_flash",
@@ -525,6 +533,50 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("text_model_type", "gemma4_text"),),
     ),
     Family(
+        "minimax_m3_vl_text",
+        "MiniMaxM3VLForCausalLM",
+        num_kv_heads=4,
+        head_dim=128,
+        qk_norm="head",
+        layout="minimax_m3",
+        max_position=524288,
+        experts=dataclasses.replace(_LOCAL_EXPERTS, shared_width="shared_intermediate_size", correction=True),
+        defaults=(("shared_intermediate_size", 3072),),
+        unused=_MINIMAX_UNUSED,
+    ),
+    Family(
+        "minimax_m3_vl",
+        "MiniMaxM3SparseForConditionalGeneration",
+        text=True,
+        defaults=(("text_model_type", "minimax_m3_vl_text"),),
+        unused=("projector_hidden_size", "merged_hidden_size"),
+    ),
+    Family(
+        "step3p5",
+        "Step3p5ForCausalLM",
+        num_kv_heads=8,
+        head_dim=128,
+        biases="attention",
+        qk_norm="head",
+        layout="step",
+        max_position=128000,
+        unused=(
+            "mtp_layer_types",
+            "mtp_mlp_layer_types",
+            "swiglu_limits",
+            "swiglu_limits_shared",
+            "moe_router_scaling_factor",
+            "partial_rotary_factors",
+            "per_layer_config",
+        ),
+    ),
+    Family(
+        "step3p7",
+        "Step3p7ForConditionalGeneration",
+        text=True,
+        defaults=(("text_model_type", "step3p5"),),
+    ),
+    Family(
         "nemotron-nas",
         "DeciLMForCausalLM",
         biases="config",
@@ -557,7 +609,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     for family in FAMILIES:
         named = model_type == family.model_type or model_type in family.aliases
-        if family.architecture in (architectures or ()) or (not architectures and named):
+        listed = {family.architecture, *family.aliases} & set(architectures or ())
+        if listed or (not architectures and named):
             return family
     given = ", ".join(architectures or ()) or (shown(model_type) if model_type is not None else None)
     supported = f"Supported are {', '.join(family.architecture for family in FAMILIES)}."

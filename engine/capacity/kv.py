@@ -154,8 +154,7 @@ def grouped_layers(counts: tuple[int, ...]) -> tuple[int, ...]:
 
 def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fraction:
     vectors, width = layer.mixer.cached_heads(tp)
-    index = layer.mixer.index_bytes if isinstance(layer.mixer, LatentAttention) else 0
-    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width) + index
+    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width) + layer.index_bytes
 
 
 def _exact_bytes_per_token(
@@ -269,7 +268,22 @@ def _corrected(
         _product(mixer, window, count, context, block_size, kv_format(kv_dtype, spec.torch_dtype), tp)
         for (window, mixer), count in merged.items()
     )
+    index = {}
+    for layer, count in _attending(spec, whole_model(spec)):
+        if layer.index_bytes:
+            index[layer.index_bytes] = index.get(layer.index_bytes, 0) + count
+    tokens = blocks_for(context, block_size) * block_size
+    products += tuple(_index_product(size, count, tokens) for size, count in index.items())
     return KVFormula("As it is", products, total)
+
+
+def _index_product(size: int, layers: int, tokens: int) -> tuple[Factor, ...]:
+    """The index of sparse layers, by which they pick what they attend to."""
+    return (
+        Factor("L_{index}", layers, "", "layers with an index"),
+        Factor(r"\hat{s}", tokens, "tokens", "tokens of context, in whole blocks"),
+        Factor("b_{index}", size, "B", "bytes of the index a token"),
+    )
 
 
 def _product(
@@ -287,21 +301,10 @@ def _product(
         factors += [Factor(heads, vectors // 2, "", words), Factor("d_{head}", width, "", "values per head")]
     else:
         factors.append(Factor("(r_{kv} + d_{rope})", width, "", "values of the latent that all heads share"))
-    if isinstance(mixer, LatentAttention) and mixer.index_dim:
-        factors[-1] = _with_index(mixer, form)
     factors.append(Factor(r"\hat{s}_{window}" if slides else r"\hat{s}", tokens, "tokens", f"{held}, in whole blocks"))
     bytes_each = float(form.bytes_per_head(width) / width)
     factors.append(Factor("b", bytes_each, "B", _value_words(form.head_overhead_bytes)))
     return tuple(factors)
-
-
-def _with_index(mixer: LatentAttention, form: KVFormat) -> Factor:
-    """The latent and the index of a sparse layer, as values of the cache's format."""
-    width = mixer.kv_rank + mixer.rope_dim
-    size = float(mixer.index_bytes / (form.bytes_per_head(width) / width))
-    return Factor(
-        "(r_{kv} + d_{rope} + d_{index})", width + size, "", "values of the latent, and of the index beside it"
-    )
 
 
 def _value_words(overhead: int) -> str:

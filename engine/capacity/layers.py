@@ -154,8 +154,6 @@ class LatentAttention:
         kv_rank: width of the latent; rope_dim: of the rotary key that all heads share.
         nope_dim, value_dim: a head's width of the unrotated query/key and of the value.
         bias: of the down projections and the output.
-        index_dim: width of the keys by which a sparse layer picks what it attends to (DeepSeek-V3.2), kept in FP8 with
-            a scale of 4 bytes for each 128; 0: none. index_top_k: how many tokens it picks.
     """
 
     num_heads: int
@@ -166,17 +164,6 @@ class LatentAttention:
     value_dim: int
     bias: bool = False
     window: int | None = None
-    index_dim: int = 0
-    index_top_k: int = 0
-
-    @property
-    def index_bytes(self) -> int:
-        """Bytes that one more token adds to the index of a sparse layer.
-
-        >>> LatentAttention(128, 1536, 512, 128, 64, 128, index_dim=128).index_bytes  # DeepSeek-V3.2
-        132
-        """
-        return self.index_dim + 4 * -(-self.index_dim // 128)
 
     def tensors(self, hidden: int, tp: int) -> Iterator[Tensor]:
         """Down projections are on every GPU, up projections and output are split by heads."""
@@ -332,7 +319,7 @@ class MixtureMLP:
         num_experts, top_k: of the routed experts; width: of one of them.
         shared_width: of all shared experts together, 0 if there are none.
         gated, bias: of the experts, as in :class:`DenseMLP`.
-        shared_gate: the shared expert is scaled by a gate of its own.
+        shared_gate: the shared expert is scaled by a gate of its own; shared_bias: its projections have a bias.
         router_bias: the router's logits have one; correction: a bias an expert that only the choice sees.
         latent: the routed experts work on projections of the hidden state to this width and back (Nemotron 3 Super);
             0: on the hidden state itself. latent_bias: these two projections have one.
@@ -349,6 +336,7 @@ class MixtureMLP:
     correction: bool = False
     latent: int = 0
     latent_bias: bool = False
+    shared_bias: bool = False
 
     def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
         """Experts split by width, or whole over ``ep`` GPUs; router on every GPU."""
@@ -367,7 +355,7 @@ class MixtureMLP:
         if self.router_bias or self.correction:
             yield Tensor("router", "bias", 1, self.num_experts)
         if self.shared_width:
-            shared = DenseMLP(self.shared_width, self.gated)
+            shared = DenseMLP(self.shared_width, self.gated, self.shared_bias)
             yield from _mlp("mlp", "shared", shared, hidden, share(self.shared_width, tp))
             if self.shared_gate:
                 yield Tensor("router", "router", 1, hidden)
@@ -401,7 +389,8 @@ class Layer:
     """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
 
     ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most. ``extra``:
-    tensors beside mixer and MLP, whole on every GPU.
+    tensors beside mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index of a sparse
+    layer, on every GPU; ``reads``: how many tokens it then attends to, None for all that the window holds.
     """
 
     mixer: AnyMixer
@@ -409,6 +398,8 @@ class Layer:
     norms: int = 2
     formats: tuple[tuple[str, WeightFormat], ...] = ()
     extra: tuple[Tensor, ...] = ()
+    index_bytes: int = 0
+    reads: int | None = None
 
     def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
         """Weights of one such layer on one GPU, norms of the hidden width excepted."""

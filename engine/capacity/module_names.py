@@ -1,4 +1,4 @@
-"""Which weights a checkpoint's lists of modules mean (``ignore``, ``exclude_modules``, ``modules_to_not_convert`` …)."""
+"""Which weights a checkpoint means by a list of modules (``ignore``, ``exclude_modules`` and the like)."""
 
 from __future__ import annotations
 

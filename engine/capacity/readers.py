@@ -265,12 +265,12 @@ def _indexed(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         Tensor("attention", "index_weights", heads, hidden),
         Tensor("norms", "norm", 2, width),
     )
-    own = dataclasses.replace(plain, index_dim=width, index_top_k=top_k)
-    shared = dataclasses.replace(plain, index_top_k=top_k)
+    # Its keys are kept in FP8, with a scale of 4 bytes for each 128.
+    size = width + 4 * -(-width // 128)
     full = _index_of_layers(config, layers)
     mlps = _mlps(config, family, layers)
     return tuple(
-        Layer(own, mlp, extra=index) if has_index else Layer(shared, mlp)
+        Layer(plain, mlp, extra=index if has_index else (), index_bytes=size if has_index else 0, reads=top_k)
         for has_index, mlp in zip(full, mlps, strict=True)
     )
 
@@ -426,9 +426,17 @@ def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         shared_width=width,
     )
     chunked = dataclasses.replace(attention, window=chunk)
+    kinds = names(config, "layer_types", ("chunked_attention", "full_attention"), layers)
+    turned = _switches(config, "no_rope_layers", layers) if _peek(config, "no_rope_layers") else None
+    if kinds is not None:
+        turned = [kind == "chunked_attention" for kind in kinds]
+        _seen(config, "no_rope_layers")
+    slides = turned or [(index + 1) % every != 0 for index in range(layers)]
+    listed = indices(config, "moe_layers")
+    sparse = [index in listed if listed else (index + 1) % step == 0 for index in range(layers)]
     return tuple(
-        Layer(attention if (index + 1) % every == 0 else chunked, mixture if (index + 1) % step == 0 else dense)
-        for index in range(layers)
+        Layer(chunked if slide else attention, mixture if is_sparse else dense)
+        for slide, is_sparse in zip(slides, sparse, strict=True)
     )
 
 
@@ -546,6 +554,123 @@ def read_extra(config: Mapping[str, Any], family: Family) -> tuple[Tensor, ...]:
     )
 
 
+def _minimax_m3(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """MiniMax-M3: experts or a dense MLP of a width of its own; sparse layers pick blocks of keys by an index."""
+    layers, hidden = _count(config), positive(config, "hidden_size")
+    stated = config.get("sparse_attention_config")
+    sparse = Stated(stated, path="sparse_attention_config.") if isinstance(stated, Mapping) else {}
+    attention = attention_of(config, family)
+    kinds = names(config, "layer_types", ("full_attention", "minimax_m3_sparse"), layers)
+    frequencies = _switches(sparse, "sparse_attention_freq", layers)
+    indexed = [kind == "minimax_m3_sparse" for kind in kinds] if kinds else frequencies or [False] * layers
+    heads, width, size, blocks = (
+        positive(sparse, old, positive(config, new, default))
+        for old, new, default in (
+            ("sparse_num_index_heads", "index_n_heads", 4),
+            ("sparse_index_dim", "index_head_dim", 128),
+            ("sparse_block_size", "index_block_size", 128),
+            ("sparse_topk_blocks", "index_topk_blocks", 16),
+        )
+    )
+    near = positive(sparse, "sparse_local_block", positive(config, "index_local_blocks", 1))
+    index = (
+        Tensor("attention", "index_query", heads * width, hidden, linear=True),
+        Tensor("attention", "index_key", width, hidden, linear=True),
+        Tensor("norms", "norm", 1, width, 2),
+    )
+    mlps = _minimax_m3_mlps(config, family, layers)
+    picks = {"extra": index, "index_bytes": 2 * width, "reads": size * (blocks + near)}
+    return tuple(
+        Layer(attention, mlp, **(picks if has_index else {}))  # type: ignore[arg-type]
+        for has_index, mlp in zip(indexed, mlps, strict=True)
+    )
+
+
+def _minimax_m3_mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
+    kinds = names(config, "mlp_layer_types", ("dense", "sparse"), layers)
+    frequencies = _switches(config, "moe_layer_freq", layers)
+    sparse = [kind == "sparse" for kind in kinds] if kinds else frequencies or [True] * layers
+    dense = DenseMLP(positive(config, "dense_intermediate_size", 12288))
+    mixture = _mixture(config, family) if any(sparse) else dense
+    return [mixture if is_sparse else dense for is_sparse in sparse]
+
+
+def _step(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """Step-3.5 and 3.7: a gate a head, sliding layers with more query heads, experts beside a shared one."""
+    layers, hidden = _count(config), positive(config, "hidden_size")
+    kinds = _padded_names(config, "layer_types", _KINDS, layers) or ["full_attention"] * layers
+    full = attention_of(config, family)
+    groups = config.get("num_attention_groups")
+    if groups is not None:
+        full = dataclasses.replace(full, num_kv_heads=positive(config, "num_attention_groups"))
+    other = config.get("attention_other_setting")
+    other = other if isinstance(other, Mapping) else {}
+    heads = positive(config, "num_sliding_attention_heads", positive(other, "num_attention_heads", full.num_heads))
+    for number_of in (full.num_heads, heads):
+        if number_of % full.num_kv_heads:
+            raise ConfigError(
+                f"{full.num_kv_heads:,} key/value heads cannot be shared evenly by {number_of:,} heads.",
+                field="num_key_value_heads",
+                remedy=REMEDY,
+            )
+    window = None if config.get("sliding_window") is None else positive(config, "sliding_window")
+    sliding = dataclasses.replace(full, num_heads=heads, window=window)
+    mlps = _step_mlps(config, family, layers)
+    made = []
+    for kind, mlp in zip(kinds, mlps, strict=True):
+        mixer = full if kind == "full_attention" else sliding
+        made.append(Layer(mixer, mlp, extra=(Tensor("attention", "head_gate", mixer.num_heads, hidden),)))
+    return tuple(made)
+
+
+def _step_mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
+    kinds = _padded_names(config, "mlp_layer_types", ("dense", "sparse"), layers)
+    stated = config.get("moe_layers_enum")
+    if isinstance(stated, str):
+        stated = [int(item) for item in stated.split(",") if item.strip().isascii() and item.strip().isdigit()]
+    if kinds is None and stated is not None:
+        chosen = indices({"moe_layers_enum": stated}, "moe_layers_enum")
+        kinds = ["sparse" if index in chosen else "dense" for index in range(layers)]
+    if kinds is None:
+        kinds = ["sparse" if index >= 3 else "dense" for index in range(layers)]
+    bias = flag(config, "mlp_bias", False)
+    dense = DenseMLP(positive(config, "intermediate_size", 11264), bias=bias)
+    if "sparse" not in kinds:
+        return [dense] * layers
+    old = {"n_routed_experts": "moe_num_experts", "num_experts_per_tok": "moe_top_k"}
+    count, top_k = (
+        positive(config, new if config.get(new) is not None else older, maximum=MAX_EXPERTS)
+        for new, older in old.items()
+    )
+    if top_k > count:
+        raise ConfigError(
+            f"{top_k:,} experts a token are more than the {count:,} there are.",
+            field="num_experts_per_tok",
+            remedy=REMEDY,
+        )
+    if _peek(config, "num_local_experts") is not None:
+        _seen(config, "num_local_experts", "moe_num_experts", "moe_top_k")
+    shared = positive(config, "share_expert_dim", positive(config, "share_expert_dims", 1280))
+    mixture = MixtureMLP(
+        count,
+        top_k,
+        positive(config, "moe_intermediate_size", 1280),
+        shared_width=shared,
+        shared_bias=bias,
+        correction=True,
+    )
+    return [mixture if kind == "sparse" else dense for kind in kinds]
+
+
+def _padded_names(config: Mapping[str, Any], field: str, known: tuple[str, ...], layers: int) -> list[str] | None:
+    """As :func:`names`; layers of multi-token prediction may stand at the end."""
+    more = whole(config, "num_nextn_predict_layers", 0, MAX_LAYERS)
+    value = config.get(field)
+    padded = isinstance(value, list) and more > 0 and len(value) == layers + more
+    found = names(config, field, known, layers + more if padded else layers)
+    return None if found is None else found[:layers]
+
+
 def _blocks(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Nemotron-NAS (DeciLM): each layer states its own attention and MLP, or that it has none (arXiv:2411.19146)."""
     stated = config.get("block_configs")
@@ -604,4 +729,6 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any], Family], tuple[Layer, ...]]] = 
     "mimo": _mimo,
     "gemma4": _gemma4,
     "blocks": _blocks,
+    "minimax_m3": _minimax_m3,
+    "step": _step,
 }

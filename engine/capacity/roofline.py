@@ -44,6 +44,7 @@ GROUPS = {
     "index_query": "attention projections",
     "index_key": "attention projections",
     "index_weights": "attention projections",
+    "head_gate": "attention projections",
     "attention_linear": "attention projections",
     "mlp_linear": "MLP",
     "per_layer_gate": "MLP",
@@ -321,7 +322,8 @@ def _caches(request: CompleteRequest) -> Iterator[_Cache]:
         mixer = layer.mixer
         vectors, width = mixer.cached_heads(tp)
         token_bytes = float(vectors * form.bytes_per_head(width)) if vectors else 0.0
-        window = float(layer.window or 2**40)
+        # Of a sparse layer only what its index picks is read.
+        window = float(min(layer.window or 2**40, layer.reads or 2**40))
         if isinstance(mixer, Attention):
             pair = 4.0 * share(mixer.num_heads, tp) * mixer.head_dim
             yield _Cache(count, window, token_bytes, pair, pair)
@@ -329,9 +331,7 @@ def _caches(request: CompleteRequest) -> Iterator[_Cache]:
             heads = share(mixer.num_heads, tp)
             absorbed = 2.0 * heads * (2 * mixer.kv_rank + mixer.rope_dim)
             full = 2.0 * heads * (mixer.nope_dim + mixer.rope_dim + mixer.value_dim)
-            # Of a sparse layer only what the index picks is read.
-            picked = min(window, float(mixer.index_top_k or 2**40))
-            yield _Cache(count, picked, token_bytes, absorbed, full)
+            yield _Cache(count, window, token_bytes, absorbed, full)
 
 
 def _states(request: CompleteRequest) -> float:

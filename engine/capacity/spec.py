@@ -112,6 +112,7 @@ class ModelSpec:
             rotary_share=rotary_share,
             extra=read_extra(inner, family),
         )
+        stated.mark(*(_PROJECTOR if outer.text else ()))
         for fields in (stated, inner):
             fields.mark("torch_dtype", "dtype", *_ELSEWHERE, *family.unused, *outer.unused)
         remarks = [*quantized.remarks, *_left_out(inner)]
@@ -234,6 +235,17 @@ class ModelSpec:
         return [(self.kinds[index], counts[index]) for index in sorted(counts)]
 
 
+#: Of the projector from an encoder to the language model, which is left out with it.
+_PROJECTOR = (
+    "projector_hidden_act",
+    "projector_hidden_size",
+    "projection_hidden_size",
+    "projection_layer_norm_eps",
+    "multimodal_projector_bias",
+    "spatial_merge_size",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
 #: Objects that are read on their own.
 _ELSEWHERE = ("quantization_config", "compression_config", "text_config", "vision_config", "audio_config")
 

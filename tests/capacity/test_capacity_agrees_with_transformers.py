@@ -54,6 +54,30 @@ BY_DEFAULT = {
     "glm4_moe_lite": 4,
     "mimo_v2_flash": 7,
     "gemma4_text": 12,
+    "minimax_m3_vl_text": 3,
+}
+#: Multimodal models by their own class: fields of the language model inside.
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {"num_hidden_layers": 6},
+    "gemma4": {"num_hidden_layers": 12, "num_kv_shared_layers": 6, "use_double_wide_mlp": True},
+    "kimi_k25": {"num_hidden_layers": 4},
+    "llama4": {"num_hidden_layers": 4},
+    "minimax_m3_vl": {
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "mistral3": {"num_hidden_layers": 2},
+    "qwen3_5": {"num_hidden_layers": 4},
+    "qwen3_5_moe": {"num_hidden_layers": 4},
+    "qwen3_vl": {"num_hidden_layers": 4},
+    "qwen3_vl_moe": {"num_hidden_layers": 4},
+    "step3p7": {
+        "num_hidden_layers": 5,
+        "layer_types": ["full_attention", *["sliding_attention"] * 4],
+        "sliding_window": 512,
+        "num_sliding_attention_heads": 96,
+    },
 }
 
 
@@ -103,6 +127,25 @@ def test_count_is_that_of_the_model_that_transformers_builds(name: str, layers: 
 def test_count_of_a_family_is_that_of_its_class_by_default(model_type: str, layers: int):
     config = default_config(model_type, layers)
     assert parameter_count(ModelSpec.from_hf_config(config)).total == built_parameters(config)
+
+
+@pytest.mark.parametrize(("model_type", "text"), WRAPPERS.items())
+def test_language_model_inside_a_multimodal_one_is_counted_as_it_is_built(model_type: str, text: dict[str, Any]):
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    stated = CONFIG_MAPPING[model_type](text_config=text)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(stated)
+    corrections = [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
+    encoders = ("vision", "visual", "projector", "multi_modal", "audio")
+    tensors = [(name, tensor) for name, tensor in (*model.named_parameters(), *corrections)]
+    built = sum(tensor.numel() for name, tensor in tensors if not any(part in name for part in encoders))
+    spec = ModelSpec.from_hf_config({**stated.to_dict(), "architectures": [type(model).__name__]})
+    assert parameter_count(spec).total == built
+    assert "encoder" in spec.notes[0]
+    assert not [note for note in spec.notes if note.startswith("Not read")]
 
 
 def test_hybrid_pattern_counts_as_transformers_builds_it():
