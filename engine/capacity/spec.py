@@ -13,7 +13,8 @@ from engine.capacity.fields import REMEDY, flag, positive
 from engine.capacity.formats import WeightFormat, weight_format
 from engine.capacity.layers import Attention, LatentAttention, Layer, MixtureMLP, Tensor
 from engine.capacity.positions import longest_position
-from engine.capacity.readers import read_extra, read_layers
+from engine.capacity.readers import read_layers
+from engine.capacity.recent_readers import read_extra
 from engine.capacity.stated import Stated, unread_warning
 from engine.capacity.words import shown
 from engine.errors import ConfigError
