@@ -125,7 +125,8 @@ _LOOSE = (
     "activation_scheme", "fmt", "scale_fmt", "do_fuse", "exllama_config", "fuse_max_seq_len", "format", "dataset",
     "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "model_seqlen", "use_exllama",
     "max_input_length", "use_cuda_fp16", "batch_size", "tokenizer", "checkpoint_format", "meta", "pack_dtype",
-    "activation_scale_ub", "global_compression_ratio", "transform_config", "cache_block_outputs", "module_name_preceding_first_block",
+    "activation_scale_ub", "global_compression_ratio", "transform_config", "cache_block_outputs",
+    "module_name_preceding_first_block",
     "llm_int8_threshold", "llm_int8_enable_fp32_cpu_offload", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage",
     "_load_in_4bit", "_load_in_8bit", "iters", "lr", "minmax_lr", "nsamples", "seqlen", "low_gpu_mem_usage",
     "enable_quanted_input", "autoround_version", "data_type", "packing_format", "amp", "gradient_accumulate_steps",
@@ -168,8 +169,8 @@ def _modules(entries: list[object], field: str) -> tuple[ModuleList | None, tupl
     remarks: tuple[str, ...] = ()
     if modules.unread:
         remarks = (
-            f"Not read: {', '.join(modules.unread[:3])} in {field} of the quantization: which matrices that means is not "
-            "known.",
+            f"Not read: {', '.join(modules.unread[:3])} in {field} of the quantization: which matrices that means is "
+            "not known.",
         )
     return (modules if entries else None), remarks
 

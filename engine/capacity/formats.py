@@ -103,22 +103,17 @@ class WeightFormat:
             scales = -(-rows // self.tile) * -(-columns // self.tile)
             return rows * columns * self.bits // 8 + scales * self.scale_bytes
         group = self.group_size
-        if group is not None and self.exact:
-            groups = rows * -(-columns // group)
-            return (
-                -(-rows * columns * self.bits // 8) + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
-            )
-        if group is not None:
+        if group is not None and not self.exact:
             sizes = (size for size in (*reversed(GROUP_SIZES), 16) if size <= group and columns % size == 0)
             group = next(sizes, None) if self.zero_point_bits else (group if columns % group == 0 else None)
             if group is None or rows % 2:
                 return rows * columns * plain_bytes
-        groups = rows * (columns // group if group else 1)
+        groups = rows * (-(-columns // group) if group else 1)
         return rows * columns * self.bits // 8 + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
 
     def _absmax_bytes(self, values: int, slices: int) -> int:
-        """bitsandbytes (arXiv:2305.14314): codes, a maximum a block in float32, or in a byte with the blocks' own maxima
-        in float32 and a table of 256 (double quantization), and the table of the 16 values.
+        """bitsandbytes (arXiv:2305.14314): codes, a maximum a block in float32, or (double quantization) in a byte with
+        the maxima of these in float32 and a table of 256, and the table of the 16 values.
 
         >>> weight_format("nf4").matrix_bytes(4096, 4096)  # 8 MiB, 262,144 maxima, 1,024 of those, two tables
         8655936
@@ -207,8 +202,8 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     raise ConfigError(
         f"{text[:40]!r} is not a weight format.",
         field="weights",
-        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, w4a8, {choices}, mxfp4, nvfp4, nf4, or a GGUF type "
-        "such as q4_k_m or q8_0.",
+        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, w4a8, {choices}, mxfp4, nvfp4, nf4, or a GGUF "
+        "type such as q4_k_m or q8_0.",
     )
 
 

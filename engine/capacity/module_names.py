@@ -1,4 +1,4 @@
-"""Which weights a checkpoint's lists of modules mean (``ignore``, ``exclude_modules``, ``modules_to_not_convert`` …)."""
+"""Which weights a checkpoint means by a list of modules (``ignore``, ``exclude_modules`` and the like)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ _PATHS: dict[str, tuple[str, ...]] = {
                     "block_sparse_moe.output_linear", "mixer.experts.{e}.down_proj"),
     "latent_down": ("mixer.fc1_latent_proj",),
     "latent_up": ("mixer.fc2_latent_proj",),
+    "index_query": ("self_attn.indexer.wq_b",),
+    "index_key": ("self_attn.indexer.wk",),
+    "attention_linear": ("self_attn.linear_attn",),
+    "mlp_linear": ("mlp.linear_mlp",),
+    "per_layer_gate": ("per_layer_input_gate",),
+    "per_layer_projection": ("per_layer_projection",),
     "recurrent_input": ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_qkv", "linear_attn.in_proj_z",
                         "mamba.in_proj", "mixer.in_proj"),
     "gates": ("linear_attn.in_proj_ba", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),

@@ -53,7 +53,7 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
             f"{request.tp} GPUs share {spec.num_kv_heads} key/value heads: each head is kept on several GPUs, so the "
             "KV cache does not shrink any further."
         )
-    if spec.num_attention_layers < spec.num_layers and request.profile.torch_cuda:
+    if spec.is_recurrent and request.profile.torch_cuda:
         warnings.append(
             "Recurrent layers: vLLM enlarges its blocks until they hold a state, so it reports fewer, larger blocks."
         )

@@ -41,6 +41,15 @@ GROUPS = {
     "expert_down": "experts",
     "latent_down": "experts",
     "latent_up": "experts",
+    "index_query": "attention projections",
+    "index_key": "attention projections",
+    "index_weights": "attention projections",
+    "head_gate": "attention projections",
+    "attention_linear": "attention projections",
+    "mlp_linear": "MLP",
+    "per_layer_gate": "MLP",
+    "per_layer_projection": "MLP",
+    "per_layer_model_projection": "MLP",
     "router": "experts",
     "head": "head",
 }
@@ -313,7 +322,8 @@ def _caches(request: CompleteRequest) -> Iterator[_Cache]:
         mixer = layer.mixer
         vectors, width = mixer.cached_heads(tp)
         token_bytes = float(vectors * form.bytes_per_head(width)) if vectors else 0.0
-        window = float(layer.window or 2**40)
+        # Of a sparse layer only what its index picks is read.
+        window = float(min(layer.window or 2**40, layer.reads or 2**40))
         if isinstance(mixer, Attention):
             pair = 4.0 * share(mixer.num_heads, tp) * mixer.head_dim
             yield _Cache(count, window, token_bytes, pair, pair)

@@ -11,9 +11,10 @@ from engine.capacity.checkpoint_formats import checkpoint_quantization
 from engine.capacity.families import FAMILIES, Family, family_of
 from engine.capacity.fields import REMEDY, flag, positive
 from engine.capacity.formats import WeightFormat, weight_format
-from engine.capacity.layers import Attention, LatentAttention, Layer, MixtureMLP
+from engine.capacity.layers import Attention, LatentAttention, Layer, MixtureMLP, Tensor
 from engine.capacity.positions import longest_position
 from engine.capacity.readers import read_layers
+from engine.capacity.recent_readers import read_extra
 from engine.capacity.stated import Stated, unread_warning
 from engine.capacity.words import shown
 from engine.errors import ConfigError
@@ -39,6 +40,7 @@ class ModelSpec:
         head_bias: the head has a bias; norm_bias: the norms have one.
         max_position: the longest context, RoPE scaling included.
         rotary_share: share of a head that position turns.
+        extra: tensors beside embedding, layers and head, with the embedding.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
         quantization: weight format that most matrices of the checkpoint are quantized in, None if they are not;
             exceptions stand with the layers. head_format: that of a quantized head.
@@ -63,6 +65,7 @@ class ModelSpec:
     kv_dtype: str | None = None
     notes: tuple[str, ...] = ()
     rotary_share: float = 1.0
+    extra: tuple[Tensor, ...] = ()
 
     @classmethod
     def from_hf_config(
@@ -108,7 +111,9 @@ class ModelSpec:
             head_format=quantized.head(),
             kv_dtype=quantized.kv_dtype,
             rotary_share=rotary_share,
+            extra=read_extra(inner, family),
         )
+        stated.mark(*(_PROJECTOR if outer.text else ()))
         for fields in (stated, inner):
             fields.mark("torch_dtype", "dtype", *_ELSEWHERE, *family.unused, *outer.unused)
         remarks = [*quantized.remarks, *_left_out(inner)]
@@ -201,6 +206,11 @@ class ModelSpec:
         return any(isinstance(kind.mlp, MixtureMLP) for kind in self.kinds)
 
     @property
+    def is_recurrent(self) -> bool:
+        """True if some layer keeps a state of constant size."""
+        return any(kind.mixer.state_elements(1)[0] for kind in self.kinds)
+
+    @property
     def is_latent(self) -> bool:
         """True if keys and values are cached as one latent."""
         return isinstance(self.attention, LatentAttention)
@@ -226,27 +236,38 @@ class ModelSpec:
         return [(self.kinds[index], counts[index]) for index in sorted(counts)]
 
 
+#: Of the projector from an encoder to the language model, which is left out with it.
+_PROJECTOR = (
+    "projector_hidden_act",
+    "projector_hidden_size",
+    "projection_hidden_size",
+    "projection_layer_norm_eps",
+    "multimodal_projector_bias",
+    "spatial_merge_size",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
 #: Objects that are read on their own.
-_ELSEWHERE = ("quantization_config", "compression_config", "text_config", "vision_config")
+_ELSEWHERE = ("quantization_config", "compression_config", "text_config", "vision_config", "audio_config")
 
 
 def _language_model(config: Stated, outer: Family) -> tuple[Family, Stated, list[str]]:
     """The family and the fields of the language model, which a multimodal model states under ``text_config``."""
     if not outer.text:
         return outer, config.over(dict(outer.defaults)), []
-    inner = config.get("text_config")
+    inner = config.get("text_config", config.get("llm_config"))
     if not isinstance(inner, Mapping):
         raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)
-    by_wrapper = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"}
-    wanted = inner.get("model_type") or by_wrapper[outer.model_type]
-    known = [family for family in FAMILIES if family.model_type == wanted and not family.text]
+    wanted = inner.get("model_type") or dict(outer.defaults)["text_model_type"]
+    known = [family for family in FAMILIES if wanted in (family.model_type, *family.aliases) and not family.text]
     if not known:
         raise ConfigError(
             f"the planner does not know the language model {shown(wanted)} inside {outer.architecture} yet.",
             field="text_config",
             remedy=REMEDY,
         )
-    note = "Only the language model is counted: the image encoder and its projector are left out."
+    sound = " and sound" if config.peek("audio_config") else ""
+    note = f"Only the language model is counted: the image{sound} encoder and its projector are left out."
     return known[0], Stated(inner, dict(known[0].defaults), "text_config."), [note]
 
 

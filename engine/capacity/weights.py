@@ -180,6 +180,9 @@ def _tensors(spec: ModelSpec, tp: int, ep: int, stage: Stage, vocab: int) -> Ite
     local_vocab = -(-vocab // tp)
     if stage.first:
         yield Tensor("embedding", "embedding", local_vocab, spec.hidden_size)
+        for tensor in spec.extra:
+            rows = -(-tensor.rows // tp) if tensor.part == "embedding" else tensor.rows
+            yield dataclasses.replace(tensor, rows=rows)
     norms = 0
     for layer, count in spec.layer_counts(stage.start, stage.stop):
         for tensor in layer.tensors(spec.hidden_size, tp, ep):

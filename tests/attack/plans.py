@@ -12,11 +12,12 @@ from typing import Any
 from engine.capacity import model_config, model_names
 from engine.errors import HeadroomError
 
-#: Values of the wrong type, of absurd size, or that are no numbers at all. JSON as Python reads it has the last ones, too.
+#: Values of the wrong type, of absurd size, or that are no numbers (Python reads and writes those in JSON, too).
 NONSENSE: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 3, 7, 2**31, 2**31 + 1, 10**9, 10**18, 10**400, -(10**30), 0.5, 1.5, -0.0, 1e308, 5e-324,
-    math.nan, math.inf, -math.inf, "", "8", "auto", "none", "a" * 5000, "\ud800", "\x00", [], [1], [None], [[]], [10**9] * 3,
-    ["full_attention"], {}, {"a": 1}, {"factor": math.nan}, {"rope_type": 3}, {"type": "yarn", "factor": 1e308}, [{}] * 100,
+    None, True, False, 0, -1, 1, 3, 7, 2**31, 2**31 + 1, 10**9, 10**18, 10**400, -(10**30), 0.5, 1.5, -0.0, 1e308,
+    5e-324, math.nan, math.inf, -math.inf, "", "8", "auto", "none", "a" * 5000, "\ud800", "\x00", [], [1], [None], [[]],
+    [10**9] * 3, ["full_attention"], {}, {"a": 1}, {"factor": math.nan}, {"rope_type": 3},
+    {"type": "yarn", "factor": 1e308}, [{}] * 100,
 )  # fmt: skip
 _QUANTIZATIONS: tuple[Any, ...] = (
     {"quant_method": "compressed-tensors"},
@@ -56,7 +57,8 @@ _NUMBERS = (
 _OPTIONS = (
     "tp", "pp", "ep", "dp", "context", "max-num-seqs", "token-budget", "block-size", "gpu-memory-utilization",
     "gpu-memory-gib", "concurrency", "rate", "input-tokens", "output-tokens", "input-cv", "output-cv", "burstiness",
-    "slo-ttft-ms", "slo-tpot-ms", "prefix-hit-rate", "lora-adapters", "lora-rank", "draft-length", "acceptance", "price",
+    "slo-ttft-ms", "slo-tpot-ms", "prefix-hit-rate", "lora-adapters", "lora-rank", "draft-length", "acceptance",
+    "price",
 )  # fmt: skip
 _WORDS = {
     "dtype": ("bf16", "int1", "", "nan"),

@@ -14,7 +14,13 @@ from engine.capacity import ModelSpec, PlanRequest, find_gpu, model_config, mode
 from engine.capacity.harmless import HARMLESS
 from engine.cli import main
 from engine.errors import HeadroomError
-from tests.capacity.test_capacity_agrees_with_transformers import LAYERS, built_parameters, cut_config
+from tests.capacity.test_capacity_agrees_with_transformers import (
+    BY_DEFAULT,
+    LAYERS,
+    built_parameters,
+    cut_config,
+    default_config,
+)
 
 NOT_FIELDS = ("architectures", "model_type", "torch_dtype", "quantization_config", "_name_or_path")
 #: Fields that the other tests vary, or whose change costs too much to build.
@@ -90,15 +96,20 @@ def _changes(config: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
         for value in _variants(full.get(field)):
             try:
                 after = built_parameters(config | {field: value})
-            except Exception:  # noqa: BLE001, S112 - a value that the class itself refuses proves nothing
+            except Exception:
                 continue
             if after != before:
                 yield field, value, after
 
 
-@pytest.mark.parametrize("name", LAYERS)
+def shortened(name: str) -> dict[str, Any]:
+    """A configuration of few layers: of a model of the catalog, or of a family's class by default."""
+    return cut_config(name, LAYERS[name]) if name in LAYERS else default_config(name, BY_DEFAULT[name])
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *BY_DEFAULT])
 def test_every_field_of_transformers_class_that_changes_the_count_is_read_or_named(name: str):
-    config = cut_config(name, LAYERS[name])
+    config = shortened(name)
     changed = 0
     for field, value, parameters in _changes(config):
         changed += 1
@@ -111,13 +122,14 @@ def test_every_field_of_transformers_class_that_changes_the_count_is_read_or_nam
     assert changed >= 3
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *BY_DEFAULT])
 def test_all_that_transformers_writes_of_a_family_is_known(name: str):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = cut_config(name, LAYERS[name])
+    config = shortened(name)
     fields = {key: value for key, value in config.items() if key not in NOT_FIELDS}
-    written = CONFIG_MAPPING[config["model_type"]](**fields).to_dict() | {"architectures": config["architectures"]}
+    written = CONFIG_MAPPING[config["model_type"]](**fields).to_dict()
+    written |= {"architectures": config["architectures"], "model_type": config["model_type"]}
     assert not unread(written)
     count = parameter_count(ModelSpec.from_hf_config(written)).total
     assert count == parameter_count(ModelSpec.from_hf_config(config)).total
