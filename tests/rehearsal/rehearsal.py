@@ -28,9 +28,10 @@ NAMED_WAITS = {
     "a GPU has sampling=triton",
     ("engine/sampling.py", "_draw"): "as _penalize",
     ("engine/sampling.py", "_draw_group"): "as _penalize",
+    ("engine/sampling.py", "_cut_by_rank"): "as _penalize",
     ("engine/sampling.py", "_column"): "as _penalize",
 }
-TORCH_SAMPLER = ("_penalize", "_draw", "_draw_group", "_column", "sample")
+TORCH_SAMPLER = ("_penalize", "_draw", "_draw_group", "_cut_by_rank", "_column", "sample")
 #: From pinned memory: the step's tensors, what its rows ask of the sampler, marks of tokens that were seen and of those
 #: that are forbidden; and a step of warm-up.
 MOST_COPIES = 5

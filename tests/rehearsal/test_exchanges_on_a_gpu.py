@@ -84,7 +84,6 @@ def test_what_reads_back_cannot_be_captured_and_serves_eagerly(folders, runtime,
     failed = engine.status().execution["failed"]
     assert failed
     assert all("while a graph is captured" in row["error"] for row in failed)
-    simulation.mistakes.clear()
     rehearse(engine, simulation, requests(["greedy"]), ["forward"])
 
 

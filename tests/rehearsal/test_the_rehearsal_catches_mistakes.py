@@ -111,9 +111,8 @@ def test_angles_in_the_wrong_type_are_caught(tiny_llama, runtime, simulation, mo
     engine.reconfigure({"execution": "fused"})
     engine._executor._to_warm_up.clear()
     monkeypatch.setattr(RotaryEmbedding, "forward", lambda self, at: tuple(x.half() for x in forward(self, at)))
-    with pytest.raises((GpuMistake, ValueError)):
+    with pytest.raises((ValueError, AssertionError), match="cos must be float32"):  # the launching code looks itself
         rehearse(engine, simulation, requests(["greedy"]))
-    simulation.mistakes.clear()
 
 
 def test_an_address_that_makes_triton_compile_again_is_caught(tiny_llama, runtime, simulation, monkeypatch):
@@ -131,12 +130,10 @@ def test_pinned_memory_that_is_written_while_it_is_copied_is_caught(tiny_llama, 
     simulation.mistakes.clear()
 
 
-def test_memory_that_no_kernel_wrote_shows(tiny_llama, runtime, simulation, monkeypatch):
-    engine, asked = load(tiny_llama, execution="eager"), requests(["greedy", "greedy"])
-    expected = rehearse(engine, simulation, asked)
-    forward = GatedMLP.forward
-    monkeypatch.setattr(GatedMLP, "forward", lambda self, x: torch.empty_like(forward(self, x)))
-    assert rehearse(engine, simulation, asked) != expected
+def test_memory_that_no_kernel_wrote_shows(simulation):
+    assert torch.empty(3, device="cuda:1").isnan().tolist() == [True] * 3
+    assert torch.empty(3, dtype=torch.float8_e4m3fn, device="cuda:1").float().isnan().tolist() == [True] * 3
+    assert min(torch.empty(3, dtype=torch.int32, device="cuda:1").tolist()) > 2**28
 
 
 def test_a_product_that_cuda_does_not_have_is_caught(tiny_llama, runtime, simulation):
@@ -150,7 +147,7 @@ def test_a_product_that_cuda_does_not_have_is_caught(tiny_llama, runtime, simula
 
 def test_what_torch_itself_would_refuse_on_a_gpu_is_caught(tiny_llama, runtime, simulation):
     rows = torch.ones(4, 8, device="cuda:1")
-    with pytest.raises(Exception, match=r"same device|over cuda:1 and the CPU"):
+    with pytest.raises(GpuMistake, match="over cuda:1 and the CPU"):
         torch.addmm(torch.ones(8), rows, torch.ones(8, 8, device="cuda:1"))
     with pytest.raises(TypeError, match="copy it to host memory first"):
         rows.numpy()
