@@ -355,7 +355,8 @@ def logprobs_of(logits: torch.Tensor, rows: Sequence[SamplingRow], chosen: Seque
     asked = [(index, row.params.logprobs) for index, row in enumerate(rows) if row.params.logprobs is not None]
     if not asked:
         return result
-    columns = ([index for index, _ in asked], [chosen[index] for index, _ in asked])
+    # An index out of range would end the whole process on a GPU.
+    columns = ([index for index, _ in asked], [max(chosen[index], 0) for index, _ in asked])
     places, tokens = to_device([np.array(column, np.int64) for column in columns], logits.device)
     raw = logits.index_select(0, places).float().log_softmax(dim=-1).clamp_min(LEAST_LOGPROB)
     most = max(count or 0 for _, count in asked)

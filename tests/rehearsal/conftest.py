@@ -14,6 +14,7 @@ import torch
 from engine import device as engine_device
 from kernels import paged_attention, tuning
 from kernels.dispatch import triton_installed, triton_interpreted
+from tests.family_cases import FALLBACKS, FAMILIES, save_random_model
 from tests.rehearsal.simulated_gpu import Simulation
 
 if not triton_installed() or triton_interpreted():
@@ -44,8 +45,17 @@ def _device_guard(tmp_path_factory: pytest.TempPathFactory) -> None:
     ctypes.CDLL(str(library))
 
 
-@pytest.fixture()
-def simulation(_device_guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
+@pytest.fixture(scope="session")
+def folders(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random models: every family, and those that run through transformers."""
+    made = {}
+    for name, config in {**FAMILIES, **FALLBACKS}.items():
+        made[name] = save_random_model(config, tmp_path_factory.mktemp("model"), tiny_llama)
+    return made
+
+
+@pytest.fixture
+def simulation(tiny_llama: Path, _device_guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
     """Two simulated GPUs; afterwards nothing that they refused may have been swallowed."""
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     simulated = Simulation()
@@ -58,13 +68,14 @@ def simulation(_device_guard: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
     try:
         with simulated:
             yield simulated
+        assert simulated.mistakes == []
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
         paged_attention._capability.cache_clear()
         tuning.gpu_slug.cache_clear()
 
 
-@pytest.fixture()
+@pytest.fixture
 def runtime(simulation: Simulation, monkeypatch: pytest.MonkeyPatch):
     """What answers for CUDA, with Triton's launches looked at."""
     from kernels import device as kernels_device

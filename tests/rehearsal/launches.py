@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import JITFunction
 
 from kernels import aot
@@ -105,7 +107,23 @@ class LaunchPad:
         if any(size < 0 or size > most for size, most in zip(grid, _GRID, strict=False)):
             fail(f"{name} is launched on a grid of {grid}")
         check_types(self.simulation, kernel, tensors)
+        self.runtime.compiled.add(specialization(kernel, bound))
         self.simulation.note("launch", name)
+
+
+def specialization(kernel: JITFunction, bound: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel for: its name, its constants and options, and what it looks at in the rest."""
+    ways: list[Any] = [kernel.__name__]
+    for parameter in kernel.params:
+        value = bound[parameter.name]
+        if parameter.is_constexpr:
+            ways.append((parameter.name, str(value)))
+        else:
+            looked_at = not parameter.do_not_specialize
+            value = bare(value) if isinstance(value, torch.Tensor) else value
+            ways.append((parameter.name, *native_specialize_impl(BaseBackend, value, False, looked_at, looked_at)))
+    options = {key: value for key, value in bound.items() if key not in kernel.arg_names}
+    return (*ways, *sorted(options.items()))
 
 
 def check_types(simulation: Simulation, kernel: JITFunction, tensors: dict[str, torch.Tensor]) -> None:

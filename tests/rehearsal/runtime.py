@@ -20,6 +20,9 @@ class SimulatedRuntime(CudaRuntime):
 
     Args:
         capability: of all GPUs.
+
+    Attributes:
+        current_device: where launches go.
         free_bytes, reserved_bytes: see :meth:`free_and_total` and :meth:`held_in_reserve`.
     """
 
@@ -28,6 +31,7 @@ class SimulatedRuntime(CudaRuntime):
         self.compute_capability = capability
         self.free_bytes, self.reserved_bytes, self.released = TOTAL_BYTES // 2, 0, 0
         self.current_device = torch.device("cuda", 0)  # of the one thread that a rehearsal has
+        self.compiled: set[tuple[Any, ...]] = set()  # what Triton would have compiled so far
 
     def count(self) -> int:
         return self.simulation.count

@@ -1,0 +1,143 @@
+"""What changes while an engine on a GPU serves: weights, the cache's format, attention, execution; graphs, warm-up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import provenance
+from engine.device import available_memory
+from engine.errors import CapacityError, ConfigError
+from engine.models.loader import resolve_device, resolve_dtype
+from engine.telemetry_gpu import gpu_uuid
+from tests.rehearsal.rehearsal import add, check_step, load, on_the_cpu, rehearse, requests, serve, take
+
+FORMATS = ["int8", "w4a8", "fp8", "int4", "w8a8", "model"]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("execution", ["eager", "fused", "graphs"])
+def test_weights_are_exchanged_under_requests_and_land_on_their_own_gpu(
+    device, execution, tiny_llama, runtime, simulation
+):
+    engine = load(tiny_llama, device=device, dtype="bfloat16", execution=execution)
+    asked, tokens = requests(["greedy", "top-k", "greedy"], max_tokens=14), {}
+    add(engine, asked)
+    for weights in FORMATS:
+        engine.reconfigure({"weights": weights, "head_weights": "model" if weights == "model" else "int8"})
+        for _ in range(2):
+            simulation.taken()
+            take(tokens, engine)
+            check_step(simulation.taken(), [], sampled=engine.steps[-1].output_tokens > 0)
+        assert engine.path()["weights"].startswith(weights.replace("-", " "))
+    while engine.has_unfinished():
+        take(tokens, engine)
+    assert [len(tokens[str(index)]) for index in range(3)] == [14] * 3
+    assert simulation.made_on == {torch.device(device).index}
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_the_format_of_the_cache_is_exchanged_under_requests(device, tiny_llama, runtime, simulation):
+    engine = load(tiny_llama, device=device, execution="fused")
+    asked, tokens = requests(["greedy", "greedy"], max_tokens=12), {}
+    expected = on_the_cpu(tiny_llama, asked)
+    add(engine, asked)
+    for kv_dtype, attention in (("int8", "triton"), ("int4", "sdpa"), ("fp8", "triton"), ("model", "triton")):
+        execution = "fused" if attention == "triton" else "auto"
+        engine.reconfigure({"kv_dtype": kv_dtype, "attention": attention, "execution": execution})
+        simulation.taken()
+        take(tokens, engine)
+        check_step(simulation.taken(), ["sdpa"], sampled=engine.steps[-1].output_tokens > 0)
+    while engine.has_unfinished():
+        take(tokens, engine)
+    assert [len(tokens[str(index)]) for index in range(2)] == [12] * 2
+    assert simulation.made_on == {torch.device(device).index}
+    assert serve(engine, asked) == expected  # back in the model's own format
+
+
+def test_memory_that_torch_keeps_in_reserve_counts_as_free(tiny_llama, runtime, simulation):
+    engine = load(tiny_llama, dtype="bfloat16")
+    runtime.free_bytes, runtime.reserved_bytes = 1000, 0
+    with pytest.raises(CapacityError, match="the new weights need"):
+        engine.reconfigure({"weights": "int8"})
+    runtime.reserved_bytes = 2**20
+    assert available_memory(engine.model.device) == 1000 + 2**20
+    engine.reconfigure({"weights": "int8"})
+
+
+def test_every_bucket_is_captured_and_serves_with_padding(tiny_llama, runtime, simulation):
+    engine = load(tiny_llama, execution="graphs", max_num_seqs=6)
+    while engine.status().execution["preparing"]:
+        pass
+    assert engine.status().execution["failed"] == []
+    simulation.taken()
+    asked = requests(["greedy", "top-k", "greedy"])
+    assert rehearse(engine, simulation, asked) == on_the_cpu(tiny_llama, asked)
+    assert engine.status().execution["last"] == "graphs"
+
+
+def test_what_reads_back_cannot_be_captured_and_serves_eagerly(folders, runtime, simulation):
+    """Quantized experts: one product for each, their counts known on the host."""
+    engine = load(folders["mixtral"], execution="graphs", weights="int8", max_num_seqs=2)
+    while engine.status().execution["preparing"]:
+        pass
+    failed = engine.status().execution["failed"]
+    assert failed
+    assert all("while a graph is captured" in row["error"] for row in failed)
+    rehearse(engine, simulation, requests(["greedy"]), ["forward"])
+
+
+def test_after_the_warm_up_only_the_sampler_and_the_head_are_compiled(tiny_llama, runtime, simulation):
+    engine = load(tiny_llama, execution="fused", weights="int8", max_model_len=96)
+    while engine.status().execution["preparing"]:
+        pass
+    assert engine.events[-1].summary.startswith("kernels ready")
+    warm = set(runtime.compiled)
+    rehearse(engine, simulation, requests(["greedy", "top-k", "penalty", "greedy"]))
+    late = {kernel for kernel, *_ in runtime.compiled - warm}
+    assert late <= {"_adjust_kernel", "_survey_kernel", "_sample_kernel"}
+
+
+def test_a_second_round_of_other_sizes_compiles_nothing(folders, runtime, simulation):
+    kinds = ["greedy", "top-k", "penalty", "no end before"]
+    engine = load(folders["gemma3"], execution="fused", weights="w8a8", head_weights="int8", max_model_len=128)
+    while engine.status().execution["preparing"]:
+        pass
+    for count in range(1, 5):
+        serve(engine, requests(kinds[:count]))
+    known = set(runtime.compiled)
+    for count in range(4, 0, -1):
+        serve(engine, requests(kinds[-count:], max_tokens=9))
+    assert runtime.compiled - known == set()
+
+
+# -- which GPU ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_is_named_with_its_number(runtime, simulation):
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="invalid device ordinal"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_the_automatic_dtype_is_one_that_the_gpu_has_instructions_for(capability, dtype, runtime, simulation):
+    runtime.compute_capability = capability
+    assert resolve_dtype("auto", torch.device("cuda", 1)) == dtype
+
+
+def test_an_old_gpu_runs_torchs_own_operators_and_says_why(tiny_llama, runtime, simulation):
+    runtime.compute_capability = (7, 5)
+    asked = requests(["greedy", "greedy"])
+    engine = load(tiny_llama)
+    path = engine.path()
+    assert (path["attention"], path["sampling"], path["execution"]) == ("sdpa", "torch", "eager")
+    assert "needs compute capability 8.0" in path["attention_reason"]
+    assert rehearse(engine, simulation, asked, ["sdpa"]) == on_the_cpu(tiny_llama, asked)
+
+
+def test_the_record_has_the_gpus_and_telemetry_knows_the_engines_own(runtime, simulation):
+    gpus = provenance._hardware.__wrapped__()["gpus"]  # not what is remembered for the process
+    assert [gpu["name"] for gpu in gpus] == ["Simulated GPU"] * 2
+    assert gpu_uuid(torch.device("cuda", 1)) == "GPU-simulated-1"
