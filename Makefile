@@ -12,7 +12,7 @@ PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak clean
+.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ $(PEERS)/%/.installed: tests/benchmarks/peers/%-requirements.txt
 
 soak: $(VENV)/.installed-dev ## Random traffic, toggles and swaps for MINUTES=10; fails on a leak or a stuck request.
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+
+attack: $(VENV)/.installed-dev ## Attack worker, loaders and storage with every kind of bad input, ten minutes at most (ARGS=…).
+	$(BIN)/python -m tests.attack $(ARGS)
 
 clean: ## Remove the environment and caches (models and history under HEADROOM_HOME stay).
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
