@@ -14,13 +14,14 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tests.attack.outcome import Tally
 from tests.attack.target import ROOT, TRACEBACK
+from tests.conftest import byte_tokenizer
 
 PATIENCE_S = 30.0
 DEMANDED = {"gguf": 360, "safetensors": 230, "configs": 260}
@@ -52,18 +53,27 @@ def attack(kind: str, seed: int, folder: Path, end: float, count: int | None = N
 
 def _orders(kind: str, seed: int, count: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what is odd about it, what the victim is told)."""
-    checkpoints = importlib.import_module("tests.attack.checkpoints")
-    if kind != "configs":
-        yield from _loads(getattr(checkpoints, f"{kind}_mutations")(seed, count, folder))
+    if kind == "configs":
+        planned = round(PLANNED * count)
+        yield from _plans(seed, planned, folder / "config.json")
+        yield from _configs(seed, count - planned, folder / "checkpoint")
         return
-    planned = round(PLANNED * count)
-    yield from _plans(seed, planned, folder / "config.json")
-    yield from _loads(checkpoints.config_mutations(seed, count - planned, folder))
-
-
-def _loads(mutations: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for what, path in mutations:
+    checkpoints = importlib.import_module("tests.attack.checkpoints")
+    place = folder / "checkpoint"
+    if kind == "safetensors":
+        checkpoints.write_folder(place, byte_tokenizer())
+    else:
+        place.mkdir()
+    for what, path in getattr(checkpoints, f"{kind}_mutations")(seed, count, place):
         yield what, {"load": str(path)}
+
+
+def _configs(seed: int, count: int, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    checkpoints = importlib.import_module("tests.attack.checkpoints")
+    checkpoints.write_folder(folder, byte_tokenizer())
+    for what, config in checkpoints.config_mutations(seed, count):
+        checkpoints.write_config(folder, config)
+        yield what, {"load": str(folder)}
 
 
 def _plans(seed: int, count: int, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
