@@ -27,22 +27,28 @@ from pages.widgets.history_charts import (
 )
 from pages.widgets.history_values import (
     HEADLINES,
+    QUALITY,
     STATUS_COLORS,
     changed_knobs,
     code_text,
+    disturbance_lines,
     known_knobs,
     metric_info,
     metric_text,
     moment_text,
     number_text,
+    plain,
+    reference_text,
     run_name,
     setting_words,
+    status_words,
 )
 from pages.widgets.messages import bytes_text, value_text
 from storage import RunRow, Store
 
 _TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
 _TIMELINE_MOST = 400
+_DISTURBANCES_SHOWN = 5
 
 
 def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
@@ -60,10 +66,11 @@ def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
 
 def _heading(store: Store, row: RunRow, run: RunResult) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.subheader(run_name(run), anchor=False, width="content")
-        st.badge(run.status, color=STATUS_COLORS.get(run.status, "gray"))  # type: ignore[arg-type]
+        st.subheader(plain(run_name(run)), anchor=False, width="content")
+        for words in status_words(row):
+            st.badge(words, color=STATUS_COLORS.get(words, "gray"))  # type: ignore[arg-type]
         for words in setting_words(run.provenance.config):
-            st.badge(words, color="gray")
+            st.badge(plain(words), color="gray")
         with st.popover("Rename", icon=":material/edit:", type="tertiary"):
             key = f"history-label-{run.run_id}"
             st.text_input("Label", run.label, key=key, max_chars=200)
@@ -77,8 +84,8 @@ def _heading(store: Store, row: RunRow, run: RunResult) -> None:
             show_problem(key)
     facts = [
         moment_text(run.started_unix_s),
-        run.provenance.model,
-        f"workload {row.workload_name}" if row.workload_name else "",
+        plain(run.provenance.model),
+        f"workload {plain(row.workload_name)}" if row.workload_name else "",
         f"{run.duration_s:,.1f} s" if run.duration_s else "",
         f"code {code_text(run.provenance.code_revision, run.provenance.code_dirty)}",
     ]
@@ -88,13 +95,26 @@ def _heading(store: Store, row: RunRow, run: RunResult) -> None:
 def _outcome(store: Store, row: RunRow, run: RunResult) -> None:
     """What a reader must know before any figure of a run that did not complete."""
     if run.status == "failed":
-        st.error(f"This run failed: {run.error or 'no reason was recorded.'}", icon=":material/error:")
+        st.error(f"This run failed: {plain(run.error or 'no reason was recorded.')}", icon=":material/error:")
     elif run.status == "cancelled":
         done = sum(request.finish_reason in ("stop", "length") for request in run.requests)
-        text = f"This run was cancelled after {done} of {len(run.requests)} requests. {run.error or ''}"
+        text = f"This run was cancelled after {done} of {len(run.requests)} requests. {plain(run.error or '')}"
         st.warning(text, icon=":material/cancel:")
     elif run.status == "running":
         _running(store, row)
+    if run.disturbed:
+        _disturbances(run)
+
+
+def _disturbances(run: RunResult) -> None:
+    lines = disturbance_lines(run)
+    shown = "".join(f"\n- {line}" for line in lines[:_DISTURBANCES_SHOWN])
+    more = f"\n- and {len(lines) - _DISTURBANCES_SHOWN} more" if len(lines) > _DISTURBANCES_SHOWN else ""
+    st.warning(
+        "This run was disturbed: its figures are not those of its setting alone, and it is left out of every average "
+        f"and comparison.{shown}{more}",
+        icon=":material/tsunami:",
+    )
 
 
 def _running(store: Store, row: RunRow) -> None:
@@ -156,7 +176,10 @@ def _events(run: RunResult) -> None:
     if not run.events:
         return
     with st.expander(f"Events ({len(run.events)})", icon=":material/flag:"):
-        rows = [{"Second": f"{event.t_s:.2f}", "Kind": event.kind, "Event": event.summary} for event in run.events]
+        rows = [
+            {"Second": f"{event.t_s:.2f}", "Kind": plain(event.kind), "Event": plain(event.summary)}
+            for event in run.events
+        ]
         st.table(pd.DataFrame(rows).set_index("Second"), border="horizontal")
 
 
@@ -230,15 +253,22 @@ def _all_metrics(run: RunResult) -> None:
         _metric_table(measured)
     st.markdown("**Everything else**")
     rest = (name for name in run.metrics if name not in ENERGY_METRICS and not name.startswith(tuple(_LATENCIES)))
-    _metric_table({name: run.metrics[name] for name in rest})
+    _metric_table({name: run.metrics[name] for name in rest}, reference_text(run))
 
 
-def _metric_table(metrics: Mapping[str, float | None]) -> None:
-    rows = [
-        {"Metric": info.label, "Value": metric_text(name, value), "What it is": info.definition}
-        for name, value in metrics.items()
-        if (info := metric_info(name))
-    ]
+def _metric_table(metrics: Mapping[str, float | None], reference: str = "") -> None:
+    """A line a metric; ``reference`` stands beside every figure of quality."""
+    rows = []
+    for name, value in metrics.items():
+        info = metric_info(name)
+        aside = f" **{plain(reference)}**" if reference and name in QUALITY else ""
+        rows.append(
+            {
+                "Metric": plain(info.label),
+                "Value": metric_text(name, value),
+                "What it is": f"{info.definition}{aside}",
+            }
+        )
     st.table(pd.DataFrame(rows).set_index("Metric"), border="horizontal")
 
 
@@ -274,17 +304,19 @@ def _provenance(run: RunResult) -> None:
 def _identity(run: RunResult) -> dict[str, Any]:
     provenance = run.provenance
     dirty = {True: "yes: the tree had changes", False: "no", None: "unknown"}[provenance.code_dirty]
-    return {
-        "Run": f"`{run.run_id}`",
+    facts = {
+        "Run": run.run_id,
         "Model": provenance.model,
-        "Model fingerprint": f"`{provenance.model_fingerprint}`" if provenance.model_fingerprint else "–",
-        "Config hash": f"`{provenance.config_hash}`" if provenance.config_hash else "–",
-        "Workload hash": f"`{provenance.workload_hash}`" if provenance.workload_hash else "–",
+        "Model fingerprint": provenance.model_fingerprint,
+        "Config hash": provenance.config_hash,
+        "Workload hash": provenance.workload_hash,
         "Seed": provenance.seed,
-        "Code revision": f"`{provenance.code_revision}`" if provenance.code_revision else "–",
+        "Code revision": provenance.code_revision,
         "Code changed": dirty,
-        **({"Comparison": f"`{run.comparison_id}`, arm {run.arm}"} if run.comparison_id else {}),
     }
+    if run.comparison_id:
+        facts["Comparison"] = f"{run.comparison_id}, arm {run.arm}"
+    return facts
 
 
 def _hardware(hardware: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,7 +349,7 @@ def _facts(title: str, facts: Mapping[str, Any]) -> None:
     if not facts:
         st.caption("Not recorded.")
         return
-    words = {name.replace("_", " "): _fact_text(value) for name, value in facts.items()}
+    words = {plain(name.replace("_", " ")): _fact_text(value) for name, value in facts.items()}
     st.table(words, border="horizontal", hide_header=True)
 
 
@@ -326,7 +358,7 @@ def _fact_text(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    return plain(", ".join(str(item) for item in value) if isinstance(value, list) else str(value))
 
 
 def _knob_table(config: Mapping[str, Any]) -> None:
