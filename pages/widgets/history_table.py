@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def select_runs(run_ids: Sequence[str]) -> None:
 
 def table_of(rows: Sequence[RunRow]) -> pd.DataFrame:
     """One line a run: what identifies it, its setting as chips, and every metric in a column of its own name."""
-    moments = [None if row.unshowable else row.started_unix_s for row in rows]
+    moments = [math.nan if row.unshowable else row.started_unix_s for row in rows]
     started = pd.to_datetime(moments, unit="s", utc=True)
     zone = reader_timezone()
     table = {
