@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,11 +125,22 @@ def _csv(lines: Iterable[Mapping[str, Any]], first: list[str]) -> str:
     others = dict.fromkeys(name for line in lines for name in line if name not in first)
     groups = list(dict.fromkeys(name.split(".")[0] for name in others))
     columns = first + sorted(others, key=lambda name: groups.index(name.split(".")[0]))
-    target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
+    target = _Lines()
+    writer = csv.writer(target, lineterminator="\r\n")
     writer.writerow([_text_cell(name) for name in columns])
     writer.writerows([_cell(line.get(name, "")) for name in columns] for line in lines)
-    return target.getvalue()
+    return "".join(target.lines)
+
+
+class _Lines:
+    """Takes a line at a time and ends it with a line feed. The writer itself is told CR LF, so that it puts quotes
+    around a text with either of them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def write(self, line: str) -> None:
+        self.lines.append(line.removesuffix("\r\n") + "\n")
 
 
 def _cell(value: Any) -> Any:

@@ -24,6 +24,8 @@ from typing import Any
 
 from sqlalchemy import Engine
 
+from kernels.trust import PRIVATE_FILE
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_PAGES = 256
@@ -48,10 +50,11 @@ def keep_reserve(engine: Engine) -> None:
     if size < _SMALLEST:
         return
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_FILE)
     except OSError:  # a folder that only holds what is there: then its files do not grow either
         return
     try:
+        os.fchmod(descriptor, PRIVATE_FILE)
         os.posix_fallocate(descriptor, 0, size)
     except OSError:
         path.unlink(missing_ok=True)

@@ -266,7 +266,9 @@ def _attach_quality(run: RunResult, measured: QualityComparison | None) -> None:
         return
     stats = measured.a if run.arm == "A" else measured.b
     run.metrics.update(stats.metrics())
-    detail = {**dataclasses.asdict(stats), "text_hash": measured.text_hash, "reference": measured.reference.perplexity}
+    run.quality_reference = stats.reference
+    reference = {"text_hash": measured.text_hash, "reference_perplexity": measured.reference.perplexity}
+    detail = {**dataclasses.asdict(stats), **reference}
     run.events.insert(0, EventRecord(0.0, "run", measured.describe(stats), detail))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.paths import private_dir, unsaved_dir
+from kernels.trust import PRIVATE_FILE
 
 
 def keep_document(document: Mapping[str, Any]) -> Path | None:
@@ -29,7 +30,8 @@ def keep_document(document: Mapping[str, Any]) -> Path | None:
         target = folder / f"headroom-run-{name}.json"
         handle, partial = -1, None
         try:
-            handle, partial = tempfile.mkstemp(dir=folder, prefix=f".headroom-run-{name}.")  # mode 0600
+            handle, partial = tempfile.mkstemp(dir=folder, prefix=f".headroom-run-{name}.")
+            os.fchmod(handle, PRIVATE_FILE)
             with os.fdopen(handle, "w", encoding="ascii") as stream:
                 stream.write(text)
             os.replace(partial, target)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.paths import cache_dir, private_dir
+from kernels.trust import PRIVATE_FILE
 
 _CHUNK_BYTES = 1 << 20
 
@@ -20,6 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     private_dir(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(handle, PRIVATE_FILE)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
         os.replace(temporary, path)

@@ -27,16 +27,20 @@ from pages.widgets.history_charts import (
 )
 from pages.widgets.history_values import (
     HEADLINES,
+    QUALITY,
     STATUS_COLORS,
     changed_knobs,
     code_text,
+    disturbance_lines,
     known_knobs,
     metric_info,
     metric_text,
     moment_text,
     number_text,
+    reference_text,
     run_name,
     setting_words,
+    status_words,
 )
 from pages.widgets.messages import bytes_text, value_text
 from pages.widgets.text import badge_label, code, plain
@@ -44,6 +48,7 @@ from storage import RunRow, Store
 
 _TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
 _TIMELINE_MOST = 400
+_DISTURBANCES_SHOWN = 5
 
 
 def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
@@ -62,7 +67,8 @@ def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
 def _heading(store: Store, row: RunRow, run: RunResult) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.subheader(plain(run_name(run)), anchor=False, width="content")
-        st.badge(badge_label(run.status), color=STATUS_COLORS.get(run.status, "gray"))  # type: ignore[arg-type]
+        for words in status_words(row):
+            st.badge(badge_label(words), color=STATUS_COLORS.get(words, "gray"))  # type: ignore[arg-type]
         for words in setting_words(run.provenance.config):
             st.badge(badge_label(words), color="gray")
         with st.popover("Rename", icon=":material/edit:", type="tertiary"):
@@ -78,8 +84,8 @@ def _heading(store: Store, row: RunRow, run: RunResult) -> None:
             show_problem(key)
     facts = [
         moment_text(run.started_unix_s),
-        run.provenance.model,
-        f"workload {row.workload_name}" if row.workload_name else "",
+        plain(run.provenance.model),
+        f"workload {plain(row.workload_name)}" if row.workload_name else "",
         f"{run.duration_s:,.1f} s" if run.duration_s else "",
         f"code {code_text(run.provenance.code_revision, run.provenance.code_dirty)}",
     ]
@@ -96,6 +102,19 @@ def _outcome(store: Store, row: RunRow, run: RunResult) -> None:
         st.warning(text, icon=":material/cancel:")
     elif run.status == "running":
         _running(store, row)
+    if run.disturbed:
+        _disturbances(run)
+
+
+def _disturbances(run: RunResult) -> None:
+    lines = disturbance_lines(run)
+    shown = "".join(f"\n- {line}" for line in lines[:_DISTURBANCES_SHOWN])
+    more = f"\n- and {len(lines) - _DISTURBANCES_SHOWN} more" if len(lines) > _DISTURBANCES_SHOWN else ""
+    st.warning(
+        "This run was disturbed: its figures are not those of its setting alone, and it is left out of every average "
+        f"and comparison.{shown}{more}",
+        icon=":material/tsunami:",
+    )
 
 
 def _running(store: Store, row: RunRow) -> None:
@@ -234,15 +253,22 @@ def _all_metrics(run: RunResult) -> None:
         _metric_table(measured)
     st.markdown("**Everything else**")
     rest = (name for name in run.metrics if name not in ENERGY_METRICS and not name.startswith(tuple(_LATENCIES)))
-    _metric_table({name: run.metrics[name] for name in rest})
+    _metric_table({name: run.metrics[name] for name in rest}, reference_text(run))
 
 
-def _metric_table(metrics: Mapping[str, float | None]) -> None:
-    rows = [
-        {"Metric": plain(info.label), "Value": plain(metric_text(name, value)), "What it is": info.definition}
-        for name, value in metrics.items()
-        if (info := metric_info(name))
-    ]
+def _metric_table(metrics: Mapping[str, float | None], reference: str = "") -> None:
+    """A line a metric; ``reference`` stands beside every figure of quality."""
+    rows = []
+    for name, value in metrics.items():
+        info = metric_info(name)
+        aside = f" **{plain(reference)}**" if reference and name in QUALITY else ""
+        rows.append(
+            {
+                "Metric": plain(info.label),
+                "Value": plain(metric_text(name, value)),
+                "What it is": f"{info.definition}{aside}",
+            }
+        )
     st.table(pd.DataFrame(rows).set_index("Metric"), border="horizontal")
 
 
@@ -279,7 +305,7 @@ def _identity(run: RunResult) -> dict[str, str]:
     """Which run this is, as Markdown."""
     provenance = run.provenance
     dirty = {True: "yes: the tree had changes", False: "no", None: "unknown"}[provenance.code_dirty]
-    return {
+    facts = {
         "Run": code(run.run_id),
         "Model": plain(provenance.model),
         "Model fingerprint": code(provenance.model_fingerprint) or "–",
@@ -288,8 +314,10 @@ def _identity(run: RunResult) -> dict[str, str]:
         "Seed": str(provenance.seed),
         "Code revision": code(provenance.code_revision) or "–",
         "Code changed": dirty,
-        **({"Comparison": f"{code(run.comparison_id)}, arm {plain(run.arm)}"} if run.comparison_id else {}),
     }
+    if run.comparison_id:
+        facts["Comparison"] = f"{code(run.comparison_id)}, arm {plain(str(run.arm))}"
+    return facts
 
 
 def _hardware(hardware: Mapping[str, Any]) -> dict[str, Any]:
