@@ -22,6 +22,7 @@ from engine.cache.kv_cache import KVCache
 from engine.capacity.formats import weight_format
 from engine.config import EngineConfig
 from engine.errors import CapacityError, ConfigError, HeadroomError
+from engine.models.checkpoint import stored_as
 from engine.models.loader import resolve, resolve_device, resolve_dtype
 from engine.models.weight_exchange import free_bytes
 from engine.outputs import MemoryReport
@@ -282,6 +283,7 @@ def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
         "name": model.name,
         "family": model.family,
         "source": model.source,
+        "stored_as": stored_as(model.checkpoint),
         "fingerprint": model.fingerprint,
         "parameters": model.num_parameters(),
         "layers": spec.num_layers,

@@ -8,8 +8,12 @@ memory between reads: going back from quantized weights re-reads, bit for bit.
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 _FULL_HASH_LIMIT_BYTES = 1 << 30
 _SAMPLE_BYTES = 1 << 20
 _NUM_SAMPLES = 64
+_NEARLY_ALL = 0.99  # the rest are norms and biases
 
 
 class Checkpoint(abc.ABC):
@@ -60,6 +65,11 @@ class Checkpoint(abc.ABC):
         Raises:
             ModelLoadError: if it is not there or cannot be read.
         """
+
+    @functools.cached_property
+    def stored_elements(self) -> Mapping[str, int]:
+        """``{dtype as the file names it: elements}``, from the headers; empty for weights that are in no file."""
+        return {}
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -107,6 +117,16 @@ class SafetensorsCheckpoint(Checkpoint):
         if self.family is not None and self.family.norm_offset and name.endswith("norm.weight"):
             return tensor.float() + self.family.norm_offset  # in float32: 1 + w has more digits than w
         return tensor
+
+    @functools.cached_property
+    def stored_elements(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for path in self._files:
+            with _open(path) as stored:
+                for name in stored.keys():  # noqa: SIM118 (it is no mapping)
+                    part = stored.get_slice(name)
+                    counts[str(part.get_dtype())] += math.prod(part.get_shape())
+        return counts
 
     def fingerprint(self) -> str:
         return remembered("safetensors-v1", [self.path / "config.json", *self._files], self._hash)
@@ -193,8 +213,33 @@ class GGUFCheckpoint(Checkpoint):
             return _unpermute(tensor, self.config["num_key_value_heads"])
         return tensor
 
+    @functools.cached_property
+    def stored_elements(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for info in self.file.tensors.values():
+            counts[info.kind.name] += math.prod(info.shape)
+        return counts
+
     def fingerprint(self) -> str:
         return remembered_sha256(self.path)
+
+
+def stored_as(checkpoint: Checkpoint) -> str:
+    """What its weights are stored as, which is what a loss of quality is counted from.
+
+    ``"BF16 (safetensors)"``, ``"mostly Q4_1 (79 %, GGUF)"`` by share of the elements, ``"quantized by gptq
+    (safetensors)"``, ``"in no file"``.
+    """
+    container = {"gguf": "GGUF"}.get(checkpoint.source, checkpoint.source)
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        return f"quantized by {method} ({container})"
+    counts = checkpoint.stored_elements
+    if not counts:
+        return "in no file"
+    dtype = max(counts, key=lambda name: counts[name])
+    share = counts[dtype] / sum(counts.values())
+    return f"{dtype} ({container})" if share >= _NEARLY_ALL else f"mostly {dtype} ({100 * share:.0f} %, {container})"
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
