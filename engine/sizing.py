@@ -22,6 +22,7 @@ from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.device import release_gpu_memory, total_memory, used_memory
 from engine.errors import CapacityError, ConfigError, HeadroomError
+from engine.models.checkpoint import stored_as
 from engine.models.loader import resolve, resolve_device, resolve_dtype
 from engine.models.weight_exchange import free_bytes, planned_bytes
 from engine.outputs import MemoryReport
@@ -299,6 +300,7 @@ def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
         "name": model.name,
         "family": model.family,
         "source": model.source,
+        "stored_as": stored_as(model.checkpoint),
         "fingerprint": model.fingerprint,
         "parameters": model.num_parameters(),
         "layers": spec.num_layers,

@@ -54,7 +54,8 @@ def allowed_hosts(address: str | None, extra: str | None) -> frozenset[str]:
 
     Args:
         address: what the server is bound to; a wildcard names nobody.
-        extra: more names or addresses, separated by commas; ``*.example.com`` stands for every name below it.
+        extra: more names or addresses, separated by commas; ``*.example.com`` stands for every name below it,
+            ``*`` for every name.
 
     Raises:
         ConfigError: if one of them is no host name, an address (URL) for instance.
@@ -87,7 +88,7 @@ def host_is_allowed(host: str, allowed: Iterable[str]) -> bool:
     if parts is None or parts.hostname is None:
         return False
     name = parts.hostname.rstrip(".")
-    return any(name == entry or (entry.startswith("*.") and name.endswith(entry[1:])) for entry in allowed)
+    return any(entry in ("*", name) or (entry.startswith("*.") and name.endswith(entry[1:])) for entry in allowed)
 
 
 def origin_is_allowed(origin: str, host: str) -> bool:

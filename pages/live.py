@@ -18,6 +18,7 @@ from pages.widgets.knobs import config_in_force, knob_panel, load_form, settle_c
 from pages.widgets.live_charts import live_charts
 from pages.widgets.memory import memory_bar
 from pages.widgets.messages import bytes_text, seconds_text
+from pages.widgets.quality_reference import reference_note
 from pages.widgets.series import bin_steps, event_marks
 from pages.widgets.telemetry_charts import telemetry_charts
 from pages.widgets.text import plain
@@ -189,6 +190,7 @@ def _details(engine: EngineStatus) -> dict[str, str]:
     heads = f"{model.get('heads')} query, {model.get('kv_heads')} key/value"
     facts = {
         "Family": f"{model.get('family')}, from {model.get('source')}",
+        "Stored as": reference_note(str(model.get("stored_as", ""))),
         "Attention heads": f"{heads}, {model.get('head_dim')} wide",
         "Context": f"{engine.max_model_len:,} tokens (the model's own: {int(model.get('context_length') or 0):,})",
         "KV cache": f"{_capacity_text(engine)} {bytes_text(engine.memory.kv_cache)}.",

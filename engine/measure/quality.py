@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +31,13 @@ import torch
 from engine.config import Tier, knob, knobs
 from engine.errors import HeadroomError, WorkloadError
 from engine.measure.prompts import corpus_documents, opening_tokens
-from engine.models.checkpoint_sizes import stored_elements
+from engine.models.checkpoint import stored_as
 
 if TYPE_CHECKING:
     from engine.loop import EngineLoop
-    from engine.models.checkpoint import Checkpoint
 
 REFERENCE_BYTES = 256 * 2**20
 """Most bytes of reference logits that are kept at once; a longer text is done in parts."""
-
-_NEARLY_ALL = 0.99  # norms and biases, which no format quantizes, are less than the rest of this
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -245,31 +241,11 @@ def describe_reference(model: Any) -> str:
         model: an :class:`engine.models.LoadedModel`.
 
     Returns:
-        ``"weights as stored, Q4_1 (GGUF)"``, ``"weights as stored, mostly Q4_K (78 %) (GGUF)"`` … by share of the
-        parameters.
+        ``"weights as stored, Q4_1 (GGUF)"``, ``"weights as stored, mostly Q4_K (78 %, GGUF)"`` …, see
+        :func:`engine.models.checkpoint.stored_as`.
     """
     checkpoint = getattr(model, "checkpoint", None)
-    if checkpoint is None:
-        return "weights as they are in memory, of no file"
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    container = {"gguf": "GGUF"}.get(checkpoint.source, checkpoint.source)
-    if method:
-        return f"weights as stored, quantized by {method} ({container})"
-    counts = _stored_elements(checkpoint)
-    dtype = max(counts, key=lambda name: counts[name])
-    share = counts[dtype] / sum(counts.values())
-    words = dtype if share >= _NEARLY_ALL else f"mostly {dtype} ({100 * share:.0f} %)"
-    return f"weights as stored, {words} ({container})"
-
-
-def _stored_elements(checkpoint: Checkpoint) -> Mapping[str, int]:
-    """``{dtype as the file names it: elements}``."""
-    if checkpoint.source != "gguf":
-        return stored_elements(checkpoint.path)
-    counts: Counter[str] = Counter()  # its header has been read already
-    for info in checkpoint.file.tensors.values():  # type: ignore[attr-defined]
-        counts[info.kind.name] += math.prod(info.shape)
-    return counts
+    return f"weights as stored, {stored_as(checkpoint)}" if checkpoint is not None else "weights as they are in memory"
 
 
 def measure_quality(

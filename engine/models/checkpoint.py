@@ -8,8 +8,12 @@ memory between reads: going back from quantized weights re-reads, bit for bit.
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import json
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +32,7 @@ _SAMPLE_BYTES = 1 << 20
 _NUM_SAMPLES = 64
 _INDEX = "model.safetensors.index.json"
 _LONGEST_JSON = 256 << 20
+_NEARLY_ALL = 0.99  # the rest are norms and biases
 
 
 class Checkpoint(abc.ABC):
@@ -74,6 +79,11 @@ class Checkpoint(abc.ABC):
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` … ``stop`` - 1 of what :meth:`tensor` gives; nothing else is read where the file allows it."""
         return self.tensor(name)[start:stop]
+
+    @functools.cached_property
+    def stored_elements(self) -> Mapping[str, int]:
+        """``{dtype as the file names it: elements}``, from the headers; empty for weights that are in no file."""
+        return {}
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -124,6 +134,14 @@ class SafetensorsCheckpoint(Checkpoint):
         if self.family is not None and self.family.norm_offset and name.endswith("norm.weight"):
             return tensor.float() + self.family.norm_offset  # in float32: 1 + w has more digits than w
         return tensor
+
+    @functools.cached_property
+    def stored_elements(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for file in set(self._file_of.values()):
+            for tensor in file.tensors.values():
+                counts[tensor.dtype] += math.prod(tensor.shape)
+        return counts
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._file_of:
@@ -254,8 +272,33 @@ class GGUFCheckpoint(Checkpoint):
             raise _incomplete(self.path, f"has {rows} rows in {name!r}, which {heads} heads of even size do not divide")
         return rows // heads
 
+    @functools.cached_property
+    def stored_elements(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for info in self.file.tensors.values():
+            counts[info.kind.name] += math.prod(info.shape)
+        return counts
+
     def fingerprint(self) -> str:
         return remembered_sha256(self.path)
+
+
+def stored_as(checkpoint: Checkpoint) -> str:
+    """What its weights are stored as, which is what a loss of quality is counted from.
+
+    ``"BF16 (safetensors)"``, ``"mostly Q4_1 (79 %, GGUF)"`` by share of the elements, ``"quantized by gptq
+    (safetensors)"``, ``"in no file"``.
+    """
+    container = {"gguf": "GGUF"}.get(checkpoint.source, checkpoint.source)
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        return f"quantized by {method} ({container})"
+    counts = checkpoint.stored_elements
+    if not counts:
+        return "in no file"
+    dtype = max(counts, key=lambda name: counts[name])
+    share = counts[dtype] / sum(counts.values())
+    return f"{dtype} ({container})" if share >= _NEARLY_ALL else f"mostly {dtype} ({100 * share:.0f} %, {container})"
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -57,19 +57,6 @@ def checkpoint_sizes(path: str | Path) -> CheckpointSizes:
     return CheckpointSizes(str(place), len(found), elements, total, dict(by_dtype.most_common()))
 
 
-def stored_elements(path: str | Path) -> dict[str, int]:
-    """``{dtype as the file names it: elements}`` of a local checkpoint, most first; see :func:`checkpoint_sizes`.
-
-    Raises:
-        ModelLoadError: if there is none, or a header cannot be read.
-    """
-    counts: Counter[str] = Counter()
-    for file in _files(Path(path).expanduser()):
-        for dtype, elements, _ in _entries(file):
-            counts[dtype] += elements
-    return dict(counts.most_common())
-
-
 def _files(place: Path) -> list[Path]:
     if place.is_file() and place.suffix in (".safetensors", ".gguf"):
         return [place]

@@ -7,6 +7,7 @@ an answer of a model through :func:`harmless`.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -53,6 +54,7 @@ def code(text: object) -> str:
     return f"{fence}{pad}{line}{pad}{fence}" if line else ""
 
 
+@functools.lru_cache(maxsize=256)  # a conversation is drawn anew at each poll while its last answer grows
 def harmless(markdown: str) -> str:
     r"""The same Markdown without images, links, HTML, formulas and drawings: these are shown as they are written.
 

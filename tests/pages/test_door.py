@@ -144,3 +144,4 @@ def test_a_wildcard_name_stands_for_the_names_below_it_only():
     assert host_is_allowed("a.b.lab.example:80", allowed)
     assert not host_is_allowed("lab.example", allowed)
     assert not host_is_allowed("evillab.example", allowed)
+    assert host_is_allowed("anything.example", allowed_hosts(None, "*"))
