@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -48,6 +49,32 @@ def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int, path: Path) -> list[str]:
+    """Hold a tokenizer against the rows of the embedding that its ids look up.
+
+    Returns:
+        A sentence for tokens that were added behind the embedding's last row: texts with them are refused.
+
+    Raises:
+        ModelLoadError: if its vocabulary itself has ids that the embedding lacks.
+    """
+    added = {int(token_id) for token_id in getattr(tokenizer, "added_tokens_decoder", {})}
+    largest = max((token_id for token_id in tokenizer.get_vocab().values() if token_id not in added), default=-1)
+    if largest >= vocab_size:
+        raise ModelLoadError(
+            f"the tokenizer in {path} has token ids up to {largest:,}, but the embedding has {vocab_size:,} rows.",
+            field="vocab_size",
+            remedy="The tokenizer belongs to another model: take the one that these weights came with.",
+        )
+    beyond = sorted(token_id for token_id in added if token_id >= vocab_size)
+    if not beyond:
+        return []
+    return [
+        f"{len(beyond):,} added tokens of the tokenizer (id {beyond[0]:,} first) have no row in the embedding of "
+        f"{vocab_size:,}: texts with them are refused."
+    ]
+
+
 def _load_from_folder(folder: Path) -> Any:
     from transformers import AutoTokenizer  # takes a second to import: only where a model is really loaded
 
@@ -90,6 +117,7 @@ def _convert(checkpoint: GGUFCheckpoint) -> Any:
             str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False, **options
         )
         if splitting is not None:
+            _drop_tokens_from(tokenizer, int(metadata["tokenizer.ggml.tokens"]))
             set_pre_tokenizer(tokenizer, splitting)
         return tokenizer
     except BaseException as error:
@@ -99,6 +127,16 @@ def _convert(checkpoint: GGUFCheckpoint) -> Any:
             field="model",
             remedy="Use a GGUF file that carries its tokenizer, or a folder of safetensors.",
         ) from error
+
+
+def _drop_tokens_from(tokenizer: Any, first: int) -> None:
+    """Take back the tokens with ids from ``first`` on: transformers adds ``<|endoftext|>`` also to a vocabulary without it,
+    with an id that the embedding has no row for, or another's."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < first]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _keep(tokenizer: Any, folder: Path) -> None:
