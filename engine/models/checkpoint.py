@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import torch
 
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered, remembered_sha256
+from engine.models.config_fields import positive, shown
 from engine.models.families import Family, family_of, family_of_gguf, unsupported
 from engine.models.safetensors_file import SafetensorsFile
 
@@ -44,6 +45,7 @@ class Checkpoint(abc.ABC):
         config: the configuration with the field names of a Hugging Face ``config.json``.
         family: the row of the family table it belongs to; None if our decoder has none for it.
         rope_factors: float32 [head_dim / 2] by which rotary frequencies are divided, or None.
+        warnings: what the files state beside the configuration and is not followed, a sentence each.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Checkpoint(abc.ABC):
     config: dict[str, Any]
     family: Family | None
     rope_factors: torch.Tensor | None = None
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, files: list[Path]) -> None:
         self._files = files
@@ -88,6 +91,10 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) that identifies the content; quick when the files are unchanged since the last call."""
+
+    def unused(self, used: Collection[str]) -> set[str]:
+        """Tensors that are there and not among the ``used`` names."""
+        return set(self.names()) - set(used)
 
     def check_unchanged(self) -> None:
         """Raises ModelLoadError if a file has changed since this checkpoint was opened."""
@@ -222,7 +229,7 @@ class GGUFCheckpoint(Checkpoint):
 
         self.path = path
         self.file = GGUFFile(path)
-        if self.file.metadata.get("split.count", 1) > 1:
+        if _whole(self.file, "split.count", 1) > 1:
             raise ModelLoadError(
                 f"{path} is one part of a model that is split over several files.",
                 field="model",
@@ -234,12 +241,16 @@ class GGUFCheckpoint(Checkpoint):
         self._gguf_name = {
             hf_name: name for name in self.file.tensors if (hf_name := _hf_name_of_gguf(name, self.family)) is not None
         }
-        if "rope_freqs.weight" in self.file.tensors:
-            self.rope_factors = self.file.read("rope_freqs.weight").float()
+        self._unmapped = self.file.tensors.keys() - set(self._gguf_name.values()) - {_ROPE_FACTORS}
+        self.warnings = _gguf_warnings(self.file, architecture)
+        self.rope_factors = _read_rope_factors(self.file, self.config)
         super().__init__([path])
 
     def names(self) -> frozenset[str]:
         return frozenset(self._gguf_name)
+
+    def unused(self, used: Collection[str]) -> set[str]:
+        return super().unused(used) | self._unmapped
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.file.tensors[self._stored(name)].shape
@@ -369,33 +380,39 @@ def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[s
     def value(key: str, default: Any = None) -> Any:
         return metadata.get(f"{architecture}.{key}", default)
 
-    if "token_embd.weight" not in file.tensors:
+    def size(key: str, default: int | None = None) -> int:
+        return _whole(file, f"{architecture}.{key}", default)
+
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
         raise _incomplete(file.path, "lacks the tensor 'token_embd.weight'")
-    num_heads, hidden_size = value("attention.head_count"), value("embedding_length")
-    if not isinstance(num_heads, int) or not isinstance(hidden_size, int) or num_heads < 1:
-        raise _incomplete(file.path, f"lacks {architecture}.attention.head_count or {architecture}.embedding_length")
+    if len(embedding.shape) != 2:
+        raise _incomplete(file.path, f"has a 'token_embd.weight' of shape {list(embedding.shape)}, which is no matrix")
+    num_heads, hidden_size = size("attention.head_count"), size("embedding_length")
     if value("expert_count", 0):
         raise unsupported("general.architecture", architecture, "mixtures of experts are read from safetensors only")
-    head_dim = value("attention.key_length", hidden_size // num_heads)
+    head_dim = size("attention.key_length", max(hidden_size // num_heads, 1))
+    if size("attention.value_length", head_dim) != head_dim:
+        raise _incomplete(file.path, f"states another {architecture}.attention.value_length than key_length")
     config = {
         "architectures": [family.architectures[0]],
         "model_type": family.name,
-        "_name_or_path": metadata.get("general.name", file.path.stem),
-        "num_hidden_layers": value("block_count"),
+        "_name_or_path": str(metadata.get("general.name", file.path.stem))[:200],
+        "num_hidden_layers": size("block_count"),
         "hidden_size": hidden_size,
         "num_attention_heads": num_heads,
-        "num_key_value_heads": value("attention.head_count_kv", num_heads),
+        "num_key_value_heads": size("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "intermediate_size": value("feed_forward_length"),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "max_position_embeddings": value("context_length"),
+        "intermediate_size": size("feed_forward_length"),
+        "vocab_size": embedding.shape[0],
+        "max_position_embeddings": size("context_length"),
         "rms_norm_eps": value("attention.layer_norm_rms_epsilon", 1e-6),
         "rope_theta": value("rope.freq_base", 10000.0),
         "sliding_window": value("attention.sliding_window"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
-        "partial_rotary_factor": value("rope.dimension_count", head_dim) / head_dim,
+        "partial_rotary_factor": size("rope.dimension_count", head_dim) / head_dim,
     }
     scaling = value("rope.scaling.type", "none")
     if scaling != "none":
@@ -403,12 +420,70 @@ def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[s
         config["rope_scaling"] = {"rope_type": scaling, "factor": value("rope.scaling.factor", 1.0)}
         if original is not None:
             config["rope_scaling"]["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow") if scaling == "yarn" else ():
+            if (beta := value(f"rope.scaling.yarn_{name}")) is not None:
+                config["rope_scaling"][name] = beta
     if family.attention_scalar is not None:
         # Not in the file: llama.cpp, too, knows the one size, of 62 layers, where it is not the head's.
         config[family.attention_scalar] = hidden_size // num_heads if config["num_hidden_layers"] == 62 else head_dim
     if family.local_rope:
         config["rope_local_base_freq"] = value("rope.freq_base_swa", 10000.0)
     return config
+
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_GGUF_READ = _words(
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length block_count "
+    "embedding_length feed_forward_length context_length vocab_size attention.layer_norm_rms_epsilon rope.freq_base "
+    "rope.freq_base_swa rope.dimension_count rope.scaling.type rope.scaling.factor "
+    "rope.scaling.original_context_length rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow "
+    "attention.sliding_window attention.sliding_window_pattern expert_count"
+)
+#: Of the file's making; ``finetuned`` says how the scaling came about.
+_GGUF_HARMLESS = _words("rope.scaling.finetuned expert_used_count")
+
+
+def _gguf_warnings(file: GGUFFile, architecture: str) -> tuple[str, ...]:
+    """A sentence for every property of the model that the file states and nothing reads."""
+    properties = {key.removeprefix(f"{architecture}."): value for key, value in file.metadata.items()}
+    ignored = [
+        f"{architecture}.{key} = {shown(value)} is not followed: {architecture} is computed without it."
+        for key, value in properties.items()
+        if f"{architecture}.{key}" in file.metadata and key not in _GGUF_READ and key not in _GGUF_HARMLESS
+    ]
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in file.metadata:
+        ignored.append("tokenizer.ggml.pre is missing: text is split as llama.cpp's type 'default' does.")
+    return tuple(ignored)
+
+
+def _read_rope_factors(file: GGUFFile, config: dict[str, Any]) -> torch.Tensor | None:
+    """float32 [rotated dimensions / 2], all of them positive."""
+    info = file.tensors.get(_ROPE_FACTORS)
+    if info is None:
+        return None
+    wanted = int(config["head_dim"] * config["partial_rotary_factor"]) // 2
+    if info.shape != (wanted,):
+        raise _incomplete(file.path, f"has {_ROPE_FACTORS!r} of shape {list(info.shape)} for {wanted} rotated pairs")
+    factors = file.read(_ROPE_FACTORS).float()
+    if not bool((factors.isfinite() & (factors > 0)).all()):
+        raise _incomplete(file.path, f"has factors in {_ROPE_FACTORS!r} that are not positive numbers")
+    return factors
+
+
+def _whole(file: GGUFFile, key: str, default: int | None = None) -> int:
+    """A positive whole number of the file's metadata."""
+    try:
+        return positive(file.metadata, key, default)
+    except ModelLoadError as error:
+        raise ModelLoadError(
+            f"{file.path}: {error.message}", field=key, remedy="Check that the file is complete, or convert it again."
+        ) from None
 
 
 def _incomplete(path: Path, what: str) -> ModelLoadError:

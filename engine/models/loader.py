@@ -20,12 +20,19 @@ from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_exchange
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
 from engine.models.default import DEFAULT_MODEL, fetch_default_model
-from engine.models.fallback import TransformersDecoder, context_of, load_transformers_decoder, spec_of
+from engine.models.fallback import (
+    TransformersDecoder,
+    context_of,
+    fields_known,
+    load_transformers_decoder,
+    spec_of,
+)
 from engine.models.families import Family
-from engine.models.tokenizer import eos_token_ids, load_tokenizer
+from engine.models.tokenizer import check_vocabulary, eos_token_ids, load_tokenizer
 from engine.models.weight_exchange import PreparedWeights, planned_bytes
 from engine.models.weight_reader import WeightSource
 from engine.quantization.error import QuantizationError
@@ -274,8 +281,13 @@ def _load_own(
     _check_memory(planned_bytes(spec, choice, dtype), device, kept)
     report("reading the tokenizer", 0.3)
     tokenizer = load_tokenizer(checkpoint)
-    decoder = _build_decoder(checkpoint, config, device, dtype, choice, report)
-    return _Body(decoder, spec, tokenizer, config.max_position)
+    warnings = list(checkpoint.warnings)
+    if not isinstance(checkpoint, GGUFCheckpoint):  # of a GGUF file the configuration is our own
+        warnings += config_warnings(checkpoint.config, family)
+    warnings += check_vocabulary(tokenizer, config.vocab_size, checkpoint.path)
+    decoder, unused = _build_decoder(checkpoint, config, device, dtype, choice, report)
+    warnings += tensor_warning(unused)
+    return _Body(decoder, spec, tokenizer, config.max_position, tuple(warnings))
 
 
 def _load_fallback(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Progress) -> _Body:
@@ -289,7 +301,10 @@ def _load_fallback(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
     report("reading the tokenizer", 0.9)
     tokenizer = load_tokenizer(checkpoint)
     spec = spec_of(decoder, checkpoint)
-    return _Body(decoder, spec, tokenizer, context_of(decoder.model.config))
+    known = fields_known(decoder.model.config)
+    warnings = [*unknown_to(checkpoint.config, known, type(decoder.model.config).__name__)]
+    warnings += check_vocabulary(tokenizer, decoder.vocab_size, checkpoint.path)
+    return _Body(decoder, spec, tokenizer, context_of(decoder.model.config), tuple(warnings))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -375,6 +390,12 @@ def _read_spec(checkpoint: Checkpoint) -> ModelSpec:
         return ModelSpec.from_hf_config(checkpoint.config)
     except ConfigError as error:
         raise ModelLoadError(error.message, field=error.field, remedy=error.remedy) from error
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise ModelLoadError(
+            f"{checkpoint.path}: the sizes that its configuration states cannot be computed ({error}).",
+            field="config.json",
+            remedy="Mend the configuration, or download the model again.",
+        ) from error
 
 
 def _check_memory(needed: int, device: torch.device, kept: str) -> None:
@@ -395,20 +416,24 @@ def _build_decoder(
     dtype: torch.dtype,
     choice: WeightChoice,
     report: Progress,
-) -> Decoder:
+) -> tuple[Decoder, set[str]]:
+    """The decoder, and the checkpoint's tensors that it has no use for."""
     total = max(len(checkpoint.names()), 1)
-    done = read = 0
+    read = 0
+    used: set[str] = set()
 
     def count(names: tuple[str, ...]) -> None:
-        nonlocal done, read
-        done += len(names)
+        nonlocal read
+        used.update(names)
         read += sum(math.prod(checkpoint.shape(name)) for name in names)
         if read >= _TRIM_ELEMENTS:  # else holes that slices leave between finished weights add up
             _return_freed_memory()
             read = 0
-        report("reading the weights", 0.4 + 0.55 * min(done / total, 1.0))
+        report("reading the weights", 0.4 + 0.55 * min(len(used) / total, 1.0))
 
     decoder = Decoder(config, WeightSource(checkpoint, device, dtype, choice, count))
     if checkpoint.rope_factors is not None:
         decoder.divide_frequencies(checkpoint.rope_factors)
-    return decoder
+    if config.tie_word_embeddings:
+        used.add("lm_head.weight")  # a copy of the embedding, where a file has it
+    return decoder, checkpoint.unused(used)
