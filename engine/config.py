@@ -553,11 +553,16 @@ def _parse_value(spec: Knob, value: Any) -> Any:
             return choice
         raise ConfigError(f"{shown(value)} is not available.", field=spec.name, remedy=_allowed(spec))
     if spec.kind == "str":
-        if isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and "\0" not in value:
+        if isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and _is_name(value):
             return value
         remedy = f"Give a text of 1 to {LONGEST_NAME:,} characters."
         raise ConfigError(f"{shown(value)} is not a name.", field=spec.name, remedy=remedy)
     return _parse_number(spec, value)
+
+
+def _is_name(text: str) -> bool:
+    """False for what no file system and no encoder takes: NUL, half a surrogate pair."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse_bool(spec: Knob, value: Any) -> bool:

@@ -439,7 +439,10 @@ class Engine:
         """A token for each row of the logits, its log-probabilities, and why it has none where sampling it raises."""
         try:
             return Sampled(*self._sample(logits, self._sampling_rows(rows)))
-        except Exception:  # a row's own parameters, or its logits: each is asked by itself
+        except Exception as problem:  # a row's own parameters, or its logits: each is asked by itself
+            if sizing.is_out_of_memory(problem):
+                problem.__traceback__ = None
+                sizing.release_memory()
             return sample_apart(self._sample, logits, rows, lambda row: self._sampling_rows([row]))
 
     def _sampling_rows(self, rows: Sequence[ScheduledRequest]) -> list[SamplingRow]:
@@ -513,6 +516,7 @@ class Engine:
                     failure = sampled.failed.get(place) or Failure(why_no_token(logits[place]), "")
                     tally.raised += place in sampled.failed
                     output = self._append(request, tokens[:-1], now, failure)
+                outputs.append(output)  # from here on its client has the tokens
                 # Asked here, not there: a call for every row that has no new block is a tenth of what a row costs.
                 full = request.num_computed_tokens >= (request.num_published + 1) * size
                 if full and publishes and request.state is RequestState.RUNNING:
@@ -521,11 +525,12 @@ class Engine:
                     reported = sampled.logprobs[offset : offset + len(output.new_token_ids)]
                     output.logprobs = [entry for entry in reported if entry is not None]
                 tally.output_tokens += len(output.new_token_ids)
-                outputs.append(output)
             except Exception as problem:
                 tally.raised += 1
+                has_them = not row.samples or (bool(outputs) and outputs[-1].request_id == request.request_id)
                 failure = Failure.of(problem, "handing out its next token")
-                self._ended.append(self._fail(request, failure, row.start + known if row.samples else None))
+                if request.state is not RequestState.FINISHED:  # else it has had its last output
+                    self._ended.append(self._fail(request, failure, None if has_them else row.start + known))
             offset = end
         return outputs
 
@@ -604,18 +609,20 @@ class Engine:
         """End a request with an error, whatever state what belongs to it is in; it does not raise.
 
         Args:
-            num_known: tokens, those of the prompt included, that its client knows of; all if not given.
+            num_known: tokens, those of the prompt included, that its client knows of if not all: neither the others nor
+                any text of theirs is handed out.
         """
-        if num_known is not None:
-            del request.token_ids[num_known:]
-            del request.times.token_times[num_known - request.num_prompt_tokens :]
         request.finish_reason, request.stop_reason, request.error = "error", None, failure.reason
         request.times.end = time.perf_counter()
         outlet = self._outlets[request.request_id]
         new_text = ""
-        with contextlib.suppress(Exception):  # the detokenizer may be what failed; the reason is told
-            outlet.detokenizer.finish()
-            new_text = outlet.detokenizer.take()
+        if num_known is not None:
+            del request.token_ids[num_known:]
+            del request.times.token_times[num_known - request.num_prompt_tokens :]
+        else:
+            with contextlib.suppress(Exception):  # the detokenizer may be what failed; the reason is told
+                outlet.detokenizer.finish()
+                new_text = outlet.detokenizer.take()
         output = _output(request, outlet, [], new_text)
         self._drop(request)
         if failure.trace:

@@ -69,7 +69,8 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
         self._reconfiguring = threading.Lock()
         self._status: tuple[float, EngineStatus] | None = None
-        self._failures = 0
+        self._tried_anew = False
+        self._failures = 0  # in a row: steps that raised as a whole, tried anew too
         self.on_finished: OutputCallback | None = None  # sees the last output of every request (metrics)
 
     @property
@@ -313,7 +314,7 @@ class EngineLoop:
     def _step(self) -> None:
         try:
             outputs = self.engine.step()
-            self._failures = 0
+            self._tried_anew, self._failures = False, 0
         except Exception as problem:  # not of a row, which would have ended alone
             outputs = self._go_on_after(problem)
         self._deliver(outputs)
@@ -323,16 +324,17 @@ class EngineLoop:
                 raise EngineDeadError(f"no request can be computed any more: {obstacle}")
 
     def _go_on_after(self, problem: Exception) -> list[RequestOutput]:
-        """A step raised as a whole: once it is tried anew, then its requests are given up, then the engine is."""
+        """A step raised as a whole: it is tried anew once, then its requests are given up; at last the engine is."""
         traceback.print_exc()
+        message = f"a step failed: {type(problem).__name__}: {problem}"
+        self.engine.add_event("error", message, {"traceback": traceback.format_exc()})
+        self._tried_anew = not self._tried_anew
+        if self._tried_anew:
+            self.engine.start_over()
+            return []
         self._failures += 1
         if self._failures >= FAILURES_IN_A_ROW:
             raise problem
-        message = f"a step failed: {type(problem).__name__}: {problem}"
-        self.engine.add_event("error", message, {"traceback": traceback.format_exc()})
-        if self._failures == 1:
-            self.engine.start_over()
-            return []
         return self.engine.fail_all(message)
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:

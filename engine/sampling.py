@@ -71,7 +71,7 @@ LIMITS: dict[str, Bounds] = {
     "top_k": Bounds(int, -1, 2**63 - 1, "Give a whole number from 1 to 2^63 - 1, or 0 or -1 for all tokens."),
     "top_p": Bounds(float, 0.0, 1.0, "Give a number above 0 and at most 1.", above=True),
     "min_p": Bounds(float, 0.0, 1.0, "Give a number from 0 to 1."),
-    "repetition_penalty": Bounds(float, 1e-6, 100.0, "Give a number above 0 and at most 100, 1 for none."),
+    "repetition_penalty": Bounds(float, 1e-6, 100.0, "Give a number from 0.000001 to 100, 1 for none."),
     "seed": Bounds(int, -(2**63), 2**64 - 1, "Give a whole number of 64 bits."),
     "logprobs": Bounds(int, 0, 20, "Give a whole number from 0 to 20."),
     "priority": Bounds(int, -(2**31), 2**31 - 1, "Give a whole number of 32 bits; lower runs first."),

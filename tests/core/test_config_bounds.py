@@ -37,7 +37,7 @@ def test_every_number_has_finite_bounds_and_neither_nonsense_nor_what_is_outside
 
 @pytest.mark.parametrize("knob", [knob for knob in knobs() if knob.kind not in ("int", "float")], ids=lambda k: k.name)
 def test_choices_switches_and_names_take_no_nonsense(knob: Knob):
-    for value in (math.nan, 10**5000, [], {}, "", "x" * 5000, "a\0b", None):
+    for value in (math.nan, 10**5000, [], {}, "", "x" * 5000, "a\0b", "\ud83d", None):
         if value is not None or not knob.optional:
             refused(knob.name, value)
 

@@ -229,6 +229,7 @@ def test_prompt_that_cannot_be_published_or_copied_ends_alone(model, alone):
     assert saboteur.raised == {"copy", "publish"}
     assert finished["1"].finish_reason == finished["4"].finish_reason == "error"
     assert finished["4"].prompt_token_ids == PROMPTS[4]
+    assert finished["4"].token_ids == alone(4)[: len(finished["4"].token_ids)]
     assert finished["2"].token_ids == alone(2)
 
 
@@ -360,6 +361,7 @@ class FaultMachine(RuleBasedStateMachine):
         self.saboteur = Saboteur(self.engine)
         self.index: dict[str, int] = {}
         self.received: dict[str, list[int]] = {}
+        self.text: dict[str, str] = {}
         self.finished: dict[str, RequestOutput] = {}
         self.guilty: set[str] = set()
 
@@ -395,6 +397,8 @@ class FaultMachine(RuleBasedStateMachine):
             assert name not in self.finished
             self.received[name] += output.new_token_ids
             assert output.token_ids == self.received[name]
+            self.text[name] = self.text.get(name, "") + output.new_text
+            assert output.text == self.text[name], "what was streamed is not what there is"
             if output.finished:
                 self.finished[name] = output
 

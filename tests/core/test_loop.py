@@ -185,7 +185,7 @@ def test_engine_whose_steps_raise_as_a_whole_answers_its_requests_and_dies_in_th
         raise RuntimeError("nothing works")
 
     monkeypatch.setattr(loop.engine, "step", fail)
-    for _ in range(2):
+    for _ in range(3):
         assert "nothing works" in str(last_of(submit(loop, [1, 2])).error)
     loop._thread.join(10)
     assert "nothing works" in str(loop.error)
