@@ -91,10 +91,9 @@ def check_limit(field: dataclasses.Field[Any], value: float) -> None:
 
 def with_limit_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each limit in place of its ``**limits``."""
-    own = inspect.signature(command)
+    own = inspect.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    annotations = dict(command.__annotations__)
-    annotations.pop("limits", None)
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
     for field in dataclasses.fields(ServerLimits):
         option = typer.Option(
             help=field.metadata["help"], envvar=f"{_ENVIRONMENT}{field.name.upper()}", rich_help_panel="Limits"
