@@ -83,8 +83,8 @@ def test_other_turns_need_content(http: httpx.Client):
 
 def test_bytes_of_chat_logprobs_joined_are_the_utf8_of_the_answer(http: httpx.Client):
     found = 0
-    for seed in range(40):  # random bytes: some of them happen to be characters of several bytes
-        fields = {"max_tokens": 40, "temperature": 1.2, "seed": seed, "logprobs": True, "top_logprobs": 2}
+    for seed in range(6):  # random bytes: some of them happen to be characters of several bytes
+        fields = {"max_tokens": 30, "temperature": 1.2, "seed": seed, "logprobs": True, "top_logprobs": 2}
         choice = http.post(CHAT, json=body_of(CHAT, **fields)).json()["choices"][0]
         content = bytes(byte for entry in choice["logprobs"]["content"] for byte in entry["bytes"])
         assert content.decode("utf-8", "replace") == choice["message"]["content"]
@@ -93,12 +93,12 @@ def test_bytes_of_chat_logprobs_joined_are_the_utf8_of_the_answer(http: httpx.Cl
     assert found
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("with_stop", [False, True])
 def test_text_offsets_streamed_are_those_of_the_whole_and_never_beyond_the_text(
     http: httpx.Client, seed: int, with_stop: bool
 ):
-    fields: dict[str, Any] = {"max_tokens": 60, "temperature": 1.2, "seed": seed, "logprobs": 1, "ignore_eos": True}
+    fields: dict[str, Any] = {"max_tokens": 30, "temperature": 1.2, "seed": seed, "logprobs": 1, "ignore_eos": True}
     if with_stop:
         text = http.post(PLAIN, json=body_of(PLAIN, **fields)).json()["choices"][0]["text"]
         fields["stop"] = [text[len(text) // 2 : len(text) // 2 + 2], "never there"]
@@ -115,7 +115,7 @@ def test_text_offsets_streamed_are_those_of_the_whole_and_never_beyond_the_text(
     assert all(text[at] == token for at, token in zip(offsets, tokens, strict=True) if token != "\ufffd")
     if with_stop:
         assert whole["finish_reason"] == "stop"
-        assert len(tokens) < 60
+        assert len(tokens) < 30
 
 
 def test_default_of_max_tokens_gives_way_to_the_context_and_a_stated_one_is_refused(

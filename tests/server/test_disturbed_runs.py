@@ -11,7 +11,14 @@ from engine.client import RunInProgressError
 from engine.measure.results import RunResult, from_json
 from tests.server.conftest import ServedApp, slowed, wait_until
 
-WORKLOAD = {"name": "tiny", "num_requests": 12, "prompt_tokens": 12, "output_tokens": 20, "warmup_requests": 0}
+WORKLOAD = {
+    "name": "tiny",
+    "num_requests": 8,
+    "prompt_tokens": 12,
+    "output_tokens": 15,
+    "warmup_requests": 0,
+    "arrival": {"kind": "closed-loop", "concurrency": 1},
+}
 LABEL = "the run to keep"
 
 
@@ -32,7 +39,7 @@ def finish(served: ServedApp, job_id: str) -> list[RunResult]:
 
 def test_change_during_a_run_is_refused_naming_the_run_and_the_remedy(served: ServedApp):
     knobs = served.client.config()["config"]
-    with slowed(served, 0.02):
+    with slowed(served, 0.03):
         job_id = start(served)
         for change in (
             lambda: served.client.patch_config({"draft_length": 3}),
@@ -45,7 +52,7 @@ def test_change_during_a_run_is_refused_naming_the_run_and_the_remedy(served: Se
             assert refused.value.status_code == 409
             assert LABEL in refused.value.message
             assert "tiny" in refused.value.message
-            assert "of 12 requests" in refused.value.message
+            assert "of 8 requests" in refused.value.message
             assert refused.value.remedy
         (result,) = finish(served, job_id)
     assert result.disturbed == []
@@ -55,7 +62,7 @@ def test_change_during_a_run_is_refused_naming_the_run_and_the_remedy(served: Se
 
 def test_forced_change_marks_the_run(served: ServedApp):
     before = served.client.config()["config"]["draft_length"]
-    with slowed(served, 0.02):
+    with slowed(served, 0.03):
         job_id = start(served)
         began = time.time()
         served.client.patch_config({"draft_length": before + 1}, force=True)
@@ -68,7 +75,7 @@ def test_forced_change_marks_the_run(served: ServedApp):
 
 
 def test_requests_of_others_mark_the_run(served: ServedApp):
-    with slowed(served, 0.02):
+    with slowed(served, 0.03):
         job_id = start(served)
         for _ in range(3):
             served.client.complete("hello", max_tokens=1)
@@ -81,7 +88,7 @@ def test_requests_of_others_mark_the_run(served: ServedApp):
 def test_arms_of_a_comparison_do_not_disturb_it_and_a_forced_change_marks_what_follows(served: ServedApp):
     arms = {"arm_a": {"batching": "static"}, "arm_b": {"batching": "continuous"}, "repeats": 1}
     assert [run.disturbed for run in finish(served, start(served, comparison=arms))] == [[], []]
-    with slowed(served, 0.02):
+    with slowed(served, 0.03):
         job_id = start(served, comparison=arms)
         wait_until(lambda: len(served.client.run_status(job_id)["run_ids"]) == 2, 60)
         served.client.patch_config({"draft_length": 7}, force=True)
