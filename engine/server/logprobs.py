@@ -42,7 +42,7 @@ class TokenTexts:
 
 
 class _ByteOffsets:
-    """Where in the text each token begins, of a byte-level tokenizer: tokens inside of a character at that character."""
+    """Where in the text each token of a byte-level tokenizer begins; one inside a character begins where that does."""
 
     def __init__(self, table: TokenBytes) -> None:
         self._table = table
