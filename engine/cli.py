@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 PROGRAM = "python -m engine"
 DEFAULT_MODEL = knob("model").default
 DEFAULT_MAX_TOKENS = 128
+MAX_WHOLE = 2**31 - 1
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -188,7 +189,9 @@ def generate(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help=f"Most output tokens. Default: {DEFAULT_MAX_TOKENS}, less where the context is shorter."),
+        typer.Option(
+            max=MAX_WHOLE, help=f"Most output tokens. Default: {DEFAULT_MAX_TOKENS}, less where the context is shorter."
+        ),
     ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Always take the most likely token (as without any sampling option).")
@@ -196,11 +199,14 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: 1 if --top-k, --top-p or --min-p is given, else 0.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(max=MAX_WHOLE, help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the fewest tokens of this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: seen tokens become less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable; without effect on greedy.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=-(2**63), max=2**63 - 1, help="Makes sampling repeatable; without effect on greedy."),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the output; may be given several times.")
     ] = None,
@@ -347,7 +353,9 @@ app.command(name="plan")(plan)
 def bench(
     workload: Annotated[str, typer.Option("--workload", "-w", help="Name of a workload, or path of a JSON file.")],
     model: ModelName = None,
-    seed: Annotated[int, typer.Option(help="Of the workload: the same seed gives the same requests.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of the workload: the same seed gives the same requests.")
+    ] = 0,
     settings: Settings = None,
     dtype: ComputeDtype = None,
     label: Annotated[str, typer.Option(help="Free text on the record of the run.")] = "",

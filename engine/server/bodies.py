@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from engine.errors import HeadroomError, RequestError
+from engine.errors import HeadroomError, QueueFullError, RequestError
 from engine.server.limits import ServerLimits
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,6 +25,8 @@ _SMALL_BODY_BYTES = 65_536
 # Values that may not be finite numbers: only then is the whole document looked through.
 _SUSPICIOUS = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}")
 _LONGEST_ECHO = 200
+# Bodies are held in memory: as much as this many of the largest ones at a time.
+_BODIES_AT_ONCE = 16
 
 
 class TooLargeError(RequestError):
@@ -49,6 +51,7 @@ class BodyReader:
     def __init__(self, limits: ServerLimits) -> None:
         self._limits = limits
         self._large = asyncio.Semaphore(1)
+        self._held_bytes = 0  # of all bodies that are being read or wait to be parsed
 
     def document(self) -> Callable[[Request], Awaitable[dict[str, Any]]]:
         """A dependency: the body as a JSON object without numbers that are not finite."""
@@ -72,31 +75,37 @@ class BodyReader:
 
     async def _object(self, request: Request) -> dict[str, Any]:
         _check_media_type(request.headers.get("content-type"))
-        content = await self._read(request)
-        if len(content) <= _SMALL_BODY_BYTES:
-            return parse_object(content)
-        async with self._large:
-            return await asyncio.to_thread(parse_object, content)
+        content = bytearray()
+        try:
+            await self._read(request, content)
+            if len(content) <= _SMALL_BODY_BYTES:
+                return parse_object(bytes(content))
+            async with self._large:
+                return await asyncio.to_thread(parse_object, bytes(content))
+        finally:
+            self._held_bytes -= len(content)
 
-    async def _read(self, request: Request) -> bytes:
+    async def _read(self, request: Request, content: bytearray) -> None:
         """The body, refused as soon as it is known to be too long, whether its length was announced or not."""
         limit = self._limits.max_body_bytes
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and (len(announced) > 18 or int(announced) > limit):
             raise _too_long(limit)
-        content = bytearray()
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 async for chunk in request.stream():
                     content += chunk
+                    self._held_bytes += len(chunk)
                     if len(content) > limit:
                         raise _too_long(limit)
+                    if self._held_bytes > _BODIES_AT_ONCE * limit:
+                        remedy = "Try again in a moment, or raise --max-body-bytes."
+                        raise QueueFullError("too many large bodies come at once.", field="body", remedy=remedy)
         except TimeoutError:
             message = f"the body has not come within {self._limits.body_seconds:g} s."
             raise SlowClientError(message, remedy="Send it faster, or raise --body-seconds.") from None
         except ClientDisconnect:
             raise SlowClientError("the client has gone.", remedy="Send the whole body.") from None
-        return bytes(content)
 
 
 def _check_media_type(header: str | None) -> None:

@@ -69,7 +69,7 @@ def limits_from_environment(**defaults: float) -> ServerLimits:
         text = os.environ.get(f"{_ENVIRONMENT}{field.name.upper()}")
         if text:
             try:
-                values[field.name] = type(field.default)(text)
+                values[field.name] = _kind(field)(text)
             except ValueError:
                 check_limit(field, math.nan)
     return ServerLimits(**values)
@@ -89,17 +89,20 @@ def check_limit(field: dataclasses.Field[Any], value: float) -> None:
         raise ConfigError(f"{value!r} is out of range.", field=field.name, remedy=remedy)
 
 
+def _kind(field: dataclasses.Field[Any]) -> type[int] | type[float]:
+    return float if isinstance(field.default, float) else int
+
+
 def with_limit_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each limit in place of its ``**limits``."""
-    own = inspect.signature(command)
+    own = inspect.signature(command, eval_str=True)
     parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    annotations = dict(command.__annotations__)
-    annotations.pop("limits", None)
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
     for field in dataclasses.fields(ServerLimits):
         option = typer.Option(
             help=field.metadata["help"], envvar=f"{_ENVIRONMENT}{field.name.upper()}", rich_help_panel="Limits"
         )
-        annotation = Annotated[type(field.default), option]
+        annotation: Any = Annotated[_kind(field), option]  # type: ignore[valid-type]
         annotations[field.name] = annotation
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from typing import Any
 
-from engine.detokenizer import Detokenizer, token_bytes
+from engine.detokenizer import Detokenizer, TokenBytes, token_bytes
 from engine.outputs import RequestOutput, TokenLogprob
 
 _LOWEST = -9999.0  # stands for minus infinity, for which JSON has no word; so does OpenAI's
@@ -40,6 +41,40 @@ class TokenTexts:
         return (token.replace("\u2581", " ") if "\u2581" in token else self.text(token_id)).encode()
 
 
+class _ByteOffsets:
+    """Where in the text each token of a byte-level tokenizer begins; one inside a character begins where that does."""
+
+    def __init__(self, table: TokenBytes) -> None:
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoded = 0  # whole characters so far
+
+    def next(self, token_id: int) -> int:
+        """The place of the next token."""
+        content = self._table[token_id][0]
+        begun = bool(self._utf8.getstate()[0])
+        # a byte that does not go on with what has begun makes that one U+FFFD, which comes before this token
+        broken = begun and bool(content) and not 0x80 <= content[0] < 0xC0
+        place = self._decoded + broken
+        self._decoded += len(self._utf8.decode(content))
+        return place
+
+
+class _TextOffsets:
+    """The same for other tokenizers, by decoding as the engine does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._decoded = 0
+
+    def next(self, token_id: int) -> int:
+        """The place of the next token."""
+        place = self._decoded
+        self._detokenizer.append(token_id)
+        self._decoded += len(self._detokenizer.take())
+        return place
+
+
 class ChoiceLogprobs:
     """The log-probabilities of one choice, handed out along with its text.
 
@@ -50,8 +85,7 @@ class ChoiceLogprobs:
     def __init__(self, texts: TokenTexts, *, chat: bool) -> None:
         self._texts = texts
         self._chat = chat
-        self._detokenizer = Detokenizer(texts.tokenizer, (), texts.table)
-        self._decoded = 0  # characters of the tokens so far
+        self._offsets = _ByteOffsets(texts.table) if texts.table is not None else _TextOffsets(texts.tokenizer)
         self._released = 0  # characters of the text handed out
         self._pending: list[tuple[TokenLogprob, int]] = []
 
@@ -60,9 +94,7 @@ class ChoiceLogprobs:
         if output.logprobs is None and not self._pending:
             return None
         for entry in output.logprobs or ():
-            self._pending.append((entry, self._decoded))
-            self._detokenizer.append(entry.token_id)
-            self._decoded += len(self._detokenizer.take())
+            self._pending.append((entry, self._offsets.next(entry.token_id)))
         self._released += len(output.new_text)
         cut = isinstance(output.stop_reason, str)
         ready = [pair for pair in self._pending if pair[1] < self._released or (output.finished and not cut)]

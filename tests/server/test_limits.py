@@ -18,9 +18,12 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+from fastapi import Request
 
+from engine import cli
 from engine.config import EngineConfig
 from engine.errors import ConfigError, QueueFullError, RequestError
+from engine.server.bodies import BodyReader
 from engine.server.limits import ServerLimits, limits_from_environment
 from engine.server.texts import TextPool
 from tests.conftest import save_tiny_llama
@@ -127,7 +130,7 @@ def test_long_headers_are_refused_whether_they_come_at_once_or_in_pieces(small: 
     assert response.status_code == 431
     with connect(small) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ")
-        connection.sendall(b"y" * 4000)
+        connection.sendall(b"y" * 4500)
         assert answer_to(connection).startswith(b"HTTP/1.1 431 ")
 
 
@@ -371,3 +374,68 @@ def test_every_limit_has_bounds_and_help_and_is_set_by_its_variable(field: Any, 
     monkeypatch.setenv(f"HEADROOM_{field.name.upper()}", "many")
     with pytest.raises(ConfigError, match=field.name):
         limits_from_environment()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("serve", "--max-choices", "0"), "max_choices"),
+        (("serve", "--max-body-bytes", "9" * 30), "max_body_bytes"),
+        (("serve", "--drain-seconds", "nan"), "drain_seconds"),
+        (("serve", "--header-seconds", "inf"), "header_seconds"),
+        (("serve", "--text-workers", "many"), "text_workers"),
+        (("serve", "--port", "70000"), "port"),
+        (("serve", "--port", "-1"), "port"),
+        (("serve", "--parent-pid", "0"), "parent_pid"),
+        (("generate", "--prompt", "x", "--seed", "9" * 30), "seed"),
+        (("generate", "--prompt", "x", "--top-k", "9" * 30), "top_k"),
+        (("generate", "--prompt", "x", "--max-tokens", "9" * 30), "max_tokens"),
+        (("generate", "--prompt", "x", "--temperature", "nan"), "temperature"),
+        (("bench", "--workload", "x", "--seed", "-1"), "seed"),
+        (("bench", "--workload", "x", "--seed", "9" * 30), "seed"),
+    ],
+)
+def test_number_out_of_bounds_on_the_command_line_is_wrong_input(
+    arguments: tuple[str, ...], field: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main([*arguments, "--json"] if arguments[0] != "serve" else arguments) == 2
+    captured = capsys.readouterr()
+    if arguments[0] == "serve":
+        assert captured.err.startswith("error: ")
+        assert field.replace("_", "-") in captured.err.replace("_", "-")
+    else:
+        error = json.loads(captured.out)["error"]
+        assert (error["field"], bool(error["remedy"])) == (field, True)
+
+
+def test_large_bodies_that_come_at_once_are_refused_before_memory_runs_out():
+    reader = BodyReader(ServerLimits(max_body_bytes=1024))
+
+    async def read(release: asyncio.Event) -> str:
+        async def receive() -> dict[str, Any]:
+            if release.is_set():
+                return {"type": "http.request", "body": b"}", "more_body": False}
+            if sent:
+                await release.wait()
+                return {"type": "http.request", "body": b"}", "more_body": False}
+            sent.append(True)
+            return {"type": "http.request", "body": b"{" + b" " * 1000, "more_body": True}
+
+        sent: list[bool] = []
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"application/json")]}
+        try:
+            return str(await reader.document()(Request(scope, receive)))
+        except QueueFullError as problem:
+            return str(problem.field)
+
+    async def run() -> list[str]:
+        release = asyncio.Event()
+        tasks = [asyncio.create_task(read(release)) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        release.set()
+        return await asyncio.gather(*tasks)
+
+    answers = in_a_thread(run)
+    assert answers.count("{}") == 16
+    assert answers.count("body") == 4
+    assert in_a_thread(run) == answers  # all that was held has been given back

@@ -108,7 +108,7 @@ def test_openai_client_talks_to_the_default_model(tmp_path: Path, default_gguf: 
 
 
 def test_sigterm_answers_what_is_in_flight_and_ends_with_exit_code_0(tmp_path: Path, tiny_options: tuple[str, ...]):
-    with started(tmp_path, *tiny_options, "--set", "attention=reference") as worker:
+    with started(tmp_path, *tiny_options, "--set", "attention=reference", "--drain-seconds", "0") as worker:
         client = worker.ready()
         chunks = client.stream_chat([{"role": "user", "content": "hello"}], **LONG)
         next(chunks)
