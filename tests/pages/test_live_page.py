@@ -243,6 +243,18 @@ def test_a_change_during_a_run_is_refused_and_can_be_made_all_the_same(page, cli
     assert not [button for button in page.button if str(button.key).startswith("force-")]
 
 
+def test_a_load_during_a_run_is_refused_and_can_be_made_all_the_same(page, client):
+    client.recording = "run 4f2a"
+    page.run()
+    next(button for button in page.button if button.label == "Load model").click().run()
+    assert client.loads == []
+    assert "run 4f2a is in progress" in texts(page.error)
+    page.button(key="force-load").click().run()
+    assert len(client.loads) == 1
+    assert not page.exception
+    assert not [button for button in page.button if button.key == "force-load"]
+
+
 def test_another_refusal_offers_no_change_at_the_cost_of_a_run(page, client):
     def refuse(changes, **_):
         raise FakeApiError("too many", field="max_running", status_code=400)
