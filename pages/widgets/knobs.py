@@ -231,8 +231,9 @@ def settle_change(services: Services) -> bool:
     if problem is not None:
         name = getattr(problem, "field", None)
         name = name if name in pending.changes else next(iter(pending.changes))
-        st.session_state["knob_errors"] = {name: error_text(problem)}
-        st.session_state["disturbing_change"] = pending.changes if _is_run_in_progress(problem) else {}
+        disturbs = _is_run_in_progress(problem)
+        st.session_state["knob_errors"] = {name: plain(problem) if disturbs else error_text(problem)}
+        st.session_state["disturbing_change"] = pending.changes if disturbs else {}
     else:
         result = pending.future.result()
         st.session_state.setdefault("toasts", []).append(change_text(result))
