@@ -13,7 +13,7 @@ from pages.background.feed import Snapshot
 from pages.services import Services, get_services
 from pages.widgets.block_map import block_map
 from pages.widgets.chat import chat, streams
-from pages.widgets.event_log import event_log
+from pages.widgets.event_log import clock_text, event_log
 from pages.widgets.knobs import config_in_force, knob_panel, load_form, settle_change, show_toasts
 from pages.widgets.live_charts import live_charts
 from pages.widgets.memory import memory_bar
@@ -132,7 +132,8 @@ def _config_moved(snapshot: Snapshot) -> bool:
 
 def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
     model, totals = engine.model, engine.totals
-    recent = [step for step in snapshot.steps[-400:] if step.time_unix_s > snapshot.taken_unix_s - 3.0]
+    since = snapshot.taken_unix_s - 3.0
+    recent = [step for step in snapshot.steps[-400:] if step.time_unix_s > since] if snapshot.busy else []
     speed = sum(step.output_tokens for step in recent) / 3.0
     columns = st.columns(5)
     columns[0].metric(
@@ -203,9 +204,9 @@ def _details(engine: EngineStatus) -> dict[str, str]:
 
 def _history_charts(snapshot: Snapshot, busy: bool) -> None:
     end = snapshot.taken_unix_s if busy else max(snapshot.steps[-1].time_unix_s, _last_event(snapshot))
-    ago = time.time() - end
+    now = time.time()
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-        st.caption("Live" if busy else f"Idle. The last step was {seconds_text(ago)} ago.", width="content")
+        st.caption("Live" if busy else f"Idle. The last step was {clock_text(end, now)}.", width="content")
         window = st.segmented_control(
             "Window", list(_WINDOWS), default="1 min", key="live-window", label_visibility="collapsed", required=True
         )

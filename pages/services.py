@@ -151,13 +151,16 @@ class Services:
         options = {"force": True} if force else {}
         return self._pool.submit(lambda: self.client.patch_config(dict(changes), **options))
 
-    def load(self, config: Mapping[str, Any]) -> None:
+    def load(self, config: Mapping[str, Any], *, force: bool = False) -> None:
         """Load a model (in the worker's background).
+
+        Args:
+            force: also while a run is being recorded, which this ends or marks as disturbed.
 
         Raises:
             HeadroomError: if the worker refuses the knobs.
         """
-        self.client.load(dict(config))
+        self.client.load(dict(config), **({"force": True} if force else {}))
         self._forget_health()
 
     def restart(self) -> None:

@@ -145,8 +145,11 @@ class Feed:
 
     def _is_behind(self, worker: Mapping[str, Any]) -> bool:
         """True if there are steps or events that were not read yet, or if the worker does not say."""
-        read = (self._last_step, self._last_event, self._events[-1].time_unix_s if self._events else None)
-        return tuple(worker.get(name) for name in ("last_step", "last_event", "last_event_unix_s")) != read
+        newest = self._events[-1].time_unix_s if self._events else None
+        moved = worker.get("last_event_unix_s") != newest
+        if moved and worker.get("last_event") == self._last_event:
+            self._last_step, self._last_event = -1, -1  # another engine in the same process: read it whole
+        return moved or (worker.get("last_step"), worker.get("last_event")) != (self._last_step, self._last_event)
 
     def _extend(self, series: Mapping[str, Any]) -> None:
         last_step, last_event = int(series.get("last_step", -1)), int(series.get("last_event", -1))

@@ -13,6 +13,7 @@ import streamlit as st
 from engine.config import EngineConfig, Knob, Tier
 from pages.background.feed import Snapshot
 from pages.services import Services
+from pages.widgets.actions import act, show_problem
 from pages.widgets.messages import error_text, value_text
 from pages.widgets.quality_reference import reference_note
 from pages.widgets.text import plain
@@ -230,8 +231,9 @@ def settle_change(services: Services) -> bool:
     if problem is not None:
         name = getattr(problem, "field", None)
         name = name if name in pending.changes else next(iter(pending.changes))
-        st.session_state["knob_errors"] = {name: error_text(problem)}
-        st.session_state["disturbing_change"] = pending.changes if _is_run_in_progress(problem) else {}
+        disturbs = _is_run_in_progress(problem)
+        st.session_state["knob_errors"] = {name: plain(problem) if disturbs else error_text(problem)}
+        st.session_state["disturbing_change"] = pending.changes if disturbs else {}
     else:
         result = pending.future.result()
         st.session_state.setdefault("toasts", []).append(change_text(result))
@@ -275,9 +277,23 @@ def load_form(services: Services, knobs: Iterable[Knob], config: Mapping[str, An
         wanted = {**config, **{knob.name: st.session_state[f"reload-{knob.name}"] for knob in fixed}}
         if wanted.get("max_running", 0) > wanted.get("max_num_seqs", 0):
             wanted["max_running"] = wanted["max_num_seqs"]
+        st.session_state.pop("disturbing_load", None)
         try:
-            services.load(EngineConfig().with_changes(wanted).to_dict())
+            config = EngineConfig().with_changes(wanted).to_dict()
+            services.load(config)
         except Exception as problem:
             st.error(error_text(problem), icon=":material/error:")
+            if _is_run_in_progress(problem):
+                st.session_state["disturbing_load"] = config
         else:
             st.rerun()
+    refused = st.session_state.get("disturbing_load")
+    if refused is not None:
+        words = "Load anyway (marks the run)"
+        st.button(words, key="force-load", icon=":material/flag:", on_click=act, args=("force-load", _load, services))
+    show_problem("force-load")
+
+
+def _load(services: Services) -> None:
+    """Callback: the refused load once more, now at the cost of the run."""
+    services.load(st.session_state.pop("disturbing_load"), force=True)

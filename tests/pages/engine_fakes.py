@@ -185,9 +185,7 @@ class FakeClient:
 
     def patch_config(self, changes: Mapping[str, Any], *, force: bool = False) -> ReconfigureResult:
         self._check()
-        if self.recording and not force:
-            message = f"{self.recording} is in progress, and this would disturb it."
-            raise FakeApiError(message, field="run", remedy="Wait for it.", status_code=409)
+        self._refuse_during_run(force)
         self.patches.append(dict(changes))
         before, self.config_now = self.config_now, self.config_now.with_changes(changes)
         changed = before.difference(self.config_now)
@@ -196,6 +194,11 @@ class FakeClient:
         summary = f"{summary} (paused 0.4 ms)"
         self.events.append(EngineEvent(len(self.events), time.time(), "reconfigure", summary, detail))
         return ReconfigureResult(changed, "live", 0.4, 0.0, self.running, [])
+
+    def _refuse_during_run(self, force: bool) -> None:
+        if self.recording and not force:
+            message = f"{self.recording} is in progress, and this would disturb it."
+            raise FakeApiError(message, field="run", remedy="Wait for it.", status_code=409)
 
     def series(self, *, steps_since: int = -1, events_since: int = -1) -> dict[str, Any]:
         self._check()
@@ -223,7 +226,8 @@ class FakeClient:
                 )
             )  # fmt: skip
 
-    def load(self, config: Mapping[str, Any]) -> None:
+    def load(self, config: Mapping[str, Any], *, force: bool = False) -> None:
+        self._refuse_during_run(force)
         self.loads.append(dict(config))
 
     def workloads(self) -> list[dict[str, Any]]:

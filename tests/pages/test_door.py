@@ -71,7 +71,7 @@ def reachable(port):
 
 def ask(port, path, *headers, method="GET"):
     """Status and headers of the answer to a request written by hand."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as link:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as link:
         lines = [f"{method} {path} HTTP/1.1", *headers]
         link.sendall(("\r\n".join(lines) + "\r\n\r\n").format(port=port).encode())
         answer = b""

@@ -51,6 +51,14 @@ def test_status_has_worker_engine_and_telemetry(server: Any):
     assert status["telemetry"]
 
 
+def test_status_numbers_the_newest_step_and_event_as_the_series_do(server: Any):
+    server.client.complete([1, 2, 3], max_tokens=2)
+    worker, series = server.client.status()["worker"], server.client.series()
+    assert worker["last_step"] == series["last_step"] == series["steps"][-1]["index"]
+    assert worker["last_event"] == series["last_event"] == series["events"][-1]["index"]
+    assert worker["last_event_unix_s"] == series["events"][-1]["time_unix_s"]
+
+
 def test_config_carries_every_knob_and_can_be_changed(server: Any):
     document = server.client.config()
     assert document["config"].keys() == {knob["name"] for knob in document["knobs"]}
