@@ -217,7 +217,9 @@ def _entry_changed(chance: random.Random, folder: Path) -> str:
     if field is None:
         header[name] = chance.choice(HOSTILE)
     else:
-        header[name][field] = chance.choice((*HOSTILE, "BF16", "F16", "I64", "F8_E4M3", "Q4", [64, -64], [2**40, 2**40]))
+        header[name][field] = chance.choice(
+            (*HOSTILE, "BF16", "F16", "I64", "F8_E4M3", "Q4", [64, -64], [2**40, 2**40])
+        )
     write_safetensors(folder / "model.safetensors", header, data)
     return f"{name} {field}"
 
