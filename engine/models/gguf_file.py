@@ -30,6 +30,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _SUPPORTED_VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
+_MOST_TRAILING = 1 << 20
 _MOST_PAIRS = 1 << 16
 _MOST_TENSORS = 1 << 20
 _LONGEST_ARRAY = 1 << 24  # a vocabulary's scores are a hundredth of it
@@ -149,7 +150,7 @@ class GGUFFile:
         data_start = position + (-position) % alignment
         for info in infos.values():
             self._add(dataclasses.replace(info, offset=info.offset + data_start))
-        self._refuse_overlaps()
+        self._check_places()
 
     def _add(self, info: TensorInfo) -> None:
         end = info.offset + info.num_bytes
@@ -159,8 +160,11 @@ class GGUFFile:
             )
         self.tensors[info.name] = info
 
-    def _refuse_overlaps(self) -> None:
+    def _check_places(self) -> None:
         ordered = sorted(self.tensors.values(), key=lambda info: (info.offset, info.num_bytes))
+        end = max((info.offset + info.num_bytes for info in ordered), default=0)
+        if ordered and len(self._map) - end > _MOST_TRAILING:
+            raise self._broken(f"has {len(self._map) - end:,} bytes behind its last tensor: it is damaged")
         for before, after in itertools.pairwise(ordered):
             if after.offset < before.offset + before.num_bytes:
                 raise self._broken(f"lets the tensors {before.name[:100]!r} and {after.name[:100]!r} overlap")

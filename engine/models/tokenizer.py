@@ -133,7 +133,7 @@ def _convert(checkpoint: GGUFCheckpoint) -> Any:
 
 
 def _drop_tokens_from(tokenizer: Any, first: int) -> None:
-    """Take back the tokens with ids from ``first`` on: transformers adds ``<|endoftext|>`` also to a vocabulary without it,
+    """Take back tokens with ids from ``first`` on: transformers adds ``<|endoftext|>`` also to a vocabulary without it,
     with an id that the embedding has no row for, or another's."""
     from tokenizers import Tokenizer
 
