@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.capacity.budget import whole_blocks
 from engine.capacity.catalog import model_spec
+from engine.capacity.formats import DTYPE_BYTES
 from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, with_memory
 from engine.capacity.kv import (
     blocks_for,
@@ -17,7 +18,7 @@ from engine.capacity.kv import (
     kv_bytes_per_token,
     state_bytes_per_sequence,
 )
-from engine.capacity.layers import Attention, LatentAttention
+from engine.capacity.layers import Attention, LatentAttention, share
 from engine.capacity.notes import assumptions_of, warnings_of
 from engine.capacity.parallel import Stage, pipeline_stages
 from engine.capacity.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
@@ -111,7 +112,12 @@ class Plan:
         memory, count = self.memory, self.parameters
         return {
             "request": _request_dict(self.request),
-            "parameters": {"total": count.total, "active": count.active, "by_part": count.by_part()},
+            "parameters": {
+                "total": count.total,
+                "active": count.active,
+                "by_part": count.by_part(),
+                "encoder": self.request.spec.encoder,
+            },
             "memory": {
                 "capacity_gib": memory.capacity / GIB,
                 "limit_gib": memory.limit / GIB,
@@ -315,6 +321,8 @@ def _weights(request: CompleteRequest, stage: Stage) -> tuple[int, int, int]:
     """Bytes on one GPU of a stage: (weights, LoRA adapters, draft model)."""
     spec, profile, tp = request.spec, request.profile, request.tp
     weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage, ep=request.ep)
+    if stage.first and not profile.text_only:
+        weights += share(spec.encoder, tp) * DTYPE_BYTES[request.dtype]
     adapters = lora_bytes(spec, request.lora_rank, request.lora_adapters, request.dtype, tp=tp, stage=stage)
     draft = 0
     if request.draft is not None and stage.last:

@@ -145,6 +145,8 @@ def test_language_model_inside_a_multimodal_one_is_counted_as_it_is_built(model_
     spec = ModelSpec.from_hf_config({**stated.to_dict(), "architectures": [type(model).__name__]})
     assert parameter_count(spec).total == built
     assert "encoder" in spec.notes[0]
+    if spec.encoder:
+        assert spec.encoder == sum(tensor.numel() for _, tensor in tensors) - built
     assert not [note for note in spec.notes if note.startswith("Not read")]
 
 
