@@ -262,6 +262,8 @@ def _language_model(config: Stated, outer: Family) -> tuple[Family, Stated, list
     if not outer.text:
         return outer, config.over(dict(outer.defaults)), []
     inner = config.get("text_config", config.get("llm_config"))
+    if inner is None and config.get("hidden_size") is not None:  # older files have its fields beside the encoder's
+        inner = {name: config[name] for name in config if name not in ("model_type", "architectures", *_ELSEWHERE)}
     if not isinstance(inner, Mapping):
         raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)
     wanted = inner.get("model_type") or dict(outer.defaults)["text_model_type"]
