@@ -38,7 +38,8 @@ class MemoryBudget:
     Attributes:
         capacity: all that a process can see.
         reserved: what the engine leaves alone: capacity · (1 - utilization).
-        weights, adapters, draft, activation, non_torch, kv: what it takes; draft: the draft model's weights.
+        weights, adapters, draft, activation, non_torch, kv: what it takes; weights: an image encoder's included; draft:
+            the draft model's weights.
         unused: less than one block, or what the engine has no use for.
         excess: by how much weights, activations and non-torch alone exceed the limit; then kv and unused are 0.
     """
@@ -112,16 +113,12 @@ class Plan:
         memory, count = self.memory, self.parameters
         return {
             "request": _request_dict(self.request),
-            "parameters": {
-                "total": count.total,
-                "active": count.active,
-                "by_part": count.by_part(),
-                "encoder": self.request.spec.encoder,
-            },
+            "parameters": {"total": count.total, "active": count.active, "by_part": count.by_part()},
             "memory": {
                 "capacity_gib": memory.capacity / GIB,
                 "limit_gib": memory.limit / GIB,
                 "weights_gib": memory.weights / GIB,
+                "encoder_gib": _encoder_bytes(self.request, self.stage) / GIB,
                 "adapters_gib": memory.adapters / GIB,
                 "draft_gib": memory.draft / GIB,
                 "activation_gib": memory.activation / GIB,
@@ -321,13 +318,19 @@ def _weights(request: CompleteRequest, stage: Stage) -> tuple[int, int, int]:
     """Bytes on one GPU of a stage: (weights, LoRA adapters, draft model)."""
     spec, profile, tp = request.spec, request.profile, request.tp
     weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage, ep=request.ep)
-    if stage.first and not profile.text_only:
-        weights += share(spec.encoder, tp) * DTYPE_BYTES[request.dtype]
+    weights += _encoder_bytes(request, stage)
     adapters = lora_bytes(spec, request.lora_rank, request.lora_adapters, request.dtype, tp=tp, stage=stage)
     draft = 0
     if request.draft is not None and stage.last:
         draft = resident_weight_bytes(profile, request.draft, request.dtype, request.dtype, request.draft_tp)
     return weights, adapters, draft
+
+
+def _encoder_bytes(request: CompleteRequest, stage: Stage) -> int:
+    """An image encoder's weights on one GPU of the first stage, unquantized."""
+    if not stage.first or request.profile.text_only:
+        return 0
+    return share(request.spec.encoder, request.tp) * DTYPE_BYTES[request.dtype]
 
 
 def _cached(request: CompleteRequest) -> ModelSpec:
