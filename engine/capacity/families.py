@@ -228,7 +228,14 @@ FAMILIES: tuple[Family, ...] = (
         head_bias=True,
         max_position=2048,
     ),
-    Family("phi3", "Phi3ForCausalLM", sliding="always", window=None, max_position=4096),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        sliding="always",
+        window=None,
+        max_position=4096,
+        unused=("full_attn_mod", "interpolate_factor"),
+    ),
     Family(
         "phimoe",
         "PhimoeForCausalLM",
@@ -361,7 +368,7 @@ FAMILIES: tuple[Family, ...] = (
         tied=True,
         biases="config",
         max_position=32768,
-        unused=("no_rope_layers", "no_rope_layer_interval"),
+        unused=("no_rope_layers", "no_rope_layer_interval", "max_window_layers"),
     ),
     Family(
         "starcoder2",
@@ -374,6 +381,7 @@ FAMILIES: tuple[Family, ...] = (
         norm_bias=True,
         gated=False,
         max_position=4096,
+        unused=("mlp_type",),
     ),
     Family("glm4", "Glm4ForCausalLM", num_kv_heads=2, head_dim=128, biases="config_qkv", norms=4, max_position=131072),
     Family(
