@@ -429,11 +429,15 @@ def _compressed_format(weights: Stated) -> WeightFormat | None:
 def _kv_dtype(stated: Stated) -> tuple[str | None, list[str]]:
     """The KV cache format that a checkpoint asks for, and a remark where it is none that is known."""
     for field, value in _kv_statements(stated):
+        remarks: list[str] = []
         if isinstance(value, Mapping):
-            bits, kind = value.get("num_bits"), value.get("type")
+            scheme = Stated(value, path=f"{field}.")
+            bits, kind = scheme.get("num_bits"), scheme.get("type")
             value = "FP8" if bits == 8 and kind == "float" else f"{shown(kind)} of {shown(bits)} bits"
+            scheme.mark("strategy", "symmetric", *_WEIGHT_LOOSE)  # scales of a layer or a head cost nothing
+            remarks = [f"Not read: {', '.join(scheme.unread())} of the quantization."] if scheme.unread() else []
         if isinstance(value, str) and value.upper() in ("FP8", "FP8_E4M3"):
-            return "fp8", []
+            return "fp8", remarks
         return None, [f"Not read: {field} ({shown(value)}): the KV cache is planned in the model's dtype."]
     return None, []
 

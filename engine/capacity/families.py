@@ -53,8 +53,9 @@ class Family:
         head_dim: default of ``head_dim``; None: hidden size / heads.
         tied: default of ``tie_word_embeddings``.
         biases: "config" if ``attention_bias`` (query, key, value and output) and ``mlp_bias`` apply, "attention" if
-            only the former does, "config_qkv" if it means query, key and value alone, "qkv" if these always have
-            one, "qkv_bias" if that field says so, "use_bias" if that field switches all of them, "none".
+            only the former does, "config_qkv" if it means query, key and value alone, "config_out" if the output's is
+            ``attention_out_bias``, "qkv" if these always have one, "qkv_bias" if that field says so, "use_bias" if that
+            field switches all of them, "none".
         qk_norm: queries and keys are normalized: "head" by a weight of head_dim each, "full" over all heads, "config"
             and "config_full" if ``use_qk_norm`` says so.
         sliding: "none", "always" (``sliding_window`` unless null), "switch" (only where ``use_sliding_window``, from
@@ -227,7 +228,14 @@ FAMILIES: tuple[Family, ...] = (
         head_bias=True,
         max_position=2048,
     ),
-    Family("phi3", "Phi3ForCausalLM", sliding="always", window=None, max_position=4096),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        sliding="always",
+        window=None,
+        max_position=4096,
+        unused=("full_attn_mod", "interpolate_factor"),
+    ),
     Family(
         "phimoe",
         "PhimoeForCausalLM",
@@ -360,7 +368,7 @@ FAMILIES: tuple[Family, ...] = (
         tied=True,
         biases="config",
         max_position=32768,
-        unused=("no_rope_layers", "no_rope_layer_interval"),
+        unused=("no_rope_layers", "no_rope_layer_interval", "max_window_layers"),
     ),
     Family(
         "starcoder2",
@@ -373,6 +381,7 @@ FAMILIES: tuple[Family, ...] = (
         norm_bias=True,
         gated=False,
         max_position=4096,
+        unused=("mlp_type",),
     ),
     Family("glm4", "Glm4ForCausalLM", num_kv_heads=2, head_dim=128, biases="config_qkv", norms=4, max_position=131072),
     Family(
@@ -576,6 +585,88 @@ FAMILIES: tuple[Family, ...] = (
         text=True,
         defaults=(("text_model_type", "step3p5"),),
     ),
+    Family(
+        "qwen2_vl_text",
+        "Qwen2VLTextModel",
+        num_kv_heads=8,
+        biases="qkv",
+        sliding="switch",
+    ),
+    Family(
+        "qwen2_vl",
+        "Qwen2VLForConditionalGeneration",
+        text=True,
+        defaults=(("text_model_type", "qwen2_vl_text"),),
+    ),
+    Family(
+        "qwen2_5_vl_text",
+        "Qwen2_5_VLTextModel",
+        num_kv_heads=8,
+        biases="qkv",
+        sliding="switch",
+    ),
+    Family(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        text=True,
+        defaults=(("text_model_type", "qwen2_5_vl_text"),),
+    ),
+    Family(
+        "ministral3",
+        "Ministral3ForCausalLM",
+        num_kv_heads=8,
+        head_dim=128,
+        sliding="always",
+        window=None,
+        max_position=262144,
+    ),
+    Family(
+        "seed_oss",
+        "SeedOssForCausalLM",
+        num_kv_heads=8,
+        head_dim=128,
+        biases="config_out",
+        max_position=524288,
+        defaults=(("attention_bias", True),),
+    ),
+    Family(
+        "exaone4",
+        "Exaone4ForCausalLM",
+        qk_norm="head",
+        sliding="pattern",
+        max_position=2048,
+        defaults=(("sliding_window_pattern", 4),),
+    ),
+    Family(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        biases="attention",
+        qk_norm="full",
+        sliding="pattern",
+        max_position=2048,
+        defaults=(("sliding_window_pattern", 4),),
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        biases="attention",
+        qk_norm="full",
+        max_position=4096,
+        experts=Experts(width="intermediate_size"),
+        unused=("clip_qkv",),
+    ),
+    Family(
+        "ernie4_5",
+        "Ernie4_5ForCausalLM",
+        num_kv_heads=2,
+        head_dim=128,
+        tied=True,
+        biases="use_bias",
+        max_position=131072,
+        defaults=(("use_bias", False),),
+    ),
+    Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", biases="attention", qk_norm="head", max_position=2048),
+    Family("arcee", "ArceeForCausalLM", biases="config", gated=False, max_position=4096),
     Family(
         "nemotron-nas",
         "DeciLMForCausalLM",

@@ -268,7 +268,7 @@ def _corrected(
         _product(mixer, window, count, context, block_size, kv_format(kv_dtype, spec.torch_dtype), tp)
         for (window, mixer), count in merged.items()
     )
-    index = {}
+    index: dict[int, int] = {}
     for layer, count in _attending(spec, whole_model(spec)):
         if layer.index_bytes:
             index[layer.index_bytes] = index.get(layer.index_bytes, 0) + count

@@ -80,6 +80,8 @@ def attention_biases(config: Mapping[str, Any], family: Family) -> tuple[bool, b
         return stated, stated and family.biases != "config_qkv"
     if family.biases == "use_bias":
         return (flag(config, "use_bias", True),) * 2
+    if family.biases == "config_out":
+        return flag(config, "attention_bias", False), flag(config, "attention_out_bias", False)
     if family.biases == "qkv_bias":
         return flag(config, "qkv_bias", True), False
     return family.biases in ("qkv", "all"), family.biases == "all"
@@ -89,7 +91,7 @@ def mlp_bias(config: Mapping[str, Any], family: Family) -> bool:
     """The projections of an MLP have a bias."""
     if family.biases == "use_bias":
         return flag(config, "use_bias", True)
-    return family.biases == "all" or (family.biases == "config" and flag(config, "mlp_bias", False))
+    return family.biases == "all" or (family.biases in ("config", "config_out") and flag(config, "mlp_bias", False))
 
 
 def dense_mlp(config: Mapping[str, Any], family: Family) -> DenseMLP:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.capacity.budget import whole_blocks
 from engine.capacity.catalog import model_spec
+from engine.capacity.formats import DTYPE_BYTES
 from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, with_memory
 from engine.capacity.kv import (
     blocks_for,
@@ -17,7 +18,7 @@ from engine.capacity.kv import (
     kv_bytes_per_token,
     state_bytes_per_sequence,
 )
-from engine.capacity.layers import Attention, LatentAttention
+from engine.capacity.layers import Attention, LatentAttention, share
 from engine.capacity.notes import assumptions_of, warnings_of
 from engine.capacity.parallel import Stage, pipeline_stages
 from engine.capacity.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
@@ -37,7 +38,8 @@ class MemoryBudget:
     Attributes:
         capacity: all that a process can see.
         reserved: what the engine leaves alone: capacity · (1 - utilization).
-        weights, adapters, draft, activation, non_torch, kv: what it takes; draft: the draft model's weights.
+        weights, adapters, draft, activation, non_torch, kv: what it takes; weights: an image encoder's included; draft:
+            the draft model's weights.
         unused: less than one block, or what the engine has no use for.
         excess: by how much weights, activations and non-torch alone exceed the limit; then kv and unused are 0.
     """
@@ -116,6 +118,7 @@ class Plan:
                 "capacity_gib": memory.capacity / GIB,
                 "limit_gib": memory.limit / GIB,
                 "weights_gib": memory.weights / GIB,
+                "encoder_gib": _encoder_bytes(self.request, self.stage) / GIB,
                 "adapters_gib": memory.adapters / GIB,
                 "draft_gib": memory.draft / GIB,
                 "activation_gib": memory.activation / GIB,
@@ -315,11 +318,19 @@ def _weights(request: CompleteRequest, stage: Stage) -> tuple[int, int, int]:
     """Bytes on one GPU of a stage: (weights, LoRA adapters, draft model)."""
     spec, profile, tp = request.spec, request.profile, request.tp
     weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage, ep=request.ep)
+    weights += _encoder_bytes(request, stage)
     adapters = lora_bytes(spec, request.lora_rank, request.lora_adapters, request.dtype, tp=tp, stage=stage)
     draft = 0
     if request.draft is not None and stage.last:
         draft = resident_weight_bytes(profile, request.draft, request.dtype, request.dtype, request.draft_tp)
     return weights, adapters, draft
+
+
+def _encoder_bytes(request: CompleteRequest, stage: Stage) -> int:
+    """An image encoder's weights on one GPU of the first stage, unquantized."""
+    if not stage.first or request.profile.text_only:
+        return 0
+    return share(request.spec.encoder, request.tp) * DTYPE_BYTES[request.dtype]
 
 
 def _cached(request: CompleteRequest) -> ModelSpec:

@@ -22,6 +22,7 @@ _ANGLES = (
     "high_freq_factor",
     "long_factor",
     "long_mscale",
+    "max_position_embeddings",
     "low_freq_factor",
     "mrope_interleaved",
     "mrope_section",

@@ -43,6 +43,7 @@ class Profile:
         logits_fit: (GiB, bytes per sequence and vocabulary entry) of the measured activation peak, or None: counted.
         non_torch_gib: on one GPU, and on each of several.
         batch_is_concurrency: there is no scheduler: all sequences are one batch, prefilled in one pass.
+        text_only: runs the language model of a multimodal one alone.
         caps_cache: allocates no more blocks than ``max_num_seqs`` sequences of the planned context can use.
         assumptions: what the rows rest on, for display.
     """
@@ -61,6 +62,7 @@ class Profile:
     shares_tables: bool = False
     expands_latent: bool = False
     batch_is_concurrency: bool = False
+    text_only: bool = False
     caps_cache: bool = False
     assumptions: tuple[str, ...] = ()
 
@@ -143,6 +145,7 @@ PROFILES: tuple[Profile, ...] = (
         torch_cuda=False,
         logits_fit=None,
         non_torch_gib=(0.0, 0.0),
+        text_only=True,
         caps_cache=True,
         assumptions=(
             "Sized by the function that the engine itself uses; what lies outside of torch comes from the memory "

@@ -41,6 +41,7 @@ def mimo(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     layers = layer_count(config)
     full = dataclasses.replace(attention_of(config, family), value_dim=positive(config, "v_head_dim", 128))
     stated = whole(config, "sliding_window_size", 0)
+    seen(config, "sliding_window")
     window = stated + 1 if stated else positive(config, "sliding_window", 129)
     sliding = dataclasses.replace(
         full,

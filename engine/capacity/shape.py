@@ -60,8 +60,18 @@ SHAPE_FIELDS: tuple[ShapeField, ...] = (
     ShapeField("kv_heads", "Key/value heads", "Empty: as many as query heads.", 1, 65536, None, "Attention"),
     ShapeField("head_dim", "Head width", "Empty: hidden size / query heads.", 1, 65536, None, "Attention"),
     ShapeField("window", "Sliding window", "Tokens that sliding layers see; 0: none slide.", 0, 2**31, 0, "Attention"),
-    ShapeField("full_every", "Full attention every", "n-th layer; 0: all slide.", 0, MAX_LAYERS, 0, "Attention"),
-    ShapeField("bias", "Biases of query, key, value", "These projections have one.", default=False, group="Attention"),
+    ShapeField(
+        "full_every",
+        "Full every n-th layer",
+        "Every n-th layer attends to all; 0: all slide.",
+        0,
+        MAX_LAYERS,
+        0,
+        "Attention",
+    ),
+    ShapeField(
+        "bias", "Biases of query, key and value", "These projections have one.", default=False, group="Attention"
+    ),
     ShapeField("qk_norm", "Norms of query and key", "A weight a head dimension.", default=False, group="Attention"),
     ShapeField("experts", "Experts", "Routed ones of a layer; 0: a dense model.", 0, MAX_EXPERTS, 0, "Experts"),
     ShapeField("experts_per_token", "Experts a token", "Chosen by the router.", 1, MAX_EXPERTS, 8, "Experts"),
@@ -70,7 +80,7 @@ SHAPE_FIELDS: tuple[ShapeField, ...] = (
     ShapeField("dense_layers", "Dense layers first", "Without experts.", 0, MAX_LAYERS, 0, "Experts"),
     ShapeField("kv_rank", "Latent width (MLA)", "Of the cached latent; 0: plain attention.", 0, _WIDEST, 0, "Latent"),
     ShapeField("q_rank", "Query rank", "Of the compressed query; 0: not compressed.", 0, _WIDEST, 0, "Latent"),
-    ShapeField("nope_dim", "Unrotated head width", "Of query and key.", 1, 65536, 128, "Latent"),
+    ShapeField("nope_dim", "Unrotated width", "Of query and key.", 1, 65536, 128, "Latent"),
     ShapeField("rope_dim", "Rotary width", "Of the key that all heads share.", 1, 65536, 64, "Latent"),
     ShapeField("value_dim", "Value width", "Of a head.", 1, 65536, 128, "Latent"),
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.capacity.checkpoint_formats import checkpoint_quantization
+from engine.capacity.encoders import encoder_parameters
 from engine.capacity.families import FAMILIES, Family, family_of
 from engine.capacity.fields import REMEDY, flag, positive
 from engine.capacity.formats import WeightFormat, weight_format
@@ -41,6 +42,7 @@ class ModelSpec:
         max_position: the longest context, RoPE scaling included.
         rotary_share: share of a head that position turns.
         extra: tensors beside embedding, layers and head, with the embedding.
+        encoder: parameters of an image encoder and its projector, which no count of parameters includes.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
         quantization: weight format that most matrices of the checkpoint are quantized in, None if they are not;
             exceptions stand with the layers. head_format: that of a quantized head.
@@ -66,6 +68,7 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
     rotary_share: float = 1.0
     extra: tuple[Tensor, ...] = ()
+    encoder: int = 0
 
     @classmethod
     def from_hf_config(
@@ -92,6 +95,8 @@ class ModelSpec:
         family, inner, notes = _language_model(stated, outer)
         quantized, unread_of_it = checkpoint_quantization(config, quantization)
         kinds, pattern = _distinct(quantized.apply(read_layers(inner, family)))
+        encoder, unread_of_encoder = encoder_parameters(stated, outer.model_type, positive(inner, "hidden_size"))
+        notes += _encoder_notes(stated, encoder) if outer.text else []
         longest, rotary_share, unread = longest_position(inner, family.max_position)
         own_name = name or config.get("_name_or_path")
         spec = cls(
@@ -112,12 +117,13 @@ class ModelSpec:
             kv_dtype=quantized.kv_dtype,
             rotary_share=rotary_share,
             extra=read_extra(inner, family),
+            encoder=encoder or 0,
         )
         stated.mark(*(_PROJECTOR if outer.text else ()))
         for fields in (stated, inner):
             fields.mark("torch_dtype", "dtype", *_ELSEWHERE, *family.unused, *outer.unused)
         remarks = [*quantized.remarks, *_left_out(inner)]
-        left = [*dict.fromkeys((*stated.unread(), *inner.unread(), *unread, *unread_of_it))]
+        left = [*dict.fromkeys((*stated.unread(), *inner.unread(), *unread, *unread_of_it, *unread_of_encoder))]
         remarks += unread_warning(left, family.model_type)
         return dataclasses.replace(spec, notes=(*notes, *remarks))
 
@@ -256,6 +262,8 @@ def _language_model(config: Stated, outer: Family) -> tuple[Family, Stated, list
     if not outer.text:
         return outer, config.over(dict(outer.defaults)), []
     inner = config.get("text_config", config.get("llm_config"))
+    if inner is None and config.get("hidden_size") is not None:  # older files have its fields beside the encoder's
+        inner = {name: config[name] for name in config if name not in ("model_type", "architectures", *_ELSEWHERE)}
     if not isinstance(inner, Mapping):
         raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)
     wanted = inner.get("model_type") or dict(outer.defaults)["text_model_type"]
@@ -266,9 +274,17 @@ def _language_model(config: Stated, outer: Family) -> tuple[Family, Stated, list
             field="text_config",
             remedy=REMEDY,
         )
+    return known[0], Stated(inner, dict(known[0].defaults), "text_config."), []
+
+
+def _encoder_notes(config: Stated, encoder: int | None) -> list[str]:
+    if encoder is not None:
+        return [
+            f"An image encoder and its projector of {encoder:,} parameters are among the weights, but not in the "
+            "number of parameters."
+        ]
     sound = " and sound" if config.peek("audio_config") else ""
-    note = f"Only the language model is counted: the image{sound} encoder and its projector are left out."
-    return known[0], Stated(inner, dict(known[0].defaults), "text_config."), [note]
+    return [f"Only the language model is counted: the image{sound} encoder and its projector are left out."]
 
 
 def _left_out(config: Mapping[str, Any]) -> list[str]:

@@ -73,6 +73,12 @@ def _neutral(value: object) -> bool:
     return value is None or (not value and isinstance(value, bool | int | float | str | list | tuple | Mapping))
 
 
+def _plain(name: str) -> str:
+    """A field's name as text that means nothing to Markdown or a terminal."""
+    text = "".join(letter if letter.isalnum() or letter in "_.- '" else "?" for letter in name[:_LONGEST_NAME])
+    return text if len(name) <= _LONGEST_NAME else f"{text}…"
+
+
 def unread_warning(names: list[str], of: str) -> list[str]:
     """The warning that names the fields, none without any.
 
@@ -81,9 +87,7 @@ def unread_warning(names: list[str], of: str) -> list[str]:
     """
     if not names:
         return []
-    listed = ", ".join(
-        name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…" for name in names[:_MOST_NAMES]
-    )
+    listed = ", ".join(_plain(name) for name in names[:_MOST_NAMES])
     more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
     those = "this field" if len(names) == 1 else "these fields"
     return [

@@ -35,11 +35,19 @@ def entered_shape() -> ModelSpec:
     with st.expander("Enter a shape", expanded=True, icon=":material/edit:"):
         for group, fields in groupby(SHAPE_FIELDS, key=lambda field: field.group):
             st.caption(_NAMES.get(group, group))
-            columns = st.columns(_COLUMNS)
-            for place, field in enumerate(fields):
-                with columns[place % _COLUMNS]:
-                    values[field.name] = _switch(field) if field.is_switch else _number(field)
+            values |= _group(list(fields))
     return spec_of_shape(values)
+
+
+def _group(fields: list[ShapeField]) -> dict[str, Any]:
+    """Numbers in rows of two, switches below them over the whole width, where their labels fit."""
+    numbers = [field for field in fields if not field.is_switch]
+    values: dict[str, Any] = {}
+    for start in range(0, len(numbers), _COLUMNS):
+        for column, field in zip(st.columns(_COLUMNS), numbers[start : start + _COLUMNS], strict=False):
+            with column:
+                values[field.name] = _number(field)
+    return values | {field.name: _switch(field) for field in fields if field.is_switch}
 
 
 def _bound(name: str) -> dict[str, Any]:

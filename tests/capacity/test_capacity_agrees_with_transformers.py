@@ -55,7 +55,19 @@ BY_DEFAULT = {
     "mimo_v2_flash": 7,
     "gemma4_text": 12,
     "minimax_m3_vl_text": 3,
+    "qwen2_vl_text": 2,
+    "qwen2_5_vl_text": 2,
+    "ministral3": 2,
+    "seed_oss": 2,
+    "exaone4": 4,
+    "olmo3": 4,
+    "olmoe": 2,
+    "ernie4_5": 2,
+    "hunyuan_v1_dense": 2,
+    "arcee": 2,
 }
+#: What a class has no default for.
+NEEDED = {"hunyuan_v1_dense": {"head_dim": 128}}
 #: Multimodal models by their own class: fields of the language model inside.
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {"num_hidden_layers": 6},
@@ -68,6 +80,8 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
     "mistral3": {"num_hidden_layers": 2},
+    "qwen2_vl": {"num_hidden_layers": 2},
+    "qwen2_5_vl": {"num_hidden_layers": 2},
     "qwen3_5": {"num_hidden_layers": 4},
     "qwen3_5_moe": {"num_hidden_layers": 4},
     "qwen3_vl": {"num_hidden_layers": 4},
@@ -86,7 +100,8 @@ def default_config(model_type: str, layers: int) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     architecture = next(family.architecture for family in FAMILIES if family.model_type == model_type)
-    written = CONFIG_MAPPING[model_type](num_hidden_layers=layers).to_dict()
+    fields = {"num_hidden_layers": layers} | NEEDED.get(model_type, {})
+    written = CONFIG_MAPPING[model_type](**fields).to_dict()
     return {"tie_word_embeddings": False} | written | {"architectures": [architecture], "model_type": model_type}
 
 
@@ -145,6 +160,8 @@ def test_language_model_inside_a_multimodal_one_is_counted_as_it_is_built(model_
     spec = ModelSpec.from_hf_config({**stated.to_dict(), "architectures": [type(model).__name__]})
     assert parameter_count(spec).total == built
     assert "encoder" in spec.notes[0]
+    if spec.encoder:
+        assert spec.encoder == sum(tensor.numel() for _, tensor in tensors) - built
     assert not [note for note in spec.notes if note.startswith("Not read")]
 
 

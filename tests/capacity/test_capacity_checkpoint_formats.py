@@ -140,6 +140,7 @@ def test_modelopt_states_its_algorithm_for_all_or_for_each_layer():
         (compressed(group(group_size=128, zz_bits=3)), "config_groups.weights.zz_bits"),
         (compressed(group(group_size=128), ignore=["re:(a+)+$"]), "(a+)+$"),
         (compressed(group(group_size=128), kv_cache_scheme={"num_bits": 4, "type": "int"}), "kv_cache_scheme"),
+        (compressed(group(), kv_cache_scheme={"num_bits": 8, "type": "float", "zz": 1}), "kv_cache_scheme.zz"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "weight_block_size"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "zz": 1}, "quantization_config.zz"),
     ],

@@ -172,7 +172,8 @@ def test_quantized_checkpoints_are_planned_in_their_own_format_and_unknown_ones_
 
 
 def test_what_a_multimodal_count_leaves_out_is_said():
-    assert "image encoder" in " ".join(model_spec("Gemma-3-27b").notes)
+    assert "image encoder and its projector of 423,060,336 parameters" in " ".join(model_spec("Gemma-3-27b").notes)
+    assert "image encoder and its projector are left out" in " ".join(model_spec("Llama-4-Scout-17B-16E").notes)
     assert "multi-token prediction" in " ".join(model_spec("DeepSeek-V3").notes)
 
 
