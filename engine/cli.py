@@ -18,7 +18,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from engine import console
 from engine.cli_plan import plan
 from engine.config import EngineConfig, knob, parse_assignments
 from engine.errors import ConfigError, HeadroomError, RequestError
+from engine.server.limits import ServerLimits, with_limit_options
 
 if TYPE_CHECKING:
     from engine.core import Engine
@@ -93,6 +93,7 @@ def fetch(
 
 
 @app.command()
+@with_limit_options
 def serve(
     model: ModelName = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -100,22 +101,59 @@ def serve(
     settings: Settings = None,
     dtype: ComputeDtype = None,
     parent_pid: Annotated[
-        int | None, typer.Option(help="Exit once the process of this id is no longer the parent.")
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Exit once the process of this id is no longer the parent.")
     ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(help="File that is written once the server listens: its port and pid, JSON.")
     ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What the model is called in the API instead of its own name; may be given several times."),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Key that /v1 asks for. Better set HEADROOM_API_KEY: every user of the machine can read arguments."
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Host that requests may be for, besides this machine's own; * is any. Several are possible."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin whose web pages may use /v1; * is any. May be given several times. Default: none."),
+    ] = None,
+    **limits: Any,
 ) -> None:
     """Serve a model over HTTP (OpenAI API, health, metrics, administration) until interrupted.
 
     Administration needs a token: that of the environment variable HEADROOM_ADMIN_TOKEN, or a fresh one that is shown on
-    standard error.
+    standard error. Each limit may also be set as an environment variable, e.g. HEADROOM_MAX_BODY_BYTES.
     """
+    accepted = ServerLimits(**limits)
     config = _engine_config(model, dtype, settings)
+    from engine.server.run import door_settings
     from engine.server.run import serve as serve_http
 
+    door = door_settings(
+        host,
+        hosts=allowed_host or (),
+        api_key=api_key,
+        cors_origins=cors_origin or (),
+        served_names=served_model_name or (),
+    )
     token = os.environ.get("HEADROOM_ADMIN_TOKEN") or None
-    serve_http(config, host=host, port=port, admin_token=token, parent_pid=parent_pid, ready_file=ready_file)
+    serve_http(
+        config,
+        host=host,
+        port=port,
+        admin_token=token,
+        parent_pid=parent_pid,
+        ready_file=ready_file,
+        limits=accepted,
+        door=door,
+    )
 
 
 @app.command()
@@ -392,32 +430,25 @@ def _show_run(out: TextIO, result: RunResult) -> None:
 
 def _record(document: dict[str, Any], url: str) -> bool:
     """Put the run on record through the storage room's own command; False, with the run in a file, if it fails."""
+    from engine.measure.unsaved import keep_document, kept_words
+
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "storage", "record", f"--db={url}"]
+    environment["HEADROOM_DB"] = url  # not as an argument: everybody on the machine can read those
+    command = [sys.executable, "-m", "storage", "record"]
     text = json.dumps(document)
     done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment, check=False)
     if done.returncode == 0:
         console.note(f"run {document['run_id']} is on record.")
         return True
     console.note("error: the run could not be put on record:")
-    for line in (done.stderr or done.stdout).strip().splitlines()[-5:]:
+    told = (done.stderr or done.stdout).strip()
+    for line in told.splitlines()[-5:]:
         console.note(f"  {line}")
-    console.note(_keep(text, f"headroom-run-{document['run_id']}.json"))
+    if f"headroom-run-{document['run_id']}.json" not in told:  # it ended before it could keep the run itself
+        path = keep_document(document)
+        console.note("It could not be kept in a file either." if path is None else kept_words(path))
     return False
-
-
-def _keep(text: str, name: str) -> str:
-    """Save a run that is not on record in the present folder, else in the one for temporary files; where it is."""
-    reasons = []
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
-        try:
-            (folder / name).write_text(text, encoding="utf-8")
-        except OSError as problem:
-            reasons.append(f"{folder}: {problem.strerror or problem}")
-        else:
-            return f"It is kept in {folder / name}; afterwards: python -m storage record < {folder / name}"
-    return f"It could not be kept in a file either ({'; '.join(reasons)})."
 
 
 # -- all commands --------------------------------------------------------------------------------------------

@@ -18,10 +18,22 @@ if TYPE_CHECKING:
 
 _SECONDS = 1e-3
 _USUAL_OUTPUT = 256
+#: NVIDIA ModelOpt writes how a checkpoint is quantized into a file of its own.
+_QUANTIZATION_FILE = "hf_quant_config.json"
+_LARGEST_FILE = 16 * 2**20
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", "-m", help="Name in the catalog, or path of a config.json.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Name in the catalog, or path of a config.json.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="A shape entered by hand, instead of --model: layers=32,hidden=4096,heads=32,kv_heads=8,"
+            "intermediate=14336,vocab=128256 … or JSON, or a file of it."
+        ),
+    ] = None,
     gpu: Annotated[str | None, typer.Option(help='Name in the catalog, e.g. "H100 SXM 80GB".')] = None,
     gpu_memory_gib: Annotated[
         float | None, typer.Option(help="Usable memory of each GPU, in place of the catalog's. GiB.")
@@ -77,10 +89,10 @@ def plan(
     if concurrency is not None and rate is not None:
         raise ConfigError("a rate and a concurrency are given.", field="rate", remedy="Give only one of them.")
     request = request_from_names(
-        model,
+        model or "",
         gpu,
         gpu_memory_gib=gpu_memory_gib,
-        spec=_model_spec_from_file(model),
+        spec=_spec(model, shape),
         draft=_draft(draft),
         tp=tp,
         pp=pp,
@@ -130,6 +142,38 @@ def _draft(draft: str | None) -> ModelSpec | None:
     return None if draft is None else _model_spec_from_file(draft) or model_spec(draft)
 
 
+def _spec(model: str | None, shape: str | None) -> ModelSpec | None:
+    """The spec of a shape or a file; None where ``model`` is a name of the catalog."""
+    from engine.capacity.shape import spec_of_shape
+
+    if shape is not None:
+        return spec_of_shape(_read_shape(shape), model or "model entered by hand")
+    if model is None:
+        raise ConfigError("neither a model nor a shape is given.", field="model", remedy="Give --model or --shape.")
+    return _model_spec_from_file(model)
+
+
+def _read_shape(text: str) -> Any:
+    """A shape as JSON, as ``name=value`` pairs, or from a file."""
+    remedy = "Give layers=32,hidden=4096,… or a JSON object, or the path of a file with one."
+    if not text.lstrip().startswith("{") and "=" not in text:
+        return _read_json(Path(text).expanduser(), "shape", remedy)
+    try:
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        pairs = (part.partition("=") for part in text.split(",") if part.strip())
+        return {name.strip().replace("-", "_"): _shape_value(value.strip()) for name, _, value in pairs}
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(f"it is not readable ({str(problem)[:200]}).", field="shape", remedy=remedy) from None
+
+
+def _shape_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # of the name and the number format, or wrong and then named with its field
+
+
 def _model_spec_from_file(model: str) -> ModelSpec | None:
     """The spec where ``model`` is a configuration file or a folder with one; None where it is a name."""
     from engine.capacity import ModelSpec
@@ -139,15 +183,25 @@ def _model_spec_from_file(model: str) -> ModelSpec | None:
         path /= "config.json"
     elif path.suffix.lower() != ".json":
         return None
-    remedy = "Give the path of a model's config.json, or the name of a model in the catalog."
+    config = _read_json(path, "model", "Give the path of a model's config.json, or the name of a model in the catalog.")
+    beside = path.with_name(_QUANTIZATION_FILE)
+    remedy = "Download it again from the model's repository, or move it away to plan without it."
+    quantization = _read_json(beside, _QUANTIZATION_FILE, remedy) if beside.is_file() else None
+    return ModelSpec.from_hf_config(config, quantization=quantization)
+
+
+def _read_json(path: Path, field: str, remedy: str) -> Any:
     try:
-        config = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a file.", field=field, remedy=remedy)
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"{path} is larger than {_LARGEST_FILE:,} bytes.", field=field, remedy=remedy)
+        return json.loads(path.read_bytes())
     except OSError as problem:
         message = f"{path} cannot be read ({problem.strerror or problem})."
-        raise ConfigError(message, field="model", remedy=remedy) from None
+        raise ConfigError(message, field=field, remedy=remedy) from None
     except (ValueError, RecursionError) as problem:
-        raise ConfigError(f"{path} is not JSON ({problem}).", field="model", remedy=remedy) from None
-    return ModelSpec.from_hf_config(config)
+        raise ConfigError(f"{path} is not JSON ({str(problem)[:200]}).", field=field, remedy=remedy) from None
 
 
 def _print(answer: Deployment, name: str, output_format: str) -> None:

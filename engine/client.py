@@ -31,6 +31,10 @@ class WorkerError(HeadroomError):
         self.status_code = status_code
 
 
+class RunInProgressError(WorkerError):
+    """The worker did not do it because a run is being recorded; most things can be forced, which marks the run."""
+
+
 class EngineUnreachableError(HeadroomError):
     """No worker answers at the address: it is starting, gone, or elsewhere."""
 
@@ -70,9 +74,18 @@ class EngineClient:
         """``{"config", "hash", "knobs"}``."""
         return dict(self._send("GET", "/admin/config").json())
 
-    def patch_config(self, changes: Mapping[str, Any]) -> ReconfigureResult:
-        """Change knobs while requests are in flight; all or nothing."""
-        response = self._send("PATCH", "/admin/config", json=dict(changes), timeout=_CHANGE_TIMEOUT)
+    def patch_config(self, changes: Mapping[str, Any], *, force: bool = False) -> ReconfigureResult:
+        """Change knobs while requests are in flight; all or nothing.
+
+        Args:
+            force: also while a run is being recorded, which is then marked as disturbed.
+
+        Raises:
+            RunInProgressError: if one is, and it is not forced.
+        """
+        response = self._send(
+            "PATCH", "/admin/config", json=dict(changes), params=_forced(force), timeout=_CHANGE_TIMEOUT
+        )
         document = dict(response.json())
         document["changed"] = {name: tuple(pair) for name, pair in document["changed"].items()}
         return ReconfigureResult(**document)
@@ -86,13 +99,25 @@ class EngineClient:
         """``{"samples", "last_index", "interval_s"}``: samples numbered above the given one."""
         return dict(self._send("GET", "/admin/telemetry", params={"since": since}).json())
 
-    def load(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        """Load a model with these knobs in the worker's background; :meth:`health` tells how far it is."""
-        return dict(self._send("POST", "/admin/load", json=dict(knobs)).json())
+    def load(self, knobs: Mapping[str, Any], *, force: bool = False) -> dict[str, Any]:
+        """Load a model with these knobs in the worker's background; :meth:`health` tells how far it is.
 
-    def reset_prefix_cache(self) -> int:
-        """Forget every reusable prefix; how many blocks that were."""
-        return int(self._send("POST", "/admin/reset_prefix_cache").json()["blocks"])
+        Raises:
+            RunInProgressError: if a run is being recorded, and it is not forced.
+        """
+        return dict(self._send("POST", "/admin/load", json=dict(knobs), params=_forced(force)).json())
+
+    def reset_prefix_cache(self, *, force: bool = False) -> int:
+        """Forget every reusable prefix; how many blocks that were.
+
+        Raises:
+            RunInProgressError: if a run is being recorded, and it is not forced.
+        """
+        return int(self._send("POST", "/admin/reset_prefix_cache", params=_forced(force)).json()["blocks"])
+
+    def resize(self) -> ReconfigureResult:
+        """Give the KV cache the memory that lighter weights have left; running requests are computed again."""
+        return ReconfigureResult(**self._send("POST", "/admin/resize").json())
 
     def workloads(self) -> list[dict[str, Any]]:
         """The named workloads."""
@@ -153,6 +178,10 @@ class EngineClient:
         )
 
 
+def _forced(force: bool) -> dict[str, str]:
+    return {"force": "true"} if force else {}
+
+
 def _chunks(response: httpx.Response) -> Iterator[dict[str, Any]]:
     """The documents of a stream of server-sent events."""
     for line in response.iter_lines():
@@ -172,7 +201,8 @@ def _error_of(response: httpx.Response) -> WorkerError:
     try:
         error = response.json()["error"]
         if "remedy" in error:
-            return WorkerError(
+            kind = RunInProgressError if response.status_code == 409 and error["field"] == "run" else WorkerError
+            return kind(
                 error["message"], field=error["field"], remedy=error["remedy"], status_code=response.status_code
             )
         return WorkerError(error["message"], status_code=response.status_code)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Literal, Union, get_args, get_origin
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, shown
 
 
 class Tier(StrEnum):
@@ -123,6 +123,17 @@ class EngineConfig:
         maximum=4096,
         unit="requests",
         help="How many requests may be in the batch at once. At most the capacity envelope `max_num_seqs`.",
+    )
+    max_waiting: int = _knob(
+        1024,
+        label="Max waiting requests",
+        group="Batching",
+        tier=Tier.LIVE,
+        minimum=0,
+        maximum=1_000_000,
+        unit="requests",
+        help="How many requests may wait beside those that may run at once (`max_running`). One more is refused, with "
+        "the advice to try again a little later, instead of waiting in a queue that only grows.",
     )
     token_budget: int = _knob(
         512,
@@ -381,6 +392,8 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        for spec in knobs():  # whoever made it, every value is of its kind and within its bounds
+            object.__setattr__(self, spec.name, _parse_value(spec, getattr(self, spec.name)))
         if self.ngram_min > self.ngram_max:
             raise ConfigError(
                 f"{self.ngram_min} is larger than ngram_max {self.ngram_max}.",
@@ -521,6 +534,7 @@ def _parse_changes(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _parse_value(knob(name), value) for name, value in changes.items()}
 
 
+LONGEST_NAME = 4096
 _TRUE = {"on", "true", "1", "yes"}
 _FALSE = {"off", "false", "0", "no"}
 
@@ -534,23 +548,25 @@ def _parse_value(spec: Knob, value: Any) -> Any:
     if spec.kind == "bool":
         return _parse_bool(spec, value)
     if spec.kind == "choice":
-        if str(value) in spec.choices:
-            return str(value)
-        raise ConfigError(f"{value!r} is not available.", field=spec.name, remedy=_allowed(spec))
+        choice = value if isinstance(value, str) else shown(value)  # 32 from JSON is "32"
+        if choice in spec.choices:
+            return choice
+        raise ConfigError(f"{shown(value)} is not available.", field=spec.name, remedy=_allowed(spec))
     if spec.kind == "str":
-        if isinstance(value, str) and value:
+        if isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and "\0" not in value:
             return value
-        raise ConfigError(f"{value!r} is not a name.", field=spec.name, remedy="Give a non-empty text.")
+        remedy = f"Give a text of 1 to {LONGEST_NAME:,} characters."
+        raise ConfigError(f"{shown(value)} is not a name.", field=spec.name, remedy=remedy)
     return _parse_number(spec, value)
 
 
 def _parse_bool(spec: Knob, value: Any) -> bool:
-    text = str(value).lower()
+    text = str(value).lower() if isinstance(value, bool | str) or value in (0, 1) else ""
     if text in _TRUE:
         return True
     if text in _FALSE:
         return False
-    raise ConfigError(f"{value!r} is neither on nor off.", field=spec.name, remedy=_allowed(spec))
+    raise ConfigError(f"{shown(value)} is neither on nor off.", field=spec.name, remedy=_allowed(spec))
 
 
 def _parse_number(spec: Knob, value: Any) -> int | float:
@@ -562,11 +578,12 @@ def _parse_number(spec: Knob, value: Any) -> int | float:
         if number != float(value):  # 1.5 for an int; NaN differs from itself
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{value!r} is not a valid {spec.kind}.", field=spec.name, remedy=_allowed(spec)) from None
+        message = f"{shown(value)} is not a valid {spec.kind}."
+        raise ConfigError(message, field=spec.name, remedy=_allowed(spec)) from None
     below = spec.minimum is not None and number < spec.minimum
     above = spec.maximum is not None and number > spec.maximum
     if below or above:
-        raise ConfigError(f"{number} is out of bounds.", field=spec.name, remedy=_allowed(spec))
+        raise ConfigError(f"{shown(number)} is out of bounds.", field=spec.name, remedy=_allowed(spec))
     return number
 
 

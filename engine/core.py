@@ -5,7 +5,9 @@ An :class:`Engine` is used from one thread. :class:`engine.loop.EngineLoop` give
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +16,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine import sizing
+from engine.admission import Admission
 from engine.batching.request import Request, RequestState
 from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
-from engine.detokenizer import Detokenizer, token_bytes
+from engine.detokenizer import Detokenizer, stream_table
 from engine.device import on_device
-from engine.errors import CapacityError, ConfigError, RequestError
+from engine.errors import CapacityError, ConfigError, RequestError, shown
 from engine.execution import Executor
+from engine.isolation import Failure, Sampled, compute_apart, sample_apart, why_no_token
 from engine.layers.attention import get_backend
 from engine.models import load_model
 from engine.outputs import (
+    CacheOffer,
     EngineEvent,
     EngineStatus,
     FinishReason,
@@ -33,15 +38,14 @@ from engine.outputs import (
     RequestOutput,
     RequestTimes,
     StepStats,
-    TokenLogprob,
     Transcript,
 )
 from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
-from engine.sampling import SamplingParams, SamplingRow, get_sampler, warm_up_sampler
+from engine.sampling import NO_TOKEN, SamplingParams, SamplingRow, get_sampler, warm_up_sampler
 from engine.speculation.draft_control import DraftControl
-from engine.speculation.proposers import make_proposer
+from engine.speculation.proposers import Proposer, make_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
 from kernels.dispatch import Op, cache_obstacle, choose
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 
 STEPS_KEPT = 8192
 EVENTS_KEPT = 1024
+LEAST_GAIN = 0.01  # of the blocks there are: less is not worth computing running requests again
 LONGEST_DRAFT = int(knob("draft_length").maximum or 0)
 
 
@@ -62,11 +67,13 @@ class PreparedChange:
     Attributes:
         changes: knob names and values.
         weights: quantized weights ready to be exchanged; None if they stay.
+        shrinks_cache: the cache gives blocks back for heavier weights.
         prepare_ms: how long the preparation took.
     """
 
     changes: dict[str, Any]
     weights: PreparedWeights | None
+    shrinks_cache: bool
     prepare_ms: float
 
 
@@ -91,15 +98,19 @@ class Engine:
         with sizing.Explained(lambda: sizing.swap_shortage(model, config)):
             self._bring_weights(self._weight_choice(config))
         self.envelope = sizing.size_engine(model, config)
-        self.scheduler = Scheduler(BlockPool(self.envelope.num_blocks, config.block_size))
+        self.admission = self._present_admission()
+        self.scheduler = Scheduler(self._new_pool(), sizing.widest_window(model))
         self._use_cache(self._new_cache(config, self.envelope))
         self._executor.check(config, self._attention)
         self._proposer = make_proposer(config)
         self._draft_control = DraftControl()
         self._draft_statistics = DraftStatistics(LONGEST_DRAFT)
-        self._token_bytes = token_bytes(self.tokenizer)
+        self._stream_table = stream_table(self.tokenizer)
         self._requests: dict[str, Request] = {}
         self._outlets: dict[str, _Outlet] = {}
+        self._undrafted: set[str] = set()  # requests for which drafting failed
+        self._ended: list[RequestOutput] = []  # last outputs of requests that failed, not handed out yet
+        self.fruitless_steps = 0  # in a row: no row of them could be computed
         self.steps: Ring[StepStats] = Ring(STEPS_KEPT)
         self.events: Ring[EngineEvent] = Ring(EVENTS_KEPT)
         self._step_index = 0
@@ -119,6 +130,13 @@ class Engine:
             0,
         )
         self._executor.configure(config, self._attention)
+
+    def _new_pool(self) -> BlockPool:
+        return BlockPool(self.envelope.num_blocks, self.config.block_size)
+
+    def _present_admission(self) -> Admission:
+        config = self.config
+        return Admission(self.model.decoder.vocab_size, self.envelope, config.max_running + config.max_waiting)
 
     def _new_cache(self, config: EngineConfig, envelope: sizing.Envelope) -> KVCache:
         with sizing.Explained(lambda: sizing.cache_shortage(self.model, config, envelope)):
@@ -158,44 +176,29 @@ class Engine:
             torch.set_num_threads(config.threads)  # a setting of the process: torch knows no narrower one
         started = time.perf_counter()
         with sizing.Explained(lambda: sizing.load_shortage(config)):
-            model = load_model(config.model, dtype=config.dtype, device=config.device, progress=progress)
+            model = load_model(
+                config.model,
+                dtype=config.dtype,
+                device=config.device,
+                progress=progress,
+                choose=functools.partial(_choose_weights, config),
+            )
         engine = cls(model, config)
+        for warning in model.warnings:
+            engine.add_event("warning", warning, {"model": model.name})
         seconds = time.perf_counter() - started
         engine.add_event("load", f"loaded {model.name} in {seconds:.1f} s", {"seconds": seconds})
         return engine
 
     # -- requests ----------------------------------------------------------------------------------------
 
-    def validate_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Refuse what could never finish. Reads only what does not change while a model is loaded.
+    def validate_request(self, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> None:
+        """Refuse what could never finish under the knobs in force now; any thread, see :mod:`engine.admission`.
 
         Raises:
             RequestError: naming the field and the remedy.
         """
-        if not prompt_token_ids:
-            raise RequestError("the prompt is empty.", field="prompt", remedy="Send at least one token.")
-        vocab = self.model.decoder.vocab_size
-        for field, token_ids in (("prompt", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
-            bad = next((t for t in token_ids if not 0 <= t < vocab), None)
-            if bad is not None:
-                raise RequestError(
-                    f"token id {bad} is not in the vocabulary.", field=field, remedy=f"Use ids from 0 to {vocab - 1}."
-                )
-        longest, length = self.envelope.max_model_len, len(prompt_token_ids)
-        if length + 1 > longest:
-            raise RequestError(
-                f"{length:,} prompt tokens leave no room for output: a request may hold {longest:,} tokens "
-                f"({self.envelope.limited_by}).",
-                field="prompt",
-                remedy=self.envelope.remedy,
-            )
-        if length + params.max_tokens > longest:
-            raise RequestError(
-                f"{length:,} prompt tokens and {params.max_tokens:,} output tokens are more than the {longest:,} "
-                f"tokens a request may hold ({self.envelope.limited_by}).",
-                field="max_tokens",
-                remedy=f"Ask for at most {longest - length:,} output tokens. {self.envelope.remedy}",
-            )
+        self.admission.check(prompt_token_ids, params, priority)
 
     def add_request(
         self,
@@ -214,10 +217,14 @@ class Engine:
 
         Raises:
             RequestError: if it is malformed, a duplicate, or could never finish.
+            QueueFullError: if as many as the engine takes are in flight.
         """
-        self.validate_request(prompt_token_ids, params)
+        self.validate_request(prompt_token_ids, params, priority)
         if request_id in self._requests:
-            raise RequestError(f"{request_id!r} is already in flight.", field="request_id", remedy="Use another id.")
+            raise RequestError(
+                f"{shown(request_id)} is already in flight.", field="request_id", remedy="Use another id."
+            )
+        self.admission.check_queue(len(self._requests))
         request = Request(
             request_id=request_id,
             token_ids=list(prompt_token_ids),
@@ -228,24 +235,31 @@ class Engine:
             seed=(secrets.randbits(63) if params.seed is None else params.seed) % 2**64,
             end_token_ids=self._end_tokens(params),
         )
-        self._requests[request_id] = request
-        self._outlets[request_id] = self._make_outlet(request)
+        outlet = self._make_outlet(request)
         self.scheduler.add(request)
+        self._requests[request_id], self._outlets[request_id] = request, outlet
         self.totals["requests"] += 1
         self.totals["prompt_tokens"] += len(prompt_token_ids)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free its blocks; its last output, or None if it is not in flight."""
         request = self._requests.get(request_id)
-        return None if request is None else self._end(request, "abort")
+        if request is None:
+            return None
+        try:
+            return self._end(request, "abort")
+        except Exception as problem:
+            return self._fail(request, Failure.of(problem, "ending it"))
+
+    def fail(self, request_id: str, reason: str) -> RequestOutput | None:
+        """End a request with an error; its last output, or None if it is not in flight."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._fail(request, Failure(reason, ""))
 
     def fail_all(self, message: str) -> list[RequestOutput]:
         """End every request in flight with an error."""
-        outputs = []
-        for request in list(self._requests.values()):
-            request.error = message
-            outputs.append(self._end(request, "error"))
-        return outputs
+        ended, self._ended = self._ended, []
+        return ended + [self._fail(request, Failure(message, "")) for request in list(self._requests.values())]
 
     def has_unfinished(self) -> bool:
         """True while a request is running or waiting."""
@@ -268,31 +282,60 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         began = time.perf_counter()
-        self._executor.poll()
+        self._poll()
         self._propose()
-        schedule = self.scheduler.schedule(self.config)
-        if not schedule.rows:
-            return []
+        schedule = self._schedule()
         self._copy_blocks(schedule)
         scheduled = time.perf_counter()
-        logits = self._runner.run(schedule.rows, self._attention)
+        rows, logits = self._compute(schedule.rows)
+        if logits is None:
+            return self._nothing_computed()
         computed = time.perf_counter()
-        sampled, logprobs = self._sample(logits, self._sampling_rows(schedule.rows))
+        sampled = self._choose(rows, logits)
         tally = _Tally()
-        outputs = self._commit(schedule.rows, sampled, logprobs, scheduled, tally)
-        self._record(schedule, tally, (began, scheduled, computed, time.perf_counter()))
-        return outputs
+        outputs = self._commit(rows, logits, sampled, scheduled, tally)
+        self.fruitless_steps = 0 if len(rows) > tally.raised else self.fruitless_steps + 1
+        try:
+            self._record(schedule, tally, (began, scheduled, computed, time.perf_counter()))
+        except Exception as problem:  # the outputs are worth more than their statistics
+            self._note("the statistics of a step are lost", problem)
+        return outputs + self._take_ended() if self._ended else outputs
+
+    def _nothing_computed(self) -> list[RequestOutput]:
+        """There was nothing to do, or none of it could be done."""
+        self.fruitless_steps += bool(self._ended)
+        return self._take_ended()
+
+    def _take_ended(self) -> list[RequestOutput]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _poll(self) -> None:
+        try:
+            self._executor.poll()
+        except Exception as problem:
+            self._note(f"execution={self.config.execution} cannot be prepared; eager serves", problem)
+            self._executor.close()
 
     def _propose(self) -> None:
-        """Draft for every request past its prompt, as far as its output and context may still grow."""
+        """Draft for every request past its prompt; where that fails the step does without: no token depends on it."""
         if self._proposer is None:
             return
+        try:
+            self._draft(self._proposer)
+        except Exception as problem:
+            self._note("drafting failed; a step does without", problem)
+            for request in self.scheduler.running:
+                request.draft_token_ids = []
+
+    def _draft(self, proposer: Proposer) -> None:
+        """Draft as far as each request's output and context may still grow."""
         config, control = self.config, self._draft_control
         adaptive = config.draft_control == "adaptive"
         decoding = []
         for request in self.scheduler.running:
             request.draft_token_ids = []
-            if request.in_decode:
+            if request.in_decode and request.request_id not in self._undrafted:
                 decoding.append(request)
         if adaptive and decoding and not control.should_draft(len(decoding)):
             return
@@ -300,15 +343,105 @@ class Engine:
             count = control.length(request.request_id, config.draft_length) if adaptive else config.draft_length
             count = min(count, request.max_total_tokens - request.num_tokens - 1)
             if count > 0:
-                request.draft_token_ids = self._proposer.propose(request, count)
+                try:
+                    request.draft_token_ids = proposer.propose(request, count)[:count]
+                except Exception as problem:
+                    self._stop_drafting(request, problem)
+
+    def _stop_drafting(self, request: Request, problem: Exception | None) -> None:
+        """No drafts for this request any more."""
+        self._undrafted.add(request.request_id)
+        self._note(f"drafting failed for request {shown(request.request_id)}; it goes on without", problem)
+
+    def _schedule(self) -> Schedule:
+        """What to compute. Where that raises, queues and blocks are made anew and every request is computed again."""
+        for _ in range(2):
+            try:
+                return self.scheduler.schedule(self.config)
+            except Exception as problem:
+                self._note("scheduling failed; every request is computed again", problem)
+            self.start_over()
+        guilty: list[tuple[Request, Failure]] = []
+        for request in self._requests.values():  # whom does it raise for alone?
+            self.scheduler.start_over([request], self._new_pool())
+            try:
+                self.scheduler.schedule(self.config)
+            except Exception as problem:
+                guilty.append((request, Failure.of(problem, "scheduling it")))
+        self.start_over()
+        for request, failure in guilty:
+            self._ended.append(self._fail(request, failure))
+        while self._requests:
+            try:
+                return self.scheduler.schedule(self.config)
+            except Exception as problem:
+                failure = Failure.of(problem, "scheduling it")
+            self.start_over()
+            newest = max(self._requests.values(), key=lambda request: request.times.arrival)
+            self._ended.append(self._fail(newest, failure))
+        return Schedule()
+
+    def start_over(self) -> None:
+        """Queues and blocks anew, after something was raised in the midst of changing them; no token is lost by it."""
+        self.scheduler.start_over(self._requests.values(), self._new_pool())
 
     def _copy_blocks(self, schedule: Schedule) -> None:
         """Fill the beginnings of blocks whose tokens another block is known to begin with."""
-        if schedule.copies:
-            try:
-                self.cache.copy_blocks(schedule.copies)
-            finally:
-                self.scheduler.copies_done(schedule)
+        if not schedule.copies:
+            return
+        failed: dict[int, Failure] = {}
+        try:
+            self.cache.copy_blocks(schedule.copies)
+        except Exception:  # a copy can be made again: which of them cannot be made at all?
+            for copy in schedule.copies:
+                try:
+                    self.cache.copy_blocks([copy])
+                except Exception as problem:
+                    failed[copy.destination] = Failure.of(problem, "copying its prefix")
+        finally:
+            self.scheduler.copies_done(schedule)
+        for row in list(schedule.rows):
+            failure = next((failed[block] for block in row.request.block_ids if block in failed), None)
+            if failure is not None:
+                schedule.rows.remove(row)
+                self._ended.append(self._fail(row.request, failure))
+
+    def _compute(self, rows: list[ScheduledRequest]) -> tuple[list[ScheduledRequest], torch.Tensor | None]:
+        """Those of the rows that can be computed, and their logits; None if there are none. The others have ended."""
+        if not rows:
+            return rows, None
+        try:
+            return rows, self._runner.run(rows, self._attention)
+        except Exception as problem:
+            computed = compute_apart(lambda part: self._runner.run(part, self._attention), rows, problem)
+        for request in computed.undrafted:
+            self._stop_drafting(request, None)
+        for request, failure in computed.failed:
+            self._ended.append(self._fail(request, failure))
+        return computed.rows, computed.logits
+
+    def obstacle(self) -> str | None:
+        """Why no request can be computed at all: what a step over a token of the engine's own raises. None if nothing.
+
+        For after steps of which no row could be computed: their requests may have been to blame, or the engine.
+        """
+        request = Request("", [0], 1, SamplingParams(max_tokens=1), 0, RequestTimes(time.perf_counter()), 0)
+        try:
+            with on_device(self.model.device), self.scheduler.only(request):
+                rows = self.scheduler.schedule(self.config).rows
+                if rows:
+                    self._sample(self._runner.run(rows, self._attention), _sampling_rows_of(rows[0]))
+        except Exception as problem:
+            return f"{type(problem).__name__}: {problem}"
+        self.fruitless_steps = 0
+        return None
+
+    def _choose(self, rows: Sequence[ScheduledRequest], logits: torch.Tensor) -> Sampled:
+        """A token for each row of the logits, its log-probabilities, and why it has none where sampling it raises."""
+        try:
+            return Sampled(*self._sample(logits, self._sampling_rows(rows)))
+        except Exception:  # a row's own parameters, or its logits: each is asked by itself
+            return sample_apart(self._sample, logits, rows, lambda row: self._sampling_rows([row]))
 
     def _sampling_rows(self, rows: Sequence[ScheduledRequest]) -> list[SamplingRow]:
         """One sampling row for each logits row of the runner, in the same order."""
@@ -326,14 +459,14 @@ class Engine:
         return result
 
     def _end_tokens(self, params: SamplingParams) -> frozenset[int]:
-        """Token ids that end a request."""
-        return frozenset(
-            params.stop_token_ids if params.ignore_eos else (*self.model.eos_token_ids, *params.stop_token_ids)
-        )
+        """Token ids that end a request. A checkpoint may name one that its own model does not have."""
+        vocab = self.model.decoder.vocab_size
+        own = () if params.ignore_eos else (token for token in self.model.eos_token_ids if token < vocab)
+        return frozenset((*own, *params.stop_token_ids))
 
     def _make_outlet(self, request: Request) -> _Outlet:
         params = request.params
-        detokenizer = Detokenizer(self.tokenizer, params.stop, self._token_bytes)
+        detokenizer = Detokenizer(self.tokenizer, params.stop, self._stream_table)
         transcript = Transcript(request.token_ids, request.num_prompt_tokens, detokenizer.pieces)
         plain = params.greedy and params.repetition_penalty == 1.0 and params.min_tokens == 0
         return _Outlet(detokenizer, transcript, SamplingRow(params, request.seed, 0, (), ()) if plain else None)
@@ -341,48 +474,68 @@ class Engine:
     def _commit(
         self,
         rows: Sequence[ScheduledRequest],
-        sampled: list[int],
-        logprobs: list[TokenLogprob | None],
+        logits: torch.Tensor,
+        sampled: Sampled,
         scheduled: float,
         tally: _Tally,
     ) -> list[RequestOutput]:
-        """Take over what was computed: tokens, computed counts, finished requests, reusable blocks."""
+        """Take over what was computed: tokens, computed counts, finished requests, reusable blocks.
+
+        What raises for a row ends that row, with the tokens that its client knows of.
+        """
         outputs: list[RequestOutput] = []
         now = time.perf_counter()
         publishes, size = self.config.prefix_cache, self.config.block_size
+        all_tokens, all_chosen = sampled.tokens, NO_TOKEN not in sampled.tokens
         offset = 0
         for row in rows:
             request = row.request
-            if request.times.first_scheduled is None:
-                request.times.first_scheduled = scheduled
             known = row.num_tokens - row.num_drafts
-            if not row.samples:
-                tally.prefill_tokens += known
-                request.num_computed_tokens = row.start + known
-                if publishes:
+            end = offset
+            try:
+                if request.times.first_scheduled is None:
+                    request.times.first_scheduled = scheduled
+                if not row.samples:
+                    self._commit_chunk(row, tally)
+                    continue
+                if known == 1 and len(request.token_ids) > request.num_prompt_tokens:
+                    tally.decode_tokens += 1
+                else:
+                    tally.prefill_tokens += known
+                end += row.num_drafts + 1
+                tokens = all_tokens[offset:end]
+                if row.num_drafts:
+                    tokens = self._verify(row, tokens, tally)
+                request.num_computed_tokens = row.start + known + len(tokens) - 1
+                if all_chosen or tokens[-1] != NO_TOKEN:
+                    output = self._append(request, tokens, now)
+                else:
+                    place = offset + len(tokens) - 1
+                    failure = sampled.failed.get(place) or Failure(why_no_token(logits[place]), "")
+                    tally.raised += place in sampled.failed
+                    output = self._append(request, tokens[:-1], now, failure)
+                # Asked here, not there: a call for every row that has no new block is a tenth of what a row costs.
+                full = request.num_computed_tokens >= (request.num_published + 1) * size
+                if full and publishes and request.state is RequestState.RUNNING:
                     self.scheduler.publish_computed(request)
-                continue
-            if known == 1 and len(request.token_ids) > request.num_prompt_tokens:
-                tally.decode_tokens += 1
-            else:
-                tally.prefill_tokens += known
-            end = offset + row.num_drafts + 1
-            tokens = sampled[offset:end]
-            if row.num_drafts:
-                tokens = self._verify(row, tokens, tally)
-            request.num_computed_tokens = row.start + known + len(tokens) - 1
-            output = self._append(request, tokens, now)
-            # Asked here, not there: a call for every row that has no new block is a tenth of what a row costs.
-            full = request.num_computed_tokens >= (request.num_published + 1) * size
-            if full and publishes and request.state is RequestState.RUNNING:
-                self.scheduler.publish_computed(request)
-            if request.params.logprobs is not None:
-                reported = logprobs[offset : offset + len(output.new_token_ids)]
-                output.logprobs = [entry for entry in reported if entry is not None]
-            tally.output_tokens += len(output.new_token_ids)
-            outputs.append(output)
+                if request.params.logprobs is not None:
+                    reported = sampled.logprobs[offset : offset + len(output.new_token_ids)]
+                    output.logprobs = [entry for entry in reported if entry is not None]
+                tally.output_tokens += len(output.new_token_ids)
+                outputs.append(output)
+            except Exception as problem:
+                tally.raised += 1
+                failure = Failure.of(problem, "handing out its next token")
+                self._ended.append(self._fail(request, failure, row.start + known if row.samples else None))
             offset = end
         return outputs
+
+    def _commit_chunk(self, row: ScheduledRequest, tally: _Tally) -> None:
+        """Take over a piece in the middle of a prompt."""
+        tally.prefill_tokens += row.num_tokens
+        row.request.num_computed_tokens = row.start + row.num_tokens
+        if self.config.prefix_cache:
+            self.scheduler.publish_computed(row.request)
 
     def _verify(self, row: ScheduledRequest, sampled: list[int], tally: _Tally) -> list[int]:
         """The tokens that a verified draft yields; keeps count of what was accepted."""
@@ -394,12 +547,19 @@ class Engine:
         request.num_draft_tokens += row.num_drafts
         request.num_accepted_tokens += accepted
         tally.accepted_tokens += accepted
-        self._draft_statistics.observe(row.num_drafts, accepted)
-        self._draft_control.observe_draft(request.request_id, accepted)
+        try:
+            self._draft_statistics.observe(row.num_drafts, accepted)
+            self._draft_control.observe_draft(request.request_id, accepted)
+        except Exception as problem:
+            self._stop_drafting(request, problem)
         return tokens
 
-    def _append(self, request: Request, tokens: list[int], now: float) -> RequestOutput:
-        """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it."""
+    def _append(self, request: Request, tokens: list[int], now: float, failure: Failure | None = None) -> RequestOutput:
+        """Add tokens one by one, so that an end inside accepted drafts cuts off what comes after it.
+
+        Args:
+            failure: why the request ends behind them; None if it goes on.
+        """
         outlet = self._outlets[request.request_id]
         token_ids, token_times = request.token_ids, request.times.token_times
         params = request.params
@@ -422,9 +582,12 @@ class Engine:
                 request.num_computed_tokens -= len(tokens) - taken
                 tokens = tokens[:taken]
                 break
-        if reason is not None:
-            return self._end(request, reason, tokens)
-        return _output(request, outlet, tokens)
+        if reason is None:
+            if failure is None:
+                return _output(request, outlet, tokens, outlet.detokenizer.take())
+            reason, request.error = "error", failure.reason
+            self._report_failure(request, failure)
+        return self._end(request, reason, tokens)
 
     def _end(self, request: Request, reason: FinishReason, tokens: list[int] | None = None) -> RequestOutput:
         """Finish a request: publish what is reusable, free its blocks, give its last output."""
@@ -432,15 +595,63 @@ class Engine:
         request.times.end = time.perf_counter()
         if self.config.prefix_cache and request.state is RequestState.RUNNING and reason != "error":
             self.scheduler.publish_computed(request)
-        self.scheduler.finish(request)
-        outlet = self._outlets.pop(request.request_id)
+        outlet = self._outlets[request.request_id]
         outlet.detokenizer.finish()
-        output = _output(request, outlet, tokens or [])
-        del self._requests[request.request_id]
-        if self._proposer is not None:
-            self._proposer.forget(request.request_id)
-        self._draft_control.forget(request.request_id)
+        output = _output(request, outlet, tokens or [], outlet.detokenizer.take())
+        self._drop(request)
         return output
+
+    def _fail(self, request: Request, failure: Failure, num_known: int | None = None) -> RequestOutput:
+        """End a request with an error, whatever state what belongs to it is in; it does not raise.
+
+        Args:
+            num_known: tokens, those of the prompt included, that its client knows of; all if not given.
+        """
+        if num_known is not None:
+            del request.token_ids[num_known:]
+            del request.times.token_times[num_known - request.num_prompt_tokens :]
+        request.finish_reason, request.stop_reason, request.error = "error", None, failure.reason
+        request.times.end = time.perf_counter()
+        outlet = self._outlets[request.request_id]
+        new_text = ""
+        with contextlib.suppress(Exception):  # the detokenizer may be what failed; the reason is told
+            outlet.detokenizer.finish()
+            new_text = outlet.detokenizer.take()
+        output = _output(request, outlet, [], new_text)
+        self._drop(request)
+        if failure.trace:
+            self._report_failure(request, failure)
+        return output
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request and give its blocks back; it does not raise."""
+        identifier = request.request_id
+        del self._requests[identifier], self._outlets[identifier]
+        self._undrafted.discard(identifier)
+        try:
+            self.scheduler.finish(request)
+        except Exception as problem:
+            self._note("giving blocks back failed; every request is computed again", problem)
+            request.state = RequestState.FINISHED
+            self.start_over()
+        try:
+            if self._proposer is not None:
+                self._proposer.forget(identifier)
+            self._draft_control.forget(identifier)
+        except Exception as problem:
+            self._note("the drafts of a finished request could not be forgotten", problem)
+
+    def _report_failure(self, request: Request, failure: Failure) -> None:
+        summary = f"request {shown(request.request_id)} ended: {failure.reason}"
+        self.add_event("error", summary, {"request_id": request.request_id, "traceback": failure.trace})
+
+    def _note(self, summary: str, problem: Exception | None) -> None:
+        """Write a failure that ends no request into the event log."""
+        if problem is None:
+            self.add_event("error", f"{summary}.", {})
+            return
+        failure = Failure.of(problem, summary)
+        self.add_event("error", f"{summary}: {type(problem).__name__}: {problem}", {"traceback": failure.trace})
 
     def _record(self, schedule: Schedule, tally: _Tally, clock: tuple[float, float, float, float]) -> None:
         began, scheduled, computed, done = clock
@@ -500,17 +711,17 @@ class Engine:
         attention, _ = self._make_attention(target)
         get_sampler(target.sampling, self.model.device)
         self._executor.check(target, attention)
-        weights, envelope = None, self.envelope
+        weights, shrinks, envelope = None, False, self.envelope
         if "kv_dtype" in differences:
             envelope = sizing.resize_cache(self.model, target, envelope)
         choice = self._weight_choice(target)
         if not choice.same_as(self.model.weights_choice):
-            sizing.check_weights_fit(self.model, envelope, target)
+            shrinks = sizing.make_room_for_weights(self.model, envelope, target).num_blocks < envelope.num_blocks
             with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
                 weights = self.model.prepare_weights(
                     choice.weights, choice.group_size, head=choice.head, linear=choice.linear
                 )
-        return PreparedChange(dict(changes), weights, (time.perf_counter() - began) * 1e3)
+        return PreparedChange(dict(changes), weights, shrinks, (time.perf_counter() - began) * 1e3)
 
     def apply(self, prepared: PreparedChange) -> ReconfigureResult:
         """Put a prepared change into force between two steps; all of it or, on an error, none.
@@ -525,8 +736,9 @@ class Engine:
         new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
         proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
-        if "kv_dtype" in differences:
-            notes += self._exchange_cache(target, prepared.weights)
+        if "kv_dtype" in differences or prepared.shrinks_cache:
+            room = sizing.resize_cache(self.model, target, self.envelope)
+            notes += self._exchange_cache(target, room, prepared.weights)
         elif prepared.weights is not None:  # the last thing that can fail
             notes += self._exchange_weights(prepared.weights, target)
         if new_proposer:
@@ -538,7 +750,13 @@ class Engine:
         self._attention, self._attention_path = attention, attention_path
         self._sample, self._sampling_path = get_sampler(target.sampling, self.model.device)
         self.config = target
+        self.admission = self._present_admission()
         self._executor.configure(target, attention)
+        if prepared.weights is not None and (offer := self.cache_on_offer()) is not None:
+            notes.append(
+                f"the KV cache could take {offer.gained_bytes / sizing.GIB:.2f} GiB more: {offer.num_blocks:,} blocks "
+                f"instead of {self.envelope.num_blocks:,} (resize)"
+            )
         pause_ms = (time.perf_counter() - began) * 1e3
         tiers = {knob(name).tier for name in differences}
         tier = "swap" if Tier.SWAP in tiers else ("live" if tiers else "none")
@@ -566,17 +784,55 @@ class Engine:
         """
         return self.scheduler.pool.reset_prefixes()
 
-    def _exchange_cache(self, target: EngineConfig, weights: PreparedWeights | None) -> list[str]:
-        """A cache in another format in place of the present one and, with it, other weights.
+    def cache_on_offer(self) -> CacheOffer | None:
+        """What :meth:`resize` would give; None where lighter weights have left the cache nothing worth taking."""
+        larger = sizing.cache_on_offer(self.model, self.config, self.envelope)
+        gained = larger.num_blocks - self.envelope.num_blocks
+        if gained < max(1, LEAST_GAIN * self.envelope.num_blocks):
+            return None
+        return CacheOffer(larger.num_blocks, gained, gained * self.cache.nbytes // self.cache.num_blocks)
+
+    def resize(self) -> ReconfigureResult:
+        """Give the KV cache the memory that lighter weights have left, between two steps.
+
+        The blocks are exchanged as for another `kv_dtype`: running requests are computed again. Heavier weights take
+        the memory back (see :func:`engine.sizing.make_room_for_weights`).
+
+        Raises:
+            CapacityError: if the machine does not have the memory after all; then the cache is what it was.
+        """
+        began, before, notes = time.perf_counter(), self.envelope.num_blocks, []
+        if self.cache_on_offer() is not None:
+            larger = sizing.cache_on_offer(self.model, self.config, self.envelope)
+            notes = self._exchange_cache(self.config, larger, None)
+            self._executor.configure(self.config, self._attention)
+        after = self.envelope.num_blocks
+        result = ReconfigureResult(
+            changed={} if after == before else {"num_blocks": (before, after)},
+            tier="none" if after == before else "swap",
+            pause_ms=(time.perf_counter() - began) * 1e3,
+            prepare_ms=0.0,
+            requests_in_flight=len(self._requests),
+            notes=notes or ["the KV cache has all the memory there is for it"],
+        )
+        if result.changed:
+            summary = f"KV cache resized: {before:,} → {after:,} blocks (paused {result.pause_ms:.1f} ms)"
+            self.add_event("cache", summary, dataclasses.asdict(result))
+        return result
+
+    def _exchange_cache(
+        self, target: EngineConfig, envelope: sizing.Envelope, weights: PreparedWeights | None
+    ) -> list[str]:
+        """A cache of another format or size in place of the present one and, with it, other weights.
 
         Raises:
             CapacityError: if a request in flight could not finish in it, or memory runs out; then there is a cache in
-                the former format again, and requests go on.
+                the former format and size again, and requests go on.
         """
         former, room = self.config, self.envelope
-        envelope = sizing.resize_cache(self.model, target, room)
         longest = max((request.max_total_tokens for request in self._requests.values()), default=0)
-        sizing.check_requests_fit(longest, envelope, target)
+        by = "weights" if target.kv_dtype == former.kv_dtype else "kv_dtype"
+        sizing.check_requests_fit(longest, envelope, target, by)
         count = self.scheduler.vacate()
         self.totals["preemptions"] += count
         notes = [f"the KV cache holds {envelope.num_blocks:,} blocks (before: {room.num_blocks:,})"]
@@ -586,7 +842,7 @@ class Engine:
             self._replace_cache(target, envelope)
             if weights is not None:
                 notes += self._exchange_weights(weights, target)
-        except CapacityError:
+        except Exception:
             self._replace_cache(former, room)
             self._executor.configure(former, self._attention)
             raise
@@ -602,6 +858,7 @@ class Engine:
             sizing.release_memory()
             cache = self._new_cache(config, envelope)
         self.envelope = envelope
+        self.admission = self._present_admission()
         self._use_cache(cache)
         self.scheduler.exchange_pool(BlockPool(envelope.num_blocks, config.block_size))
 
@@ -624,20 +881,9 @@ class Engine:
         Raises:
             ConfigError: if the kernels it names cannot run here.
         """
-        linear = config.linear
-        if not self.model.decoder.exchanges_weights:
-            if linear in ("native", "triton"):
-                raise ConfigError(
-                    f"{linear!r} is not available for {self.model.spec.architecture}, which runs through transformers.",
-                    field="linear",
-                    remedy="Choose auto or torch.",
-                )
-            linear = "torch"
-        choice = choose("linear", linear, device=self.model.device, dtype=self.model.dtype)
-        if choice.path is None:
-            raise ConfigError(f"{linear!r} cannot run here: {choice.reason}", field="linear", remedy=choice.remedy)
-        implementation = choice.path.partition(" ")[0]
-        return WeightChoice(config.weights, int(config.group_size), config.head_weights, implementation)
+        model = self.model
+        fallback = None if model.decoder.exchanges_weights else model.spec.architecture
+        return _choose_weights(config, model.device, model.dtype, fallback)
 
     def _bring_weights(self, choice: WeightChoice) -> None:
         """Put freshly loaded weights into the chosen formats; a mere change of layout reads nothing again."""
@@ -720,6 +966,7 @@ class Engine:
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
             totals=dict(self.totals),
+            resize=None if (offer := self.cache_on_offer()) is None else dataclasses.asdict(offer),
             execution=self._executor.status(),
             speculation=self._draft_statistics.to_dict() | {"control": self._draft_control.to_dict()},
         )
@@ -758,11 +1005,41 @@ class _Tally:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     output_tokens: int = 0
+    raised: int = 0  # rows of which something raised
 
 
-def _output(request: Request, outlet: _Outlet, tokens: list[int]) -> RequestOutput:
+def _choose_weights(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, fallback: str | None
+) -> WeightChoice:
+    """As :meth:`Engine._weight_choice`, for a model that may not be loaded yet.
+
+    Args:
+        fallback: name of a model whose layers transformers computes, which keeps its weights as they are; else None.
+    """
+    linear = config.linear
+    if fallback is not None:
+        if linear in ("native", "triton"):
+            raise ConfigError(
+                f"{linear!r} is not available for {fallback}, which runs through transformers.",
+                field="linear",
+                remedy="Choose auto or torch.",
+            )
+        linear = "torch"
+    choice = choose("linear", linear, device=device, dtype=dtype)
+    if choice.path is None:
+        raise ConfigError(f"{linear!r} cannot run here: {choice.reason}", field="linear", remedy=choice.remedy)
+    wanted = sizing.wanted_formats(config, choice.path.partition(" ")[0])
+    if fallback is not None and wanted.label != "model":
+        raise ConfigError(
+            f"{wanted.label!r} is not available for {fallback}, which runs through transformers.",
+            field="weights",
+            remedy="Choose model.",
+        )
+    return wanted
+
+
+def _output(request: Request, outlet: _Outlet, tokens: list[int], new_text: str) -> RequestOutput:
     """News of a request: its new tokens, and the text that became certain by them."""
-    new_text = outlet.detokenizer.take()
     return RequestOutput(
         request.request_id,
         tokens,

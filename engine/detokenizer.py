@@ -12,18 +12,23 @@ few tokens anew each time: several microseconds a token, which 128 sequences wou
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers.decoders import ByteLevel, DecodeStream
 
 
 class TokenBytes(dict[int, tuple[bytes, str | None]]):
-    """The bytes of every token of a byte-level tokenizer, and its text if they are whole characters. Shared by all
-    requests of an engine; an entry is made when it is first asked for. Special tokens have no bytes.
+    """The bytes of every token of a tokenizer, and its text if they are whole characters. Shared by all requests of an
+    engine; an entry is made when it is first asked for. Special tokens have no bytes: they are no part of a text.
+
+    Of a byte-level tokenizer (:attr:`is_exact`) the bytes of tokens laid end to end are their text. Other decoders may
+    look at what is around a token; those of SentencePiece drop the space that a text begins with, no more.
 
     Args:
-        backend: the ``tokenizers.Tokenizer``, whose decoder is ``ByteLevel``.
+        backend: the ``tokenizers.Tokenizer``.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -31,30 +36,79 @@ class TokenBytes(dict[int, tuple[bytes, str | None]]):
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._special = {token_id for token_id, token in added.items() if token.special}
-        self._byte_of = _byte_of_character()
+        self.is_exact = isinstance(backend.decoder, ByteLevel)
+        self._read_token = self._reader()
 
     def __missing__(self, token_id: int) -> tuple[bytes, str | None]:
         entry = self[token_id] = self._read(token_id)
         return entry
 
     def _read(self, token_id: int) -> tuple[bytes, str | None]:
-        token = None if token_id in self._special else self._backend.id_to_token(token_id)
+        token = None if token_id in self._special or token_id < 0 else self._backend.id_to_token(token_id)
         if token is None:
             return b"", ""
-        try:
-            content = bytes(self._byte_of[character] for character in token)
-        except KeyError:  # an added token, written as it is
-            content = token.encode()
+        content = self._read_token(token_id, token)
         try:
             return content, content.decode()
         except UnicodeDecodeError:
             return content, None
 
+    def _reader(self) -> Callable[[int, str], bytes]:
+        """How the tokens of this decoder are spelt."""
+        steps = _decoder_steps(self._backend.decoder)
+        kinds = {str(step.get("type")) for step in steps}
+        if "ByteLevel" in kinds:
+            byte_of = _byte_of_character()
+            return lambda token_id, token: _byte_level(token, byte_of)
+        spaces = [str(step.get("replacement", "▁")) for step in steps if step.get("type") == "Metaspace"]
+        spaces += [
+            str(step.get("pattern", {}).get("String"))
+            for step in steps
+            if step.get("type") == "Replace" and step.get("content") == " "
+        ]
+        if "ByteFallback" in kinds or spaces:
+            return lambda token_id, token: _piece(token, spaces, "ByteFallback" in kinds)
+        return lambda token_id, token: str(self._backend.decode([token_id])).encode(errors="replace")
+
+
+def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
+    """A decoder of the tokenizers library as its parts, each a description with its ``type``."""
+    if decoder is None:
+        return []
+    described = json.loads(decoder.__getstate__())
+    return list(described["decoders"]) if described.get("type") == "Sequence" else [described]
+
+
+def _byte_level(token: str, byte_of: dict[str, int]) -> bytes:
+    try:
+        return bytes(byte_of[character] for character in token)
+    except KeyError:  # written as it is
+        return token.encode(errors="replace")
+
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _piece(token: str, spaces: list[str], byte_fallback: bool) -> bytes:
+    """Bytes of a SentencePiece token: a byte spelt ``<0x0A>``, or text with a visible character for the space."""
+    byte = _BYTE_PIECE.fullmatch(token) if byte_fallback else None
+    if byte is not None:
+        return bytes([int(byte.group(1), 16)])
+    for space in spaces:
+        token = token.replace(space, " ")
+    return token.encode(errors="replace")
+
 
 def token_bytes(tokenizer: Any) -> TokenBytes | None:
-    """The table for a transformers tokenizer, or None if it is not byte-level."""
+    """The bytes of each token of a transformers tokenizer, for log-probabilities; None without a fast tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return TokenBytes(backend) if isinstance(getattr(backend, "decoder", None), ByteLevel) else None
+    return None if backend is None else TokenBytes(backend)
+
+
+def stream_table(tokenizer: Any) -> TokenBytes | None:
+    """The table with which text is streamed, or None if the tokenizer is not byte-level: then its decoder is asked."""
+    table = token_bytes(tokenizer)
+    return table if table is not None and table.is_exact else None
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -71,7 +125,7 @@ class Detokenizer:
     Args:
         tokenizer: the model's transformers tokenizer.
         stop: strings that end the output.
-        table: of the tokenizer (:func:`token_bytes`), None if it has none.
+        table: of the tokenizer (:func:`stream_table`), None if it has none.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), table: TokenBytes | None = None) -> None:
@@ -97,7 +151,7 @@ class Detokenizer:
         """Add one output token.
 
         Args:
-            may_stop: False while the output may not end yet (``min_tokens``): stop strings are not looked for.
+            may_stop: False while the output may not end yet (``min_tokens``): this token completes no stop string.
 
         Returns:
             The stop string that has just been completed (the text then ends before it), else None.
@@ -105,9 +159,11 @@ class Detokenizer:
         text = None
         if self._table is not None and not self._begun:  # nearly always: without a call, which 128 sequences would feel
             text = self._table[token_id][1]
-        self._tail += self._decode_next(token_id) if text is None else text
+        if text is None:
+            text = self._decode_next(token_id)
+        self._tail += text
         if self._stop and may_stop:
-            return self._find_stop()
+            return self._find_stop(len(self._tail) - len(text))
         return None
 
     def take(self) -> str:
@@ -146,12 +202,14 @@ class Detokenizer:
             return ""
         return complete[len(decoded) :]
 
-    def _find_stop(self) -> str | None:
-        """The stop string that occurs first in the text not handed out; cuts the text before it.
+    def _find_stop(self, before: int) -> str | None:
+        """The stop string that begins first of those that end in the tail behind ``before``; cuts the text before it.
 
-        No stop string can begin in what was handed out: its beginning would have been held back.
+        No stop string can begin in what was handed out: its beginning would have been held back. One that ends before
+        was completed by a token that might not end the output; whether its text was handed out since, which depends on
+        how many tokens a step brings, must make no difference.
         """
-        hits = [(self._tail.find(stop), stop) for stop in self._stop]
+        hits = [(self._tail.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
         hits = [hit for hit in hits if hit[0] >= 0]
         if not hits:
             return None

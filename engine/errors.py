@@ -42,6 +42,10 @@ class RequestError(HeadroomError):
     """A generation request cannot be accepted."""
 
 
+class QueueFullError(HeadroomError):
+    """As many requests are in flight as the engine takes; the same request may be accepted a little later."""
+
+
 class CapacityError(HeadroomError):
     """What was asked for does not fit into the memory it was given."""
 
@@ -52,3 +56,19 @@ class WorkloadError(HeadroomError):
 
 class EngineDeadError(HeadroomError):
     """The engine's stepping thread has stopped; nothing can be submitted any more."""
+
+
+SHOWN_CHARACTERS = 80
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error message quotes it: its ``repr``, cut where it is long.
+
+    >>> shown("a" * 1000)[-7:], shown(10**5000)
+    ("aaa …'", 'a number of more than 4,000 digits')
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        return "a number of more than 4,000 digits"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …{text[-1]}"

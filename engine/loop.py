@@ -6,11 +6,16 @@
 
 Everything that touches the engine happens in the stepping thread, between two steps. Work that can be done beside it
 (quantizing new weights) happens in the caller's thread first.
+
+Whatever is posted is answered: what it raises, and that the engine has stopped before its turn came, goes to whoever
+posted it. Nothing that is posted, and no callback, ends the thread.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import threading
 import time
 import traceback
@@ -19,28 +24,45 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from engine.core import Engine, PreparedChange
-from engine.errors import EngineDeadError
-from engine.outputs import EngineEvent, EngineStatus, ReconfigureResult, RequestOutput, StepStats
+from engine.errors import EngineDeadError, HeadroomError
+from engine.outputs import EngineEvent, EngineStatus, ReconfigureResult, RequestOutput, RequestTimes, StepStats
 from engine.sampling import SamplingParams
 
 T = TypeVar("T")
 OutputCallback = Callable[[RequestOutput], None]
 
-# A step that fails is answered to its requests and the engine goes on; this many in a row and it gives up.
+# After so many steps in a row of which nothing could be computed the engine is asked whether it can step at all.
 FAILURES_IN_A_ROW = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Action:
+    """Something to be done in the stepping thread.
+
+    Attributes:
+        run: does it.
+        answer: told what it raised, or that it will not be run any more.
+        submits: it queues a request.
+    """
+
+    run: Callable[[], None]
+    answer: Callable[[BaseException], None]
+    submits: bool = False
 
 
 class EngineLoop:
     """Owns the stepping thread of one engine.
 
     Args:
-        engine: not to be touched by anybody else from :meth:`start` on, except for reading ``model`` and ``config``.
+        engine: not to be touched by anybody else from :meth:`start` on, except for reading ``model``, ``config`` and
+            ``admission``, which are replaced as a whole.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.error: str | None = None
-        self._inbox: list[Callable[[], None]] = []
+        self._inbox: list[_Action] = []
+        self._submitted = 0  # requests among it
         self._wake = threading.Condition()
         self._callbacks: dict[str, OutputCallback] = {}
         self._stopping = False
@@ -91,22 +113,28 @@ class EngineLoop:
                 must return at once (put the output on a queue).
 
         Returns:
-            The request's id.
+            The request's id. If it cannot be queued after all, because knobs were changed meanwhile, its callback gets
+            one output, finished, with finish_reason "error" and what would have been raised as ``refusal``.
 
         Raises:
             RequestError: if the request is malformed or could never finish.
+            QueueFullError: if as many requests as the engine takes are running or waiting.
             EngineDeadError: if the engine has stopped.
         """
         arrival = time.perf_counter()
-        self.engine.validate_request(prompt_token_ids, params)
+        self.engine.validate_request(prompt_token_ids, params, priority)
         identifier = request_id or uuid.uuid4().hex
 
         def add() -> None:
             self.engine.add_request(identifier, prompt_token_ids, params, priority, arrival)
             self._callbacks[identifier] = on_output
 
+        def refuse(problem: BaseException) -> None:
+            times = RequestTimes(arrival=arrival, end=time.perf_counter())
+            on_output(RequestOutput.refused(identifier, prompt_token_ids, times, problem))
+
         if request_id is None:
-            self._post(add)
+            self._post(_Action(add, refuse, submits=True))
         else:  # the caller chose the id, so it may be taken: find out before returning
             self.call(lambda _: add())
         return identifier
@@ -119,8 +147,8 @@ class EngineLoop:
             if output is not None:
                 self._deliver([output])
 
-        if self.alive:
-            self._post(drop)
+        with contextlib.suppress(EngineDeadError):  # then it has ended
+            self._post(_Action(drop, _report))
 
     def reconfigure(self, changes: Mapping[str, Any]) -> ReconfigureResult:
         """Change knobs while requests are in flight: prepared here, applied between two steps.
@@ -132,6 +160,22 @@ class EngineLoop:
         with self._reconfiguring:  # two changes prepared at once could each undo the other
             prepared = self.engine.prepare(changes)
             return self.call(lambda engine: self._apply(engine, prepared))
+
+    def resize(self) -> ReconfigureResult:
+        """Give the KV cache the memory that lighter weights have left; running requests are computed again.
+
+        Raises:
+            CapacityError: if the machine does not have the memory after all; then nothing has changed.
+            EngineDeadError: if the engine has stopped.
+        """
+
+        def resize(engine: Engine) -> ReconfigureResult:
+            result = engine.resize()
+            self._take_status(engine)
+            return result
+
+        with self._reconfiguring:
+            return self.call(resize)
 
     def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
         """Run ``function`` in the stepping thread between two steps; its result, or the exception it raised."""
@@ -146,7 +190,11 @@ class EngineLoop:
                 except BaseException as problem:
                     future.set_exception(problem)
 
-        self._post(run)
+        def answer(problem: BaseException) -> None:
+            if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
+                future.set_exception(problem)
+
+        self._post(_Action(run, answer))
         while True:
             try:
                 return future.result(timeout=0.5 if timeout is None else timeout)
@@ -181,7 +229,7 @@ class EngineLoop:
 
     def add_event(self, kind: str, summary: str, detail: dict[str, Any]) -> None:
         """Write into the event log."""
-        self._post(lambda: self.engine.add_event(kind, summary, detail))
+        self._post(_Action(lambda: self.engine.add_event(kind, summary, detail), _report))
 
     # -- the stepping thread ---------------------------------------------------------------------------
 
@@ -195,10 +243,13 @@ class EngineLoop:
         self._status = (time.monotonic(), status)
         return status
 
-    def _post(self, action: Callable[[], None]) -> None:
+    def _post(self, action: _Action) -> None:
         with self._wake:
             if not self.alive:
                 raise self._dead()
+            if action.submits:
+                self.engine.admission.check_queue(len(self._callbacks) + self._submitted)
+                self._submitted += 1
             self._inbox.append(action)
             self._wake.notify()
 
@@ -216,9 +267,28 @@ class EngineLoop:
             self.error = f"{type(problem).__name__}: {problem}"
             traceback.print_exc()
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        """Answer everybody, whatever state the engine is in."""
+        with self._wake:
             self._stopping = True
-            self._deliver(self.engine.fail_all(self.error or "the engine was shut down"))
+            actions, self._inbox = self._inbox, []
+        reason = self.error or "the engine was shut down"
+        for action in actions:
+            _answer(action, self._dead())
+        try:
+            self._deliver(self.engine.fail_all(reason))
+        except BaseException as problem:
+            _report(problem)
+        for identifier, callback in list(self._callbacks.items()):  # whom a broken engine does not know any more
+            times = RequestTimes(arrival=time.perf_counter())
+            _call(callback, RequestOutput.refused(identifier, [], times, self._dead()))
+        self._callbacks.clear()
+        try:
             self.engine.close()
+        except BaseException as problem:
+            _report(problem)
 
     def _apply_inbox(self) -> bool:
         """Wait until there is something to do, run what callers posted; False once the loop is to end."""
@@ -228,7 +298,13 @@ class EngineLoop:
             actions, self._inbox = self._inbox, []
             stopping = self._stopping
         for action in actions:
-            action()
+            try:
+                action.run()
+            except BaseException as problem:
+                _answer(action, problem)
+            if action.submits:
+                with self._wake:
+                    self._submitted -= 1
         return not stopping
 
     def _has_work(self) -> bool:
@@ -238,26 +314,66 @@ class EngineLoop:
         try:
             outputs = self.engine.step()
             self._failures = 0
-        except Exception as problem:
-            traceback.print_exc()
-            self._failures += 1
-            if self._failures >= FAILURES_IN_A_ROW:
-                raise
-            message = f"a step failed: {type(problem).__name__}: {problem}"
-            self.engine.add_event("error", message, {"traceback": traceback.format_exc()})
-            outputs = self.engine.fail_all(message)
+        except Exception as problem:  # not of a row, which would have ended alone
+            outputs = self._go_on_after(problem)
         self._deliver(outputs)
+        if self.engine.fruitless_steps >= FAILURES_IN_A_ROW:
+            obstacle = self.engine.obstacle()
+            if obstacle is not None:
+                raise EngineDeadError(f"no request can be computed any more: {obstacle}")
+
+    def _go_on_after(self, problem: Exception) -> list[RequestOutput]:
+        """A step raised as a whole: once it is tried anew, then its requests are given up, then the engine is."""
+        traceback.print_exc()
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise problem
+        message = f"a step failed: {type(problem).__name__}: {problem}"
+        self.engine.add_event("error", message, {"traceback": traceback.format_exc()})
+        if self._failures == 1:
+            self.engine.start_over()
+            return []
+        return self.engine.fail_all(message)
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
-            callback = self._callbacks.get(output.request_id)
-            listeners = [callback]
-            if output.finished:
-                self._callbacks.pop(output.request_id, None)
-                listeners.append(self.on_finished)
-            for listener in listeners:
-                if listener is not None:
-                    try:
-                        listener(output)
-                    except Exception:  # a client's trouble is not the engine's
-                        traceback.print_exc()
+            self._hand_out(output)
+
+    def _hand_out(self, output: RequestOutput) -> None:
+        """Give an output to its client, and end the request of a client that cannot take it."""
+        callback = self._callbacks.get(output.request_id)
+        problem = _call(callback, output)
+        if problem is not None and not output.finished:
+            reason = f"its output could not be delivered: {type(problem).__name__}: {problem}"
+            last = self.engine.fail(output.request_id, reason)
+            if last is not None:
+                output = last
+                _call(callback, output)
+        if output.finished:
+            self._callbacks.pop(output.request_id, None)
+            _call(self.on_finished, output)
+
+
+def _call(listener: OutputCallback | None, output: RequestOutput) -> BaseException | None:
+    """Tell somebody of an output; what that raised, if anything: a client's trouble is not the engine's."""
+    if listener is None:
+        return None
+    try:
+        listener(output)
+    except BaseException as problem:
+        _report(problem)
+        return problem
+    return None
+
+
+def _answer(action: _Action, problem: BaseException) -> None:
+    try:
+        action.answer(problem)
+    except BaseException as another:
+        _report(another)
+
+
+def _report(problem: BaseException) -> None:
+    """For what nobody waits for: a bug's traceback goes to standard error."""
+    if not isinstance(problem, HeadroomError):
+        traceback.print_exception(problem)

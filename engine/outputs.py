@@ -7,7 +7,10 @@ All times are ``time.perf_counter()`` seconds of the engine's process unless a n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from engine.errors import HeadroomError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -75,6 +78,8 @@ class RequestOutput:
         num_cached_tokens: prompt tokens whose KV came from the prefix cache.
         num_preemptions: how often the request was put back.
         num_draft_tokens, num_accepted_tokens: speculation totals so far.
+        refusal: if the request was refused when it was to be queued (its caller had left by then), what the caller
+            would have been raised; such an output is the only one of its request.
     """
 
     request_id: str
@@ -93,6 +98,32 @@ class RequestOutput:
     num_preemptions: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    refusal: HeadroomError | None = None
+
+    @classmethod
+    def refused(
+        cls, request_id: str, prompt_token_ids: Sequence[int], times: RequestTimes, problem: BaseException
+    ) -> RequestOutput:
+        """The only output of a request that was not queued."""
+        return cls(
+            request_id=request_id,
+            new_token_ids=[],
+            new_text="",
+            transcript=Transcript(list(prompt_token_ids), len(prompt_token_ids), []),
+            num_output_tokens=0,
+            num_pieces=0,
+            finished=True,
+            finish_reason="error",
+            stop_reason=None,
+            error=str(problem) if isinstance(problem, HeadroomError) else f"{type(problem).__name__}: {problem}",
+            logprobs=None,
+            times=times,
+            num_cached_tokens=0,
+            num_preemptions=0,
+            num_draft_tokens=0,
+            num_accepted_tokens=0,
+            refusal=problem if isinstance(problem, HeadroomError) else None,
+        )
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -201,7 +232,7 @@ class MemoryReport:
     Attributes:
         limit: what the engine was given.
         weights: bytes of parameters now resident (follows the weight format).
-        weights_at_load: bytes the KV cache was sized with.
+        weights_at_load: bytes of weights the KV cache was sized with, at load or at its last exchange.
         activations: reserved for activations and logits of the largest step.
         kv_cache: bytes of the KV cache as allocated.
         resident: resident set size of the process (CPU) or device memory in use (GPU), all included.
@@ -213,6 +244,21 @@ class MemoryReport:
     activations: int
     kv_cache: int
     resident: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheOffer:
+    """Memory that lighter weights have left and the KV cache could take (``POST /admin/resize``).
+
+    Attributes:
+        num_blocks: what the cache would hold.
+        gained_blocks: more than now.
+        gained_bytes: more than now.
+    """
+
+    num_blocks: int
+    gained_blocks: int
+    gained_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -231,6 +277,7 @@ class EngineStatus:
         running, waiting: requests now.
         totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,
             prefix_query_tokens, drafts (how many were verified), draft_tokens, accepted_tokens.
+        resize: a :class:`CacheOffer` as a mapping; None where there is nothing to take.
         speculation: of those drafts, see :meth:`engine.speculation.statistics.DraftStatistics.to_dict`.
         execution: how forward passes run: ``asked`` and ``last`` mode, ``reason`` of the last; ``prepared`` token
             counts ("1", "2–2048"); ``failed``, a list of {tokens, error}; ``preparing``, None or {done, total, current,
@@ -249,5 +296,6 @@ class EngineStatus:
     running: int
     waiting: int
     totals: dict[str, int]
+    resize: dict[str, int] | None = None
     speculation: dict[str, Any] = dataclasses.field(default_factory=dict)
     execution: dict[str, Any] = dataclasses.field(default_factory=dict)

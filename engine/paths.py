@@ -1,9 +1,10 @@
-"""Where Headroom keeps what it downloads, converts and records."""
+"""Where Headroom keeps what it downloads, converts and records: for this user alone (see :mod:`kernels.trust`)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from kernels import trust
 
 
 def headroom_home() -> Path:
@@ -12,7 +13,7 @@ def headroom_home() -> Path:
     Read from the environment at each call, so that a test or a second dashboard can have a home of its own. The
     folder is not created here.
     """
-    return Path(os.environ.get("HEADROOM_HOME") or "~/.cache/headroom").expanduser()
+    return trust.home()
 
 
 def downloads_dir() -> Path:
@@ -28,3 +29,17 @@ def models_dir() -> Path:
 def cache_dir() -> Path:
     """Derived data that may be deleted at any time: converted tokenizers, checksums."""
     return headroom_home() / "cache"
+
+
+def unsaved_dir() -> Path:
+    """Runs that a database would not take."""
+    return headroom_home() / "unsaved"
+
+
+def private_dir(folder: Path) -> Path:
+    """Make a folder with mode 0700, tighten what is between it and HEADROOM_HOME; returns it.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    return trust.private_dir(folder, headroom_home())

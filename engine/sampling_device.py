@@ -13,6 +13,10 @@ from engine.outputs import TokenLogprob
 from engine.sampling import SamplingParams, SamplingRow, logprobs_of, sample
 from kernels.sampling import SamplingTensors, sample_triton
 
+# A probability that the likeliest of any vocabulary exceeds: below it top-p keeps that one alone, and float32 would
+# lose numbers that are smaller still.
+_LEAST_TOP_P = 1e-9
+
 
 def sample_on_device(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
     """Choose one token a row; as :func:`engine.sampling.sample`.
@@ -41,9 +45,9 @@ def _tensors(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SamplingTenso
     seeds = np.array([row.seed for row in rows], dtype=np.uint64).view(np.int64)
     temperature, top_k, top_p, min_p, penalty, seeds_there, positions = to_device(
         [
-            np.array([item.temperature for item in params], np.float32),
+            np.array([0.0 if item.greedy else item.temperature for item in params], np.float32),
             np.array([min(max(item.top_k, 0), vocab) for item in params], np.int32),
-            np.array([item.top_p for item in params], np.float32),
+            np.array([max(item.top_p, _LEAST_TOP_P) for item in params], np.float32),
             np.array([item.min_p for item in params], np.float32),
             np.array([item.repetition_penalty for item in params], np.float32),
             seeds,

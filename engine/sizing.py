@@ -19,13 +19,14 @@ import torch
 
 from engine import capacity
 from engine.cache.kv_cache import KVCache
-from engine.capacity.formats import weight_format
 from engine.config import EngineConfig
 from engine.device import release_gpu_memory, total_memory, used_memory
 from engine.errors import CapacityError, ConfigError, HeadroomError
+from engine.models.checkpoint import stored_as
 from engine.models.loader import resolve, resolve_device, resolve_dtype
-from engine.models.weight_exchange import free_bytes
+from engine.models.weight_exchange import free_bytes, planned_bytes
 from engine.outputs import MemoryReport
+from engine.quantization.registry import WeightChoice
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel
@@ -44,6 +45,7 @@ class Envelope:
         limit_bytes, weights_bytes, activation_bytes: the budget the cache was sized with.
         num_blocks: blocks of the KV cache.
         max_model_len: tokens one request may hold.
+        promised_len: of these, what one could hold before the cache took memory that lighter weights had left.
         limited_by: why it is not more, for error messages.
         remedy: what would make it more.
     """
@@ -53,6 +55,7 @@ class Envelope:
     activation_bytes: int
     num_blocks: int
     max_model_len: int
+    promised_len: int
     limited_by: str
     remedy: str
 
@@ -71,14 +74,19 @@ def size_engine(model: LoadedModel, config: EngineConfig) -> Envelope:
 def resize_cache(model: LoadedModel, target: EngineConfig, envelope: Envelope) -> Envelope:
     """What the same memory holds with the KV cache in the format of ``target``.
 
-    Weights count as at load, or as they are now if that is more, so that what fitted once can come back.
+    Weights count as when the cache was sized, or as ``target`` has them if that is more.
 
     Raises:
         CapacityError: if not even one block fits; the message has the arithmetic.
     """
     weights = max(envelope.weights_bytes, predicted_weight_bytes(model, target))
-    resized = _sized(model, target, envelope.limit_bytes, weights)
-    return dataclasses.replace(resized, weights_bytes=envelope.weights_bytes)
+    return _sized(model, target, envelope.limit_bytes, weights)
+
+
+def cache_on_offer(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> Envelope:
+    """What the same memory holds with the weights that are resident now: more blocks once they have become lighter."""
+    larger = _sized(model, config, envelope.limit_bytes, model.weight_bytes())
+    return dataclasses.replace(larger, promised_len=min(envelope.promised_len, larger.max_model_len))
 
 
 def _sized(model: LoadedModel, config: EngineConfig, limit: int, weights: int) -> Envelope:
@@ -103,7 +111,16 @@ def _sized(model: LoadedModel, config: EngineConfig, limit: int, weights: int) -
         limited_by, remedy = "the max_model_len it was loaded with", "Load the model with a larger max_model_len."
     else:
         limited_by, remedy = "the model's context length", "Shorten the prompt."
-    return Envelope(limit, weights, activations, size.num_blocks, longest, limited_by, remedy)
+    return Envelope(limit, weights, activations, size.num_blocks, longest, longest, limited_by, remedy)
+
+
+def widest_window(model: LoadedModel) -> int | None:
+    """Positions that a query sees at most in any layer, itself included; None where a layer sees all.
+
+    All layers share a block table, so a block goes back to the pool only when every layer's window has left it behind.
+    """
+    windows = model.decoder.layer_windows
+    return None if None in windows else max(window for window in windows if window is not None)
 
 
 def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes: int) -> int:
@@ -117,23 +134,32 @@ def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes
     return int(min(max(CPU_DEFAULT_BYTES, 2 * weights_bytes), max(CPU_SHARE_OF_FREE * free, weights_bytes)))
 
 
-def check_weights_fit(model: LoadedModel, envelope: Envelope, target: EngineConfig) -> None:
-    """Refuse a weight format that, with the cache as allocated, would exceed the memory limit.
+def make_room_for_weights(model: LoadedModel, envelope: Envelope, target: EngineConfig) -> Envelope:
+    """The envelope under which weights of another format fit: the present one, or a cache that gives blocks back.
+
+    Blocks are given back as long as one request may hold what was promised when the cache was sized: a cache that has
+    taken what lighter weights left returns that, at least.
 
     Raises:
-        CapacityError: with the arithmetic and the remedy.
+        CapacityError: with the arithmetic and the remedy, if the present cache would have to go below that.
     """
     wanted = predicted_weight_bytes(model, target)
     kv_bytes = _kv_bytes(model, target, envelope)
     total = wanted + envelope.activation_bytes + kv_bytes
-    if total > envelope.limit_bytes and wanted > envelope.weights_bytes:
-        raise CapacityError(
-            f"{target.weights} weights need {wanted / GIB:.3f} GiB; with {kv_bytes / GIB:.3f} GiB of KV cache and "
-            f"{envelope.activation_bytes / GIB:.3f} GiB of activations that is {total / GIB:.3f} GiB, above the limit "
-            f"of {envelope.limit_bytes / GIB:.3f} GiB.",
-            field="weights",
-            remedy="Load the model again with these weights: the KV cache is then sized to what is left.",
-        )
+    if total <= envelope.limit_bytes or wanted <= envelope.weights_bytes:
+        return envelope
+    with contextlib.suppress(CapacityError):
+        smaller = resize_cache(model, target, envelope)
+        if smaller.max_model_len >= envelope.promised_len:
+            return smaller
+    raise CapacityError(
+        f"{target.weights} weights need {wanted / GIB:.3f} GiB; with {kv_bytes / GIB:.3f} GiB of KV cache and "
+        f"{envelope.activation_bytes / GIB:.3f} GiB of activations that is {total / GIB:.3f} GiB, above the limit "
+        f"of {envelope.limit_bytes / GIB:.3f} GiB; a smaller cache would not hold a request of "
+        f"{envelope.promised_len:,} tokens.",
+        field="weights",
+        remedy="Load the model again with these weights: the KV cache is then sized to what is left.",
+    )
 
 
 class Explained(contextlib.AbstractContextManager[None]):
@@ -171,17 +197,16 @@ def load_shortage(config: EngineConfig) -> CapacityError:
     """Memory ran out while a model was read."""
     try:
         device = resolve_device(config.device)
-        dtype = _dtype_name(resolve_dtype(config.dtype, device))
-        needed = capacity.weight_bytes(capacity.ModelSpec.from_hf_config(resolve(config.model).config), dtype)
-        numbers = (
-            f": its weights are {needed / GIB:.3f} GiB in {dtype}; {free_bytes(device) / GIB:.3f} GiB are free now"
-        )
+        dtype, choice = resolve_dtype(config.dtype, device), wanted_formats(config)
+        needed = planned_bytes(capacity.ModelSpec.from_hf_config(resolve(config.model).config), choice, dtype)
+        kept = _dtype_name(dtype) if choice.label == "model" else choice.label
+        numbers = f": its weights are {needed / GIB:.3f} GiB in {kept}; {free_bytes(device) / GIB:.3f} GiB are free now"
     except HeadroomError:  # then the load would have failed for that, not for memory
         numbers = ""
     return CapacityError(
         f"memory ran out while {config.model} was read{numbers}.",
         field="model",
-        remedy="Free memory, choose a smaller model or a smaller dtype.",
+        remedy="Free memory, or choose a smaller model, a smaller dtype or quantized weights.",
     )
 
 
@@ -225,37 +250,33 @@ def kv_format_name(config: EngineConfig, dtype: torch.dtype) -> str:
     return names[config.kv_dtype]
 
 
-def check_requests_fit(longest_request: int, envelope: Envelope, target: EngineConfig) -> None:
-    """Refuse a cache format under which a request in flight could not finish.
+def check_requests_fit(longest_request: int, envelope: Envelope, target: EngineConfig, field: str = "kv_dtype") -> None:
+    """Refuse a cache in which a request in flight could not finish.
 
     Args:
         longest_request: tokens that the longest of them may grow to; 0 without any.
+        field: the knob whose change asks for that cache.
 
     Raises:
         CapacityError: naming the remedy.
     """
     if longest_request > envelope.max_model_len:
         raise CapacityError(
-            f"a request in flight may grow to {longest_request:,} tokens; with kv_dtype={target.kv_dtype} one may hold "
-            f"{envelope.max_model_len:,} ({envelope.limited_by}).",
-            field="kv_dtype",
+            f"a request in flight may grow to {longest_request:,} tokens; with {field}={getattr(target, field)} one "
+            f"may hold {envelope.max_model_len:,} ({envelope.limited_by}).",
+            field=field,
             remedy="Wait until it is done, or abort it.",
         )
 
 
 def predicted_weight_bytes(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes of the weights in the format that ``config`` asks for, by the planner's formula."""
-    dtype = _dtype_name(model.dtype)
-    if config.weights == "model":
-        total = capacity.weight_bytes(model.spec, dtype)
-    else:
-        name = f"int4-g{config.group_size}" if config.weights == "int4" else config.weights
-        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
-        total = capacity.weight_bytes(model.spec, weight_format(name, zero_point_bits=16), dtype=dtype)
-    if config.head_weights == "int8":
-        rows, width = model.spec.vocab_size, model.spec.hidden_size
-        total += rows * (width + 2) - rows * width * model.dtype.itemsize  # one bfloat16 scale a row
-    return total
+    return planned_bytes(model.spec, wanted_formats(config), model.dtype)
+
+
+def wanted_formats(config: EngineConfig, linear: str = "torch") -> WeightChoice:
+    """The weight formats that a configuration asks for, for these kernels."""
+    return WeightChoice(config.weights, int(config.group_size), config.head_weights, linear)
 
 
 def memory_report(model: LoadedModel, envelope: Envelope, cache: KVCache) -> MemoryReport:
@@ -279,6 +300,7 @@ def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
         "name": model.name,
         "family": model.family,
         "source": model.source,
+        "stored_as": stored_as(model.checkpoint),
         "fingerprint": model.fingerprint,
         "parameters": model.num_parameters(),
         "layers": spec.num_layers,
@@ -288,6 +310,7 @@ def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "vocab_size": spec.vocab_size,
         "context_length": model.max_position,
+        "warnings": list(model.warnings),
         "kv_bytes_per_token": capacity.kv_bytes_per_token(spec, kv_format_name(config, model.dtype)),
     }
 

@@ -17,14 +17,17 @@ from typing import IO, Literal
 
 from engine.client import EngineClient, EngineUnreachableError
 from engine.config import EngineConfig
-from engine.paths import headroom_home
+from engine.paths import headroom_home, private_dir
+from engine.server.limits import ServerLimits, limits_from_environment
+from kernels.trust import private_file
 
 ProcessState = Literal["starting", "running", "dead"]
 
 _LOG_LINES = 40
 _LOG_TAIL_BYTES = 16_384
 _LOGS_KEPT = 10
-_STOP_TIMEOUT_S = 8.0
+_DRAIN_S = 2.0
+_STOP_TIMEOUT_S = 9.0  # beside draining: longer than the worker takes to end itself by force
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -49,9 +52,12 @@ class Worker:
     Args:
         model: what it loads at start.
         config: the knobs it starts with; ``model`` there is ignored.
+        limits: how much it accepts from outside. If not given, what the environment says (``HEADROOM_MAX_BODY_BYTES``
+            and so on), else the defaults, with a shorter time to drain: people wait for a restart.
     """
 
-    def __init__(self, model: str, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: str, config: EngineConfig | None = None, limits: ServerLimits | None = None) -> None:
+        self._limits = limits or limits_from_environment(drain_seconds=_DRAIN_S)
         self._config = (config or EngineConfig()).with_changes({"model": model})
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,7 +100,7 @@ class Worker:
             name = f"worker-{os.getpid()}-{self._starts}"
             self._log_path, self._ready_path = logs / f"{name}.log", logs / f"{name}.ready"
             self._ready_path.unlink(missing_ok=True)
-            with self._log_path.open("wb") as log:
+            with private_file(self._log_path).open("wb") as log:
                 self._process = self._spawn(log)
 
     def poll(self) -> WorkerState:
@@ -123,7 +129,7 @@ class Worker:
                 return
             process.terminate()
             try:
-                process.wait(_STOP_TIMEOUT_S)
+                process.wait(self._limits.drain_seconds + _STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -136,7 +142,10 @@ class Worker:
         for name, value in self._config.to_dict().items():
             if name != "model" and value != defaults[name]:
                 command += ["--set", f"{name}={'auto' if value is None else value}"]
-        # The token travels in the environment: arguments are readable by every user of the machine.
+        for name, limit in dataclasses.asdict(self._limits).items():
+            command += [f"--{name.replace('_', '-')}", str(limit)]
+        # The token travels in the environment, as an API key does (HEADROOM_API_KEY): arguments are readable by every
+        # user of the machine.
         environment = {**os.environ, "HEADROOM_ADMIN_TOKEN": self._token, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
             command, cwd=_PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -176,7 +185,7 @@ def _log_folder() -> Path:
     """Where logs go: under HEADROOM_HOME or, where that cannot be written, a folder for temporary files."""
     folder = headroom_home() / "logs"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_dir(folder)
         _drop_old_logs(folder)
         with tempfile.TemporaryFile(dir=folder):
             return folder

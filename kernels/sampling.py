@@ -10,14 +10,15 @@ is asked for, count and mass of the logits within 0.5, 1, … 16 of the largest.
                       search runs over them; over the whole row where they are too many (a flat distribution)
 
 The search looks at logits through their *keys*, whole numbers in the order of the floats. A threshold (the k-th largest
-logit, the logit at which the probability reaches top-p, the logit on which the draw falls) is the largest key t with
-``measure(key ≥ t) ≥ target``, the measure being a count or a mass. Four bits of t are found in a pass, by 16 thresholds
-at once: eight passes find it exactly.
+logit, the logit at which the probability reaches top-p) is the largest key t with ``measure(key ≥ t) ≥ target``, the
+measure being a count or a mass. Four bits of t are found in a pass, by 16 thresholds at once: eight passes find it
+exactly. What is above it is kept, and of its equals the first in the vocabulary; one more pass, in the order of the
+vocabulary, finds the token on which the draw falls.
 
-The candidates of a row are those of the host's sampler in the same order (descending, equals by their token id;
-vocabulary order where neither top-k nor top-p is asked for), and the draw is the same number, so the token is the same,
-except where a sum's rounding decides. Sums of a block are float32 trees, sums of blocks float64, in a fixed order: a
-row's token does not depend on the others.
+The candidates of a row are those of the host's sampler in the same order, and the draw is the same number, so the token
+is the same, except where a sum's rounding decides. Sums of a block are float32 trees, sums of blocks float64, in a
+fixed order: a row's token does not depend on the others. A row that leaves no token to choose (NaN or infinity among
+its logits, every one excluded) gives -1.
 """
 
 # ruff: noqa: ANN001, ANN201
@@ -69,20 +70,22 @@ class SamplingTensors:
 def sample_reference(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tensor:
     """One token a row by sorting, in float64.
 
-    Penalty (Keskar et al. 2019), then temperature, top-k, top-p on what top-k left, min-p (Nguyen et al. 2024), then
-    the inverse of the cumulative distribution at :func:`kernels.philox.uniform`.
+    Penalty (Keskar et al. 2019), then temperature, top-k, top-p on what top-k left (both by rank, of equals the lowest
+    ids), min-p (Nguyen et al. 2024), then the inverse of the cumulative distribution, in the order of the vocabulary,
+    at :func:`kernels.philox.uniform`.
 
     Args:
         logits: [R, V], any float type.
         asked: of R rows.
 
     Returns:
-        int64 [R].
+        int64 [R]; -1 where the largest logit is no finite number.
     """
     scaled = adjusted_reference(logits, asked)
-    tokens = scaled.argmax(dim=-1)
+    largest, tokens = scaled.max(dim=-1)  # NaN if there is one in the row
+    fit = largest.isfinite()
     draws = uniform_reference(asked.seeds, asked.positions)
-    for row in (asked.temperature > 0).nonzero()[:, 0].tolist():
+    for row in (fit & (asked.temperature > 0)).nonzero()[:, 0].tolist():
         top_k, top_p = int(asked.top_k[row]), float(asked.top_p[row])
         filtered = top_k > 0 or top_p < 1.0
         order = torch.arange(logits.shape[1], device=logits.device)
@@ -96,10 +99,11 @@ def sample_reference(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tens
             before = probabilities.cumsum(dim=-1) - probabilities
             probabilities = probabilities.masked_fill(before >= top_p, 0.0)
         keep = probabilities >= float(asked.min_p[row]) * probabilities.max()
-        cumulative = (probabilities * keep).cumsum(dim=-1)
-        place = torch.searchsorted(cumulative, draws[row].to(cumulative.device) * cumulative[-1], right=True)
-        tokens[row] = order[place.clamp(max=len(order) - 1)]
-    return tokens
+        tokens_kept, place = order[keep].sort()
+        cumulative = probabilities[keep][place].cumsum(dim=-1)
+        drawn = torch.searchsorted(cumulative, draws[row].to(cumulative.device) * cumulative[-1], right=True)
+        tokens[row] = tokens_kept[drawn.clamp(max=len(tokens_kept) - 1)]
+    return tokens.masked_fill(~fit, -1)
 
 
 def adjusted_reference(logits: torch.Tensor, asked: SamplingTensors) -> torch.Tensor:
@@ -221,7 +225,9 @@ def _adjust_kernel(
     temperature = tl.load(temperature_ptr + row)
     value = value / tl.where(temperature > 0, temperature, 1.0)
     tl.store(scaled_ptr + row * scaled_stride + token, value, mask=inside)
-    largest = tl.max(tl.where(inside, value, float("-inf")), axis=0)
+    largest = tl.max(tl.where(inside & (value == value), value, float("-inf")), axis=0)
+    unfit = tl.max((inside & (value != value)).to(tl.int32), axis=0)  # a maximum may overlook a NaN
+    largest = tl.where(unfit > 0, float("inf"), largest)
     tl.store(largest_ptr + row * tl.num_programs(1) + tl.program_id(1), largest)
 
 
@@ -324,19 +330,17 @@ def _search(
     at_cut,
     least,
     target,
-    STRICT: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(largest key t with measure(key ≥ t) ≥ target (STRICT: >), measure(key > t)). It must hold for t = 0."""
+    """(largest key t with measure(key ≥ t) ≥ target, measure(key > t)). It must hold for t = 0."""
     step = tl.arange(0, 16).to(tl.uint32)
     found = tl.full([], 0, tl.uint32)
     width = tl.full([], 1 << 28, tl.uint32)
     for _ in range(8):
         thresholds = found + step * width
         sums = _measures(row_ptr, vocab, largest, thresholds, cut, at_cut, least, COUNT, BLOCK)
-        holds = sums > target if STRICT else sums >= target
-        most = tl.max(tl.where(holds, step.to(tl.int32), 0), axis=0)
+        most = tl.max(tl.where(sums >= target, step.to(tl.int32), 0), axis=0)
         found += most.to(tl.uint32) * width
         width = width >> 4
     behind = tl.full([16], 0, tl.uint32) + found + 1
@@ -352,19 +356,30 @@ def _total(row_ptr, vocab, largest, cut, at_cut, least, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _nth_with_key(row_ptr, vocab, key, number, BLOCK: tl.constexpr):
-    """The token that is the ``number``-th (from 0) of those with a key; the last of them if there are fewer."""
-    before = 0
+def _draw_in_order(row_ptr, vocab, largest, cut, number_at_cut, least, target, BLOCK: tl.constexpr):
+    """The first place at which the mass of the candidates up to it exceeds ``target``; the last candidate if none does.
+
+    Candidates are the keys above the cut and the first ``number_at_cut`` at it, of a weight of at least ``least``.
+    """
+    before = tl.full([], 0.0, tl.float64)
+    equals = 0
     found = 2147483647
     last = 0
     for start in range(0, vocab, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        value = tl.load(row_ptr + token, mask=token < vocab, other=float("-inf"))
-        equal = (ordered_key(value) == key) & (token < vocab)
-        rank = before + tl.cumsum(equal.to(tl.int32), axis=0) - 1
-        found = tl.minimum(found, tl.min(tl.where(equal & (rank == number), token, 2147483647), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(equal, token, 0), axis=0))
-        before += tl.sum(equal.to(tl.int32), axis=0)
+        place = start + tl.arange(0, BLOCK)
+        inside = place < vocab
+        value = tl.load(row_ptr + place, mask=inside, other=float("-inf"))
+        key = ordered_key(value)
+        equal = inside & (key == cut)
+        rank = equals + tl.cumsum(equal.to(tl.int32), axis=0) - 1
+        weight = tl.exp(value - largest)
+        counts = inside & ((key > cut) | (equal & (rank < number_at_cut))) & (weight >= least) & (weight > 0)
+        weight = tl.where(counts, weight, 0.0)
+        reached = counts & (before + tl.cumsum(weight, axis=0).to(tl.float64) > target)
+        found = tl.minimum(found, tl.min(tl.where(reached, place, 2147483647), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(counts, place, 0), axis=0))
+        before += tl.sum(weight, axis=0).to(tl.float64)
+        equals += tl.sum(equal.to(tl.int32), axis=0)
     return tl.where(found == 2147483647, last, found)
 
 
@@ -419,24 +434,25 @@ def _collect(row_ptr, collected_ptr, vocab, least, BLOCK: tl.constexpr):
 def _search_draw(values_ptr, count, largest, total, limited, top_k, top_p, min_p, draw, BLOCK: tl.constexpr):
     """The place among ``count`` logits on which the draw falls. ``total``: their mass where top-k does not limit it."""
     cut = tl.full([], 0, tl.uint32)  # below every key
-    at_cut = tl.full([], 0.0, tl.float64)
+    number = tl.full([], 0.0, tl.float64)  # how many of those at the cut are kept: the first ones
+    at_cut = tl.full([], 0.0, tl.float64)  # and their mass
     if limited:
         target = top_k.to(tl.float64)
-        cut, above = _search(values_ptr, count, largest, cut, at_cut, 0.0, target, False, True, BLOCK)
-        at_cut = (target - above) * tl.exp(key_value(cut) - largest).to(tl.float64)  # of equals the first ones
+        cut, above = _search(values_ptr, count, largest, cut, at_cut, 0.0, target, True, BLOCK)
+        number = target - above
+        at_cut = number * tl.exp(key_value(cut) - largest).to(tl.float64)
         total = _total(values_ptr, count, largest, cut, at_cut, 0.0, BLOCK)
     if top_p < 1.0:
         target = top_p.to(tl.float64) * total
-        level, above = _search(values_ptr, count, largest, cut, at_cut, 0.0, target, False, False, BLOCK)
+        level, above = _search(values_ptr, count, largest, cut, at_cut, 0.0, target, False, BLOCK)
         weight = tl.exp(key_value(level) - largest).to(tl.float64)
-        kept = tl.ceil((target - above) / weight) * weight  # of equals as many as are needed to reach it
-        at_cut = tl.where(level == cut, tl.minimum(kept, at_cut), kept)
+        needed = tl.ceil((target - above) / weight)  # of equals as many as are needed to reach it
+        number = tl.where(level == cut, tl.minimum(needed, number), needed)
+        at_cut = number * weight
         cut = level
     at_cut = tl.where(tl.exp(key_value(cut) - largest) >= min_p, at_cut, 0.0)
     target = draw * _total(values_ptr, count, largest, cut, at_cut, min_p, BLOCK)
-    level, above = _search(values_ptr, count, largest, cut, at_cut, min_p, target, True, False, BLOCK)
-    number = tl.floor((target - above) / tl.exp(key_value(level) - largest).to(tl.float64))
-    return _nth_with_key(values_ptr, count, level, number.to(tl.int32), BLOCK)
+    return _draw_in_order(values_ptr, count, largest, cut, number, min_p, target, BLOCK)
 
 
 @triton.jit
@@ -506,7 +522,8 @@ def _sample_kernel(
     row_ptr, totals_ptr = scaled_ptr + row * scaled_stride, totals_ptr + row * blocks
     of_block = _of_blocks(largest_ptr + row * blocks, blocks, float("-inf"), BLOCKS)
     largest = tl.max(of_block, axis=0)
-    if (tl.load(temperature_ptr + row) > 0) & (largest > float("-inf")):
+    fit = (largest > float("-inf")) & (largest < float("inf"))
+    if (tl.load(temperature_ptr + row) > 0) & fit:
         draw = draw_uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), 0)
         top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
         if (top_k > 0) | (top_p < 1.0):
@@ -523,7 +540,7 @@ def _sample_kernel(
         place = first * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(row_ptr + place, mask=place < vocab, other=float("-inf"))
         token = tl.min(tl.where((value == largest) & (place < vocab), place, 2147483647), axis=0)
-    tl.store(tokens_ptr + row, tl.where(token < vocab, token, 0).to(tl.int64))  # without a number: the first
+    tl.store(tokens_ptr + row, tl.where(fit, token, -1).to(tl.int64))
 
 
 def aot_variants() -> list[Variant]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from kernels.aot import MODULES
+from kernels.trust import home, private_dir, private_file
 from kernels.tuning import gpu_slug, key_text, own_tables
 
 Launch = Callable[[], object]
@@ -79,8 +80,8 @@ def merge(path: Path, tables: Mapping[str, Mapping[str, Any]], provenance: Mappi
     for kernel, entries in tables.items():
         whole[kernel] = whole.get(kernel, {}) | dict(entries)
     whole["provenance"] = dict(provenance)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    private_dir(path.parent, home())
+    part = private_file(path.with_suffix(".part"))
     part.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     part.replace(path)
 

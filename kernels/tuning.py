@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from kernels.device import gpu_name
+from kernels.trust import home
 
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -60,7 +60,7 @@ def _select(kernel: str, key: tuple[int | str, ...], default: str, slug: str) ->
 
 def own_tables() -> Path:
     """Where this user's measurements lie."""
-    return Path(os.environ.get("HEADROOM_HOME") or "~/.cache/headroom").expanduser() / "tuned"
+    return home() / "tuned"
 
 
 def forget() -> None:

@@ -150,6 +150,11 @@ def pack_nf4(q: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
     return _pack("nf4", q, scales, None, _group_size(q, scales), table=table)
 
 
+def num_counters(num_rows: int) -> int:
+    """Counters that a product with so many outputs needs at most."""
+    return -(-num_rows // 16)
+
+
 def _group_size(q: torch.Tensor, scales: torch.Tensor) -> int:
     inputs, groups = q.shape[1], scales.shape[1]
     size = inputs // groups
@@ -186,7 +191,7 @@ def _pack(
         zeros=None if zeros is None else zeros.t().contiguous(),
         table=table,
         permutation=permutation,
-        counters=torch.zeros(-(-num_rows // 16), dtype=torch.int32, device=q.device),
+        counters=torch.zeros(num_counters(num_rows), dtype=torch.int32, device=q.device),
         outputs=num_rows,
         inputs=num_columns,
         group_size=group_size,

@@ -14,6 +14,7 @@ from pages.services import Services, get_services
 from pages.widgets.compare_results import results
 from pages.widgets.compare_setup import setup_form
 from pages.widgets.messages import show_error
+from pages.widgets.text import plain
 from pages.widgets.workloads import progress
 
 _POLL_S = 1.0
@@ -115,7 +116,7 @@ def _choice(options: Mapping[str, str], default: str | None) -> str:
 
 def _ending(job: Job) -> None:
     if job.state == "failed":
-        st.error(f"The comparison failed. {job.error or ''} Finished runs are kept.", icon=":material/error:")
+        st.error(f"The comparison failed. {plain(job.error or '')} Finished runs are kept.", icon=":material/error:")
     elif job.state == "cancelled":
         st.warning("The comparison was cancelled. Finished runs are kept.", icon=":material/cancel:")
 

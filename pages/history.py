@@ -7,6 +7,7 @@ import contextlib
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
 
+from engine.measure.results import RunResult
 from pages.store import get_store
 from pages.widgets.history_actions import action_bar, import_popover, show_notice
 from pages.widgets.history_compare import compare_runs
@@ -15,7 +16,8 @@ from pages.widgets.history_filters import Choice, filter_bar
 from pages.widgets.history_table import runs_table, select_runs
 from pages.widgets.history_values import setting_words
 from pages.widgets.messages import show_error
-from storage import RunFilter, RunRow, StorageError, Store
+from pages.widgets.text import badge_label, plain
+from storage import RunFilter, RunRow, StorageError, Store, UnshowableRun
 
 _MOST_LISTED = 1000
 _POLL_S = 3.0
@@ -57,12 +59,25 @@ def _page(store: Store) -> None:
 def _opened(store: Store, rows: list[RunRow], selected: list[str]) -> None:
     if not selected:
         return
-    runs = store.get_runs(selected)
+    found = store.read_runs(selected)
+    runs = [run for run in found if isinstance(run, RunResult)]
     with st.container(border=True):
+        for run in found:
+            if isinstance(run, UnshowableRun):
+                _unshowable(run)
         if len(runs) == 1:
-            run_detail(store, next(row for row in rows if row.run_id == selected[0]), runs[0])
-        else:
+            run_detail(store, next(row for row in rows if row.run_id == runs[0].run_id), runs[0])
+        elif runs:
             compare_runs(runs)
+
+
+def _unshowable(run: UnshowableRun) -> None:
+    name = plain(run.label) or f"`{plain(run.run_id)}`"
+    st.error(
+        f"**{name}** cannot be shown: {plain(run.reason)}. It was not recorded by this version of Headroom, or its row "
+        "was changed. It can be deleted; exports name it with this reason.",
+        icon=":material/broken_image:",
+    )
 
 
 def _follow_link(store: Store) -> None:
@@ -81,7 +96,11 @@ def _comparison_notice(choice: Choice) -> None:
     if choice.where.comparison_id is None:
         return
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.badge(f"Runs of comparison {choice.where.comparison_id[:8]}", icon=":material/balance:", color="primary")
+        st.badge(
+            badge_label(f"Runs of comparison {choice.where.comparison_id[:8]}"),
+            icon=":material/balance:",
+            color="primary",
+        )
         st.button("Show all runs", type="tertiary", key="history-all-runs", on_click=_show_all_runs)
 
 

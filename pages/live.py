@@ -18,15 +18,20 @@ from pages.widgets.knobs import config_in_force, knob_panel, load_form, settle_c
 from pages.widgets.live_charts import live_charts
 from pages.widgets.memory import memory_bar
 from pages.widgets.messages import bytes_text, seconds_text
+from pages.widgets.quality_reference import reference_note
 from pages.widgets.series import bin_steps, event_marks
 from pages.widgets.telemetry_charts import telemetry_charts
+from pages.widgets.text import plain
 from pages.widgets.workloads import workload_launcher
 
 _BUSY_S = 1.0
-_IDLE_S = 5.0
-_HARDWARE_S = 4.0  # slower than the engine's charts: each drawing takes processor time from an engine on the CPU
+# While nothing happens only ages and the hardware's curves move; the strip at the top wakes the page at once.
+_IDLE_S = 30.0
+_CHANGES_S = 5.0
+_HARDWARE_S = {True: 4.0, False: 15.0}  # busy or not: each drawing takes processor time from an engine on the CPU
 _CHANGE_S = 0.4
 _BINS = 60
+_STEPS_OF_A_WINDOW = 300
 _WINDOWS = {"1 min": 60.0, "5 min": 300.0, "15 min": 900.0}
 
 
@@ -37,6 +42,7 @@ def main() -> None:
     ready = phase == "ready"
     snapshot = services.feed.read() if ready else services.feed.latest()
     left, middle, right = st.columns([1.05, 2.1, 1.35], gap="medium")
+    st.session_state["drawn_version"] = snapshot.version if ready else None
     with left:
         _controls(services, snapshot, phase)
     with middle:
@@ -47,7 +53,8 @@ def main() -> None:
             chat(services, ready=ready)
         with tab_workload:
             workload_launcher(services, ready=ready)
-        st.fragment(_changes, run_every=_IDLE_S if ready else None)(services)
+        moving = _is_busy(services, snapshot)
+        st.fragment(_changes, run_every=(_CHANGES_S if moving else _IDLE_S) if ready else None)(services)
     show_toasts()  # last: a rerun that a part above asks for throws away what this run has shown
 
 
@@ -82,9 +89,10 @@ def _knobs(services: Services, was_pending: bool) -> None:
 def _monitor(services: Services, snapshot: Snapshot, ready: bool) -> None:
     window = st.session_state.get("live-window") or "1 min"
     busy = ready and _is_busy(services, snapshot)
-    interval = (_BUSY_S if busy else _IDLE_S) if ready else None
+    pace = max(_BUSY_S, _WINDOWS[window] / _STEPS_OF_A_WINDOW)  # a long window moves too slowly to be drawn each second
+    interval = (pace if busy else _IDLE_S) if ready else None
     st.fragment(_charts, run_every=interval)(services, ready, busy, window)
-    st.fragment(_hardware, run_every=_HARDWARE_S if ready else None)(services)
+    st.fragment(_hardware, run_every=_HARDWARE_S[busy] if ready else None)(services)
 
 
 def _is_busy(services: Services, snapshot: Snapshot) -> bool:
@@ -138,7 +146,7 @@ def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
     )
     columns[4].metric("Preempted", f"{totals.get('preemptions', 0):,}", help="Preemptions since the model was loaded.")
     _preparation(engine.execution)
-    with st.expander(_model_line(model, engine.path.get("execution", "eager")), icon=":material/info:"):
+    with st.expander(plain(_model_line(model, engine.path.get("execution", "eager"))), icon=":material/info:"):
         st.table(_details(engine), border="horizontal")
 
 
@@ -146,13 +154,13 @@ def _preparation(execution: Mapping[str, Any]) -> None:
     """How far the preparation of an execution mode is, and what could not be prepared."""
     running = execution.get("preparing")
     if running:
-        current = f", now {running['current']}" if running["current"] else ""
-        text = f"Preparing **{execution['asked']}**: {running['done']} of {running['total']} shapes{current}"
+        current = f", now {plain(running['current'])}" if running["current"] else ""
+        text = f"Preparing **{plain(execution['asked'])}**: {running['done']} of {running['total']} shapes{current}"
         share = running["done"] / max(running["total"], 1)
         st.progress(share, text=f"{text} ({seconds_text(running['seconds'])}). Requests are served meanwhile.")
     for failure in execution.get("failed", ()):
-        words = f"{failure['tokens']} tokens stay eager: {failure['error']}"
-        st.warning(f"**{execution['asked']}**: {words}", icon=":material/warning:")
+        words = plain(f"{failure['tokens']} tokens stay eager: {failure['error']}")
+        st.warning(f"**{plain(execution['asked'])}**: {words}", icon=":material/warning:")
 
 
 def _execution_text(execution: Mapping[str, Any]) -> str:
@@ -182,13 +190,15 @@ def _details(engine: EngineStatus) -> dict[str, str]:
     heads = f"{model.get('heads')} query, {model.get('kv_heads')} key/value"
     facts = {
         "Family": f"{model.get('family')}, from {model.get('source')}",
+        "Stored as": reference_note(str(model.get("stored_as", ""))),
         "Attention heads": f"{heads}, {model.get('head_dim')} wide",
         "Context": f"{engine.max_model_len:,} tokens (the model's own: {int(model.get('context_length') or 0):,})",
         "KV cache": f"{_capacity_text(engine)} {bytes_text(engine.memory.kv_cache)}.",
         "Execution": _execution_text(engine.execution),
         "Fingerprint": str(model.get("fingerprint", ""))[:16],
     }
-    return facts | {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
+    facts |= {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
+    return {plain(name): plain(fact) for name, fact in facts.items()}
 
 
 def _history_charts(snapshot: Snapshot, busy: bool) -> None:
@@ -214,7 +224,18 @@ def _reset_prefix_cache(services: Services) -> None:
     try:
         text = f"Prefix cache reset: {services.client.reset_prefix_cache():,} blocks forgotten."
     except Exception as problem:  # the worker may be gone
-        text = f"The prefix cache could not be reset: {problem}"
+        text = f"The prefix cache could not be reset: {plain(problem)}"
+    st.session_state.setdefault("toasts", []).append(text)
+
+
+def _resize(services: Services) -> None:
+    try:
+        before, after = services.client.resize().changed.get("num_blocks", (0, 0))
+        text = (
+            f"The KV cache holds {after:,} blocks now (before: {before:,})." if after else "Nothing to take any more."
+        )
+    except Exception as problem:  # memory that is not there after all, or the worker may be gone
+        text = f"The KV cache stays as it is: {problem}"
     st.session_state.setdefault("toasts", []).append(text)
 
 
@@ -238,6 +259,18 @@ def _memory(services: Services, engine: EngineStatus) -> None:
     with st.container(border=True):
         st.markdown("**Memory**")
         memory_bar(engine.memory)
+        if engine.resize:
+            tokens = engine.resize["num_blocks"] * engine.block_size
+            gained = bytes_text(engine.resize["gained_bytes"])
+            st.button(
+                f"Give the KV cache {gained} more",
+                key="resize-cache",
+                icon=":material/expand:",
+                help=f"Lighter weights have left this memory: {tokens:,} tokens would fit. Running requests are "
+                "computed again with the tokens they have; heavier weights take the memory back.",
+                on_click=_resize,
+                args=(services,),
+            )
 
 
 main()

@@ -20,6 +20,7 @@ from pages.widgets.plan_roofline import roofline_chart
 from pages.widgets.plan_saved import launch, save_and_compare
 from pages.widgets.plan_search import hardware_search
 from pages.widgets.plan_tradeoffs import pareto_chart, tornado_chart
+from pages.widgets.text import plain
 
 
 def main() -> None:
@@ -55,7 +56,7 @@ def _result(inputs: PlanInputs) -> None:
         launch(found)
     save_and_compare(found)
     with st.expander("What these numbers rest on", icon=":material/info:"):
-        st.markdown("\n".join(f"- {line}" for line in (*found.plan.assumptions, *assumptions_of(found))))
+        st.markdown("\n".join(f"- {plain(line)}" for line in (*found.plan.assumptions, *assumptions_of(found))))
 
 
 def _load(found: Deployment) -> None:

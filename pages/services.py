@@ -142,9 +142,14 @@ class Services:
             self._workloads = list(answer["workloads"] if isinstance(answer, Mapping) else answer)
         return self._workloads
 
-    def change(self, changes: Mapping[str, Any]) -> concurrent.futures.Future[Any]:
-        """Reconfigure the engine beside the script; the future gives the ReconfigureResult or the error."""
-        return self._pool.submit(lambda: self.client.patch_config(dict(changes)))
+    def change(self, changes: Mapping[str, Any], *, force: bool = False) -> concurrent.futures.Future[Any]:
+        """Reconfigure the engine beside the script; the future gives the ReconfigureResult or the error.
+
+        Args:
+            force: also while a run is being recorded, which is then marked as disturbed.
+        """
+        options = {"force": True} if force else {}
+        return self._pool.submit(lambda: self.client.patch_config(dict(changes), **options))
 
     def load(self, config: Mapping[str, Any]) -> None:
         """Load a model (in the worker's background).

@@ -10,6 +10,17 @@ Nothing here imports Streamlit or the engine's working parts, only its result ty
 
 from storage.errors import StorageError
 from storage.queries import ComparisonRow, Facets, RunFilter, RunRow
+from storage.records import UnshowableRun
 from storage.store import ImportReport, Store, open_store
 
-__all__ = ["ComparisonRow", "Facets", "ImportReport", "RunFilter", "RunRow", "StorageError", "Store", "open_store"]
+__all__ = [
+    "ComparisonRow",
+    "Facets",
+    "ImportReport",
+    "RunFilter",
+    "RunRow",
+    "StorageError",
+    "Store",
+    "UnshowableRun",
+    "open_store",
+]

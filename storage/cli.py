@@ -1,4 +1,4 @@
-"""``python -m storage``: record, list and export runs without a dashboard."""
+"""``python -m storage``: record, list, export and delete runs without a dashboard."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ import typer
 from storage.documents import parse_documents
 from storage.errors import StorageError
 from storage.queries import RunFilter, RunRow
-from storage.spool import keep
+from storage.spool import keep, kept_words
 from storage.store import Store, open_store
 
-app = typer.Typer(help="The measured record: record, list and export runs.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="The measured record: record, list, export and delete runs.", no_args_is_help=True, add_completion=False
+)
 Database = Annotated[
-    str | None, typer.Option("--db", help="SQLAlchemy URL. Default: HEADROOM_DB, else SQLite under HEADROOM_HOME.")
+    str | None,
+    typer.Option(
+        "--db",
+        help="SQLAlchemy URL. Default: HEADROOM_DB, else SQLite under HEADROOM_HOME. Give a URL with a password in "
+        "HEADROOM_DB: other users of this machine can read a command line.",
+    ),
 ]
 Runs = Annotated[list[str] | None, typer.Option("--run", help="Run id; may be given several times. Default: all runs.")]
 
@@ -39,7 +46,7 @@ def record(db: Database = None) -> None:
     """Put the run(s) on standard input, as `python -m engine bench --json` prints them, on record."""
     text = sys.stdin.buffer.read()
     try:
-        with _store(db) as store:
+        with _store(db, create=True) as store:
             report = store.import_json(text)
     except typer.Exit:
         _keep(text)
@@ -51,17 +58,17 @@ def record(db: Database = None) -> None:
 def list_runs(
     db: Database = None,
     text: Annotated[str | None, typer.Option(help="Part of label, model, workload or error; start of the id.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many, the newest first.")] = 50,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many, the newest first.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """List runs, the newest first."""
+    """List runs, the newest first, each in one line."""
     with _store(db) as store:
         rows = store.list_runs(RunFilter(text=text), limit=limit)
         if as_json:
             print(json.dumps([dataclasses.asdict(row) for row in rows]))
             return
         for row in rows:
-            print(_line(row))
+            _write(_line(row) + "\n")
 
 
 @app.command()
@@ -69,15 +76,28 @@ def export(
     file_format: Annotated[Format, typer.Option("--format", help="csv: a line a run; requests-csv: a line a request.")],
     run: Runs = None,
     db: Database = None,
+    bom: Annotated[
+        bool, typer.Option("--bom", help="Begin CSV with a byte order mark: Excel knows UTF-8 by it.")
+    ] = False,
 ) -> None:
     """Print runs as CSV, or as JSON that `record` takes."""
+    if bom and file_format == Format.JSON:
+        raise typer.BadParameter("JSON has no byte order mark; leave --bom out.", param_hint="--bom")
     with _store(db) as store:
-        write = {
-            Format.CSV: store.export_csv,
-            Format.REQUESTS_CSV: store.export_requests_csv,
-            Format.JSON: store.export_json,
-        }[file_format]
-        sys.stdout.write(write(run))
+        if file_format == Format.JSON:
+            _write(store.export_json(run))
+        else:
+            make = store.export_csv if file_format == Format.CSV else store.export_requests_csv
+            _write(make(run, byte_order_mark=bom))
+
+
+@app.command()
+def delete(
+    run: Annotated[list[str], typer.Option("--run", help="Run id; may be given several times.")], db: Database = None
+) -> None:
+    """Delete runs with everything recorded of them, also such as cannot be shown."""
+    with _store(db) as store:
+        print(json.dumps({"deleted": store.delete_runs(run)}))
 
 
 @app.command(hidden=True)
@@ -98,14 +118,14 @@ def revision(message: str) -> None:
 
 
 @contextmanager
-def _store(url: str | None) -> Iterator[Store]:
+def _store(url: str | None, *, create: bool = False) -> Iterator[Store]:
     """The store; an error that is the user's to mend becomes one line on standard error and exit code 2."""
     store = None
     try:
-        store = open_store(url)
+        store = open_store(url, create=create)
         yield store
     except StorageError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {one_line(str(problem))}", file=sys.stderr)
         raise typer.Exit(2) from problem
     finally:
         if store is not None:
@@ -115,14 +135,35 @@ def _store(url: str | None) -> Iterator[Store]:
 def _keep(text: bytes) -> None:
     """Save runs that came through a pipe and could not be recorded; text that holds no runs is left alone."""
     with suppress(StorageError):
-        for result in parse_documents(text):
+        for result in parse_documents(text).runs:
             path = keep(result)
             if path is not None:
-                print(f"The run was kept in {path}; afterwards: python -m storage record < {path}", file=sys.stderr)
+                print(kept_words(path), file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    """To standard output as UTF-8, whatever the locale says."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode())
+    sys.stdout.buffer.flush()
 
 
 def _line(row: RunRow) -> str:
+    if row.unshowable is not None:
+        return one_line(f"{row.run_id}  cannot be shown: {row.unshowable}  {row.label}")
     started = datetime.fromtimestamp(row.started_unix_s).astimezone().isoformat(" ", "seconds")
     rate = row.metrics.get("output_tokens_s")
     speed = "–" if rate is None else f"{rate:.1f} tokens/s"
-    return f"{row.run_id}  {started}  {row.status:9}  {row.model}  {row.workload_name}  {speed}  {row.label}"
+    mark = "  disturbed" if row.disturbed else ""
+    return one_line(
+        f"{row.run_id}  {started}  {row.status:9}  {row.model}  {row.workload_name}  {speed}{mark}  {row.label}"
+    )
+
+
+def one_line(text: str) -> str:
+    r"""The text in one line that moves no cursor: what does not print stands as its escape.
+
+    >>> one_line("a\nb\x1b[31m\u2028")
+    'a\\nb\\x1b[31m\\u2028'
+    """
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

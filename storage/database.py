@@ -12,12 +12,16 @@ import alembic.command
 import alembic.config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from engine.paths import headroom_home
-from storage.errors import TRANSLATED, StorageError, translate
+from engine.paths import headroom_home, private_dir
+from kernels.trust import private_file
+from storage.errors import TRANSLATED, StorageError, cause_of, translate
+from storage.masking import masked
+from storage.space import prepare
+from storage.views import create_views, drop_views, views_are_current
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x4EAD_200A  # any number that no other program on the server is likely to have picked
@@ -38,9 +42,9 @@ def database_url(url: str | None = None) -> URL:
     try:
         parsed = make_url(given)
         parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError, ValueError) as problem:
+    except (ArgumentError, NoSuchModuleError, ValueError):
         # Not the URL itself: it may hold a password, and what cannot be parsed cannot be masked.
-        raise StorageError("this is not a database URL.", field="HEADROOM_DB", remedy=_URL_REMEDY) from problem
+        raise StorageError("this is not a database URL.", field="HEADROOM_DB", remedy=_URL_REMEDY) from None
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise StorageError(
             "a database in memory would lose every run.", field="HEADROOM_DB", remedy="Name a file: " + _URL_REMEDY
@@ -62,12 +66,34 @@ def make_engine(url: URL, lock_timeout_s: float) -> Engine:
         if url.get_backend_name() == "sqlite":
             return _sqlite_engine(url, lock_timeout_s)
         arguments: dict[str, Any] = {}
-        if url.get_backend_name() == "postgresql" and "options" not in url.query:
-            arguments = {"options": f"-c lock_timeout={int(lock_timeout_s * 1000)}", "connect_timeout": 10}
+        if url.get_backend_name() == "postgresql":
+            # a database in SQL_ASCII names no encoding, and the driver would take it for ASCII
+            arguments = {"client_encoding": "utf8"}
+            if "options" not in url.query:
+                arguments |= {"options": f"-c lock_timeout={int(lock_timeout_s * 1000)}", "connect_timeout": 10}
         return create_engine(url, pool_pre_ping=True, connect_args=arguments)
     except (ImportError, ModuleNotFoundError) as problem:
         remedy = f"Install the driver ({problem.name}), or use SQLite or PostgreSQL."
         raise StorageError("no driver for this database is installed.", field="HEADROOM_DB", remedy=remedy) from problem
+
+
+def require_file(url: URL) -> None:
+    """Raise unless the file of an SQLite database is there; a server is asked later."""
+    if url.get_backend_name() == "sqlite" and "uri" not in url.query and not Path(str(url.database)).exists():
+        remedy = "Record a run first, or name another database with HEADROOM_DB or --db. No file was made."
+        raise StorageError("there is no such database.", field=masked(url), remedy=remedy)
+
+
+def require_record(engine: Engine) -> None:
+    """Raise unless the database holds a record of ours; nothing is made in it."""
+    try:
+        with engine.connect() as connection:
+            if inspect(connection).has_table("alembic_version"):
+                return
+    except TRANSLATED as problem:
+        raise translate(problem, engine.url) from cause_of(problem, engine.url)
+    remedy = "Record a run first, or name another database with HEADROOM_DB or --db. Nothing was changed."
+    raise StorageError("this database holds no record of runs.", field=masked(engine.url), remedy=remedy)
 
 
 def writer(engine: Engine) -> Engine:
@@ -87,9 +113,14 @@ def reader(engine: Engine) -> Engine:
 
 
 def _sqlite_engine(url: URL, lock_timeout_s: float) -> Engine:
-    folder = Path(str(url.database)).parent
+    file = Path(str(url.database))
+    folder = file.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_dir(folder)
+        if "uri" not in url.query and not file.is_dir():
+            private_file(file)  # SQLite gives its log and its index the mode of the database
+    except PermissionError:
+        pass  # a file that may only be read can still be shown; writing to it is refused with its reason
     except OSError as problem:
         remedy = "Choose a folder that can be written to, with HEADROOM_HOME or HEADROOM_DB."
         raise StorageError(f"the folder cannot be made ({problem}).", field=str(folder), remedy=remedy) from problem
@@ -97,8 +128,11 @@ def _sqlite_engine(url: URL, lock_timeout_s: float) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
+        # Bytes that are no UTF-8 are the matter of the run they stand in, not of everybody who lists runs.
+        connection.text_factory = lambda content: content.decode("utf-8", "surrogateescape")
         connection.isolation_level = None  # the driver's own BEGIN would come too late, and not around DDL
         connection.execute("PRAGMA foreign_keys=ON")
+        prepare(connection)
         _enter_wal(connection, time.monotonic() + lock_timeout_s)
 
     @event.listens_for(engine, "begin")
@@ -127,18 +161,21 @@ def migrate(engine: Engine) -> None:
     Raises:
         StorageError: if the database was written by a newer Headroom, or cannot be used.
     """
-    name = engine.url.render_as_string(hide_password=True)
+    name = masked(engine.url)
     try:
         with engine.connect() as connection:
-            if _is_current(connection, name):
+            if _is_current(connection, name) and views_are_current(connection):
                 return
         with writer(engine).begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
             if not _is_current(connection, name):
+                drop_views(connection)
                 alembic.command.upgrade(alembic_config(connection), "head")
+            if not views_are_current(connection):  # knobs or metrics have come or gone since
+                create_views(connection)
     except TRANSLATED as problem:
-        raise translate(problem, name) from problem
+        raise translate(problem, engine.url) from cause_of(problem, engine.url)
 
 
 def alembic_config(connection: Connection) -> alembic.config.Config:

@@ -3,35 +3,57 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import types
-import typing
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any
 
 from engine.measure.results import RunResult, from_json
 from storage.errors import StorageError
+from storage.validation import UnfitError, check, shown
 
-_REMEDY = "Import a file that Headroom exported as JSON, or what `python -m engine bench --json` printed."
+MOST_BYTES = 128 * 2**20
+MOST_RUNS = 10_000
+_MOST_PARTS = 3_000_000  # objects and lists: a small text of many of them would fill the memory
+CANNOT_BE_SHOWN = "cannot_be_shown"
+"""The field of an exported run that could not be read; on import it is passed over."""
+_REMEDY = (
+    "Import a file that Headroom exported as JSON, or what `python -m engine bench --json` printed. Nothing of this "
+    "one was imported."
+)
+_SPLIT = "Export fewer runs at a time and import the files one after another. Nothing of this one was imported."
 
 
-def parse_documents(text: str | bytes) -> list[RunResult]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Documents:
+    """What a JSON text holds: the runs, and the ids of those that could not be read where they were exported."""
+
+    runs: list[RunResult]
+    passed_over: list[str]
+
+
+def parse_documents(text: str | bytes, source: str = "import") -> Documents:
     """The runs in a JSON text: one document, a list of them, or ``{"runs": [...]}``.
 
+    Args:
+        source: name of the file, for errors.
+
     Raises:
-        StorageError: if it is not JSON, or a document lacks a field, has one too many or one of the wrong type.
+        StorageError: if it is not JSON, is too large, or a document lacks a field, has one too many or one that no
+            run can have. Its ``field`` names the file and the field, its message the run.
     """
-    try:
-        # NaN and Infinity are no JSON, though Python writes them: not measured
-        data = json.loads(text, parse_constant=lambda _name: None)
-    except ValueError as problem:  # includes bytes that are not UTF-8
-        raise StorageError(f"this is not JSON ({problem}).", field="import", remedy=_REMEDY) from problem
-    except RecursionError as problem:
-        raise StorageError("this JSON is nested too deeply.", field="import", remedy=_REMEDY) from problem
-    if isinstance(data, dict) and isinstance(data.get("runs"), list):
-        data = data["runs"]
-    documents = data if isinstance(data, list) else [data]
-    return [_parse(document, f"runs[{number}]") for number, document in enumerate(documents)]
+    documents = _split(_load(text, source), source)
+    found: dict[str, tuple[int, RunResult]] = {}
+    passed_over = []
+    for number, document in enumerate(documents):
+        if isinstance(document, Mapping) and CANNOT_BE_SHOWN in document:
+            passed_over.append(str(document.get("run_id", ""))[:64])
+            continue
+        result = _parse(document, f"{source}: runs[{number}]")
+        first, other = found.setdefault(result.run_id, (number, result))
+        if other != result:
+            message = f"run {result.run_id} is here twice, and as runs[{first}] it says something else."
+            raise StorageError(message, field=f"{source}: runs[{number}].run_id", remedy=_REMEDY)
+    return Documents([result for _, result in found.values()], passed_over)
 
 
 def ended(result: RunResult) -> RunResult:
@@ -41,58 +63,54 @@ def ended(result: RunResult) -> RunResult:
     return dataclasses.replace(result, status="failed", error=result.error or "It had not ended when it was exported.")
 
 
-def _parse(document: Any, where: str) -> RunResult:
-    if not isinstance(document, dict):
-        raise StorageError(f"{_shown(document)} is not a run.", field=where, remedy=_REMEDY)
+def _load(text: str | bytes, source: str) -> Any:
+    if len(text) > MOST_BYTES:
+        message = f"{len(text) / 2**20:,.0f} MiB are more than the {MOST_BYTES / 2**20:,.0f} MiB that can be taken."
+        raise StorageError(message, field=source, remedy=_SPLIT)
+    parts = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if parts > _MOST_PARTS:
+        message = f"more than {_MOST_PARTS:,} objects and lists cannot be taken at once."
+        raise StorageError(message, field=source, remedy=_SPLIT)
     try:
-        result = from_json(document)
-    except (ValueError, AttributeError) as problem:
-        raise StorageError(f"{problem}.", field=where, remedy=_REMEDY) from problem
-    _check(result, RunResult, where)
-    if not result.run_id:
-        raise StorageError("is empty.", field=f"{where}.run_id", remedy=_REMEDY)
-    return result
+        # NaN and Infinity are no JSON, though Python writes them: not measured
+        return json.loads(text, parse_constant=lambda _name: None, object_pairs_hook=_object)
+    except ValueError as problem:  # includes bytes that are not UTF-8
+        raise StorageError(f"this is not JSON ({problem}).", field=source, remedy=_REMEDY) from problem
+    except RecursionError as problem:
+        raise StorageError("this JSON is nested too deeply.", field=source, remedy=_REMEDY) from problem
 
 
-def _check(value: Any, expected: Any, where: str) -> None:
-    """Raise unless ``value`` is of the annotated type, through dataclasses, lists and mappings."""
-    origin, arguments = get_origin(expected), get_args(expected)
-    if expected is Any:
-        return
-    if isinstance(expected, type) and dataclasses.is_dataclass(expected):
-        for name, hint in _hints(expected).items():
-            _check(getattr(value, name), hint, f"{where}.{name}")
-    elif origin in (Union, types.UnionType):
-        if value is not None:
-            _check(value, next(kind for kind in arguments if kind is not type(None)), where)
-    elif origin is Literal:
-        _require(value in arguments, value, f"one of {', '.join(arguments)}", where)
-    elif origin is list:
-        _require(isinstance(value, list), value, "a list", where)
-        for number, item in enumerate(value):
-            _check(item, arguments[0], f"{where}[{number}]")
-    elif origin is dict:
-        _require(isinstance(value, dict), value, "an object", where)
-        for key, item in value.items():
-            _check(item, arguments[1], f"{where}.{key}")
-    elif expected is float:
-        _require(isinstance(value, (int, float)) and not isinstance(value, bool), value, "a number", where)
-    else:
-        matches = isinstance(value, expected) and not (expected is int and isinstance(value, bool))
-        names = {str: "a text", int: "a whole number", bool: "true or false"}
-        _require(matches, value, names.get(expected, expected.__name__), where)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, in which no name may occur twice: of two values, which one is meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"the name {shown(twice)} occurs twice in one object")
+    return found
 
 
-@functools.cache
-def _hints(record_type: Any) -> dict[str, Any]:
-    return typing.get_type_hints(record_type)
+def _split(data: Any, source: str) -> list[Any]:
+    if isinstance(data, dict) and isinstance(data.get("runs"), list):
+        data = data["runs"]
+    documents = data if isinstance(data, list) else [data]
+    if len(documents) > MOST_RUNS:
+        message = f"{len(documents):,} runs are more than the {MOST_RUNS:,} that can be taken at once."
+        raise StorageError(message, field=source, remedy=_SPLIT)
+    return documents
 
 
-def _require(holds: bool, value: Any, wanted: str, where: str) -> None:
-    if not holds:
-        raise StorageError(f"{_shown(value)} is not {wanted}.", field=where, remedy=_REMEDY)
+def _parse(document: Any, where: str) -> RunResult:
+    try:
+        check(document, RunResult, strict=True)
+        if not document["run_id"]:
+            raise UnfitError("is empty", "run_id")
+    except UnfitError as problem:
+        field = f"{where}.{problem.where}" if problem.where else where
+        raise StorageError(f"{problem.message}{_named(document)}.", field=field, remedy=_REMEDY) from None
+    return from_json(document)
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _named(document: Any) -> str:
+    run_id = document.get("run_id") if isinstance(document, Mapping) else None
+    return f" (run {shown(run_id)})" if isinstance(run_id, str) and run_id else ""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError, SQLAlchemyError
 
 from engine.errors import HeadroomError
+from storage.masking import masked, without_secrets
 
 
 class StorageError(HeadroomError):
@@ -15,17 +17,28 @@ class StorageError(HeadroomError):
 
     Args:
         kept: the JSON file in which a run was kept that could not be recorded.
+        disk_full: whether that is, or may be, the reason.
         Others: as of :class:`engine.errors.HeadroomError`.
     """
 
     def __init__(
-        self, message: str, *, field: str | None = None, remedy: str | None = None, kept: Path | None = None
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        remedy: str | None = None,
+        kept: Path | None = None,
+        disk_full: bool = False,
     ) -> None:
         super().__init__(message, field=field, remedy=remedy)
         self.kept = kept
+        self.disk_full = disk_full
 
 
-_FULL = "Free some space (or delete old runs on the History page), then record the run again."
+_FULL = (
+    "Free some space: delete old runs on the History page (or with `python -m storage delete`), or other files on that "
+    "disk. Then record the run again."
+)
 _LOCKED = "Another program holds a write lock on the database: close it, or wait, and try again."
 _CORRUPT = (
     "Move the file away and start again: a new record is begun. `sqlite3 FILE .recover` may rescue what is in the "
@@ -34,6 +47,7 @@ _CORRUPT = (
 _CANNOT_OPEN = "Check that the folder exists and may be written to, or name another database with HEADROOM_DB."
 _READ_ONLY = "Give this user write permission on the file and its folder, or name another database with HEADROOM_DB."
 _UNREACHABLE = "Check that the server runs and that host, port, user and database of HEADROOM_DB are right."
+_ENCODING = "Make the database with the encoding UTF8 (createdb -E UTF8 NAME), or leave the character out of the label."
 _REFUSED = "This is a value the database cannot hold; the record was left as it was."
 
 # Result codes of SQLite by the start of their name, https://www.sqlite.org/rescode.html
@@ -57,6 +71,8 @@ _SQLSTATE = (
     ("XX", "the database is damaged", "Ask whoever runs the database server; its log names the damaged table."),
     ("25006", "the database may not be written to", "Connect with a user that may write."),
     ("42501", "this database user lacks a permission", "Grant it the right to create and change tables."),
+    ("22P05", "the encoding of the database has no place for a character", _ENCODING),
+    ("22021", "the encoding of the database has no place for a character", _ENCODING),
     ("22", "the database refused a value", _REFUSED),
     ("08", "the database server cannot be reached", _UNREACHABLE),
     ("28", "the database server refused the login", _UNREACHABLE),
@@ -64,19 +80,26 @@ _SQLSTATE = (
 )
 
 
-def translate(problem: Exception, database: str) -> StorageError:
+def translate(problem: Exception, database: URL) -> StorageError:
     """A driver's or SQLAlchemy's error as a :class:`StorageError` with a remedy.
 
     Args:
         problem: as raised.
-        database: the database's URL without its password; becomes the error's ``field``.
+        database: its URL, which becomes the error's ``field``; what is secret in it is in no part of the error.
     """
     if isinstance(problem, StorageError):
         return problem
     cause = problem.orig if isinstance(problem, DBAPIError) and problem.orig is not None else problem
     what, remedy = _explain(problem, cause)
-    details = " ".join(str(cause).split())
-    return StorageError(f"{what} ({details}).", field=database, remedy=remedy)
+    details = without_secrets(" ".join(str(cause).split()), database)
+    full = remedy == _FULL
+    return StorageError(f"{what} ({details}).", field=masked(database), remedy=remedy, disk_full=full)
+
+
+def cause_of(problem: Exception, database: URL) -> Exception | None:
+    """The error to name as the cause of a translated one: none if its text holds a secret of the URL."""
+    text = f"{problem} {getattr(problem, 'orig', '')}"
+    return problem if without_secrets(text, database) == text else None
 
 
 def _explain(problem: Exception, cause: BaseException) -> tuple[str, str]:
@@ -97,5 +120,5 @@ def _explain(problem: Exception, cause: BaseException) -> tuple[str, str]:
     return "the database refused the operation", "Check that HEADROOM_DB names a database made by Headroom."
 
 
-TRANSLATED = (SQLAlchemyError, sqlite3.Error, UnicodeEncodeError, OverflowError)
+TRANSLATED = (SQLAlchemyError, sqlite3.Error, UnicodeError, OverflowError)
 """What :func:`translate` is for; anything else that escapes is a bug."""

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 
 from engine.measure.results import Provenance
 from storage.owner import Owner
-from storage.records import METRICS, RUNS, ordered_metrics, provenance_of, read_metrics, table
+from storage.records import METRICS, RUNS, printable, read_metrics, run_document, table, why_unshowable
 from storage.tables import Request
 
 
@@ -22,6 +22,7 @@ class RunFilter:
         text: part of the label, the model, the workload's name or the error, in any case; or the start of the run id.
         since_unix_s, until_unix_s: started at or after, and before.
         config_hash, workload_hash, comparison_id: exactly.
+        disturbed: True: only runs that were disturbed; False: only those that were not.
     """
 
     models: tuple[str, ...] = ()
@@ -34,6 +35,7 @@ class RunFilter:
     config_hash: str | None = None
     workload_hash: str | None = None
     comparison_id: str | None = None
+    disturbed: bool | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """The filter as SQL conditions on ``runs``."""
@@ -46,6 +48,8 @@ class RunFilter:
             found.append(c.started_unix_s >= self.since_unix_s)
         if self.until_unix_s is not None:
             found.append(c.started_unix_s < self.until_unix_s)
+        if self.disturbed is not None:
+            found.append(c.disturbed != [] if self.disturbed else c.disturbed == [])
         if self.text:
             searched = (c.label, c.model, c.workload_name, c.error)
             texts = [column.icontains(self.text, autoescape=True) for column in searched]
@@ -60,6 +64,8 @@ class RunRow:
     Attributes:
         num_requests: how many requests are recorded.
         owner: the process that is running it; None once it has ended.
+        unshowable: why this row of the database cannot be shown (the field at fault), None for every other row. Its
+            other fields are then empty, its start is 0.
         Others: as in :class:`engine.measure.results.RunResult`.
     """
 
@@ -77,6 +83,9 @@ class RunRow:
     repeat: int | None
     error: str | None
     owner: Owner | None
+    disturbed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    quality_reference: str | None = None
+    unshowable: str | None = None
 
     @property
     def model(self) -> str:
@@ -143,19 +152,32 @@ def _request_counts(connection: Connection) -> dict[str, int]:
 
 
 def _run_row(row: Any, metrics: dict[str, float | None], num_requests: int) -> RunRow:
-    copied = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")
-    return RunRow(
-        **{name: getattr(row, name) for name in (*copied, "error")},
-        provenance=provenance_of(row),
-        metrics=ordered_metrics(row, metrics),
-        num_requests=num_requests,
-        owner=owner_of(row),
-    )
+    document = run_document(row, metrics)
+    reason = why_unshowable(document)
+    if reason is not None:
+        document |= _EMPTY | {name: printable(document[name]) for name in ("kind", "status", "label")}
+    document["provenance"] = Provenance(**document["provenance"])
+    return RunRow(**document, num_requests=num_requests, owner=owner_of(row), unshowable=reason)
+
+
+_EMPTY: dict[str, Any] = {
+    **dict.fromkeys(("started_unix_s", "duration_s"), 0.0),
+    **dict.fromkeys(("comparison_id", "arm", "repeat", "error", "quality_reference")),
+    "metrics": {},
+    "disturbed": [],
+    "provenance": {
+        **dict.fromkeys(("model", "model_fingerprint", "config_hash", "workload_hash", "code_revision"), ""),
+        **{name: {} for name in ("config", "workload", "versions", "hardware", "path")},
+        "seed": 0,
+        "code_dirty": None,
+    },
+}
 
 
 def owner_of(row: Any) -> Owner | None:
     """The process that announced a running run."""
-    if row.owner_pid is None:
+    numbers = isinstance(row.owner_pid, int) and isinstance(row.owner_started_unix_s, (int, float))
+    if not numbers or not isinstance(row.owner_host, str):
         return None
     return Owner(row.owner_host, row.owner_pid, row.owner_started_unix_s)
 
@@ -167,6 +189,8 @@ def select_comparisons(connection: Connection) -> list[ComparisonRow]:
     query = select(*columns).where(c.comparison_id.is_not(None)).order_by(c.repeat, c.started_unix_s)
     groups: dict[str, list[Any]] = {}
     for row in connection.execute(query):
+        if not isinstance(row.started_unix_s, (int, float)):
+            continue  # its run is listed as one that cannot be shown
         groups.setdefault(row.comparison_id, []).append(row)
     comparisons = [_comparison_row(comparison_id, rows) for comparison_id, rows in groups.items()]
     return sorted(comparisons, key=lambda comparison: comparison.started_unix_s, reverse=True)
@@ -179,11 +203,11 @@ def _comparison_row(comparison_id: str, rows: list[Any]) -> ComparisonRow:
     first = min(rows, key=lambda row: row.started_unix_s)
     return ComparisonRow(
         comparison_id=comparison_id,
-        label=first.label,
-        model=first.model,
-        workload_name=first.workload_name,
+        label=printable(first.label),
+        model=printable(first.model),
+        workload_name=printable(first.workload_name),
         started_unix_s=first.started_unix_s,
-        statuses=tuple(sorted({row.status for row in rows})),
+        statuses=tuple(sorted({printable(row.status) for row in rows})),
         run_ids=dict(sorted(run_ids.items())),
     )
 
@@ -191,4 +215,5 @@ def _comparison_row(comparison_id: str, rows: list[Any]) -> ComparisonRow:
 def select_facets(connection: Connection) -> Facets:
     """The values that occur, sorted."""
     columns = (RUNS.c.model, RUNS.c.kind, RUNS.c.status, RUNS.c.workload_name)
-    return Facets(*(sorted(connection.scalars(select(column).distinct())) for column in columns))
+    occurring = ([printable(value) for value in connection.scalars(select(column).distinct())] for column in columns)
+    return Facets(*(sorted(values) for values in occurring))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Table, delete, insert, inspect, select
 
-from engine.measure.results import EventRecord, Provenance, RequestRecord, RunResult, SampleRecord
+from engine.measure.results import EventRecord, Provenance, RequestRecord, RunResult, SampleRecord, from_json
 from storage.owner import Owner
 from storage.tables import Base, Event, Metric, Request, Run, Sample
+from storage.types import Unreadable
+from storage.validation import UnfitError, check
 
 _CHUNK = 500  # run ids in one IN (...): SQLite and drivers limit the number of parameters
 
@@ -32,12 +34,13 @@ _DETAILS = (
 )
 _PROVENANCE_FIELDS = tuple(field.name for field in dataclasses.fields(Provenance))
 _RUN_FIELDS = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")
+_LAST_FIELDS = ("error", "disturbed", "quality_reference")
 
 
 def run_values(result: RunResult, owner: Owner | None) -> dict[str, Any]:
     """Column values of the run's own row."""
     provenance = result.provenance
-    values = {name: getattr(result, name) for name in (*_RUN_FIELDS, "error")}
+    values = {name: getattr(result, name) for name in (*_RUN_FIELDS, *_LAST_FIELDS)}
     values.update({name: getattr(provenance, name) for name in _PROVENANCE_FIELDS})
     values["workload_name"] = str(provenance.workload.get("name", ""))
     values["metric_names"] = list(result.metrics)
@@ -66,32 +69,54 @@ def _replace(connection: Connection, target: Table, run_id: str, rows: list[dict
         connection.execute(insert(target), rows)
 
 
-def read_results(connection: Connection, run_ids: Sequence[str]) -> list[RunResult]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnshowableRun:
+    """A run in the database that cannot be read: ``reason`` names the field. It can be listed and deleted."""
+
+    run_id: str
+    label: str
+    reason: str
+
+
+def read_runs(connection: Connection, run_ids: Sequence[str]) -> list[RunResult | UnshowableRun]:
     """The complete runs of these ids, in their order; ids that are not there are left out."""
     wanted = list(dict.fromkeys(run_ids))
     rows = {row.run_id: row for row in _select_in(connection, RUNS, wanted)}
     metrics = read_metrics(connection, wanted)
     details = {field: _read_details(connection, target, kind, wanted) for target, field, kind in _DETAILS}
-    return [
-        RunResult(
-            **{name: getattr(rows[run_id], name) for name in (*_RUN_FIELDS, "error")},
-            provenance=provenance_of(rows[run_id]),
-            metrics=ordered_metrics(rows[run_id], metrics.get(run_id, {})),
-            **{field: found.get(run_id, []) for field, found in details.items()},
-        )
-        for run_id in wanted
-        if run_id in rows
-    ]
+    found: list[RunResult | UnshowableRun] = []
+    for run_id in wanted:
+        if run_id in rows:
+            document = run_document(rows[run_id], metrics.get(run_id, {}))
+            document |= {field: rows_of.get(run_id, []) for field, rows_of in details.items()}
+            reason = why_unshowable(document)
+            label = printable(document["label"])
+            found.append(from_json(document) if reason is None else UnshowableRun(run_id, label, reason))
+    return found
 
 
-def provenance_of(row: Row[Any]) -> Provenance:
-    """The provenance in a row of ``runs``."""
-    return Provenance(**{name: getattr(row, name) for name in _PROVENANCE_FIELDS})
+def run_document(row: Row[Any], metrics: dict[str, float | None]) -> dict[str, Any]:
+    """The run in a row of ``runs``, without requests, samples and events, as :func:`to_json` would give it."""
+    document = {name: getattr(row, name) for name in (*_RUN_FIELDS, *_LAST_FIELDS)}
+    document["provenance"] = {name: getattr(row, name) for name in _PROVENANCE_FIELDS}
+    names = row.metric_names  # in the order in which the run had them
+    in_order = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    document["metrics"] = {name: metrics.get(name) for name in names} if in_order else Unreadable(str(names))
+    return document
 
 
-def ordered_metrics(row: Row[Any], metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """The metrics in the order in which the run had them."""
-    return {name: metrics.get(name) for name in row.metric_names}
+def why_unshowable(document: Mapping[str, Any]) -> str | None:
+    """None if the run in these columns can be shown, else the field at fault and what is wrong with it."""
+    try:
+        check(document, RunResult, strict=False)
+    except UnfitError as problem:
+        return str(problem)
+    return None
+
+
+def printable(value: Any) -> str:
+    """A text from a row that may hold anything."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 def read_metrics(connection: Connection, run_ids: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -102,11 +127,14 @@ def read_metrics(connection: Connection, run_ids: Sequence[str]) -> dict[str, di
     return found
 
 
-def _read_details(connection: Connection, source: Table, record_type: Any, run_ids: Sequence[str]) -> dict[str, Any]:
+def _read_details(
+    connection: Connection, source: Table, record_type: Any, run_ids: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """``{run_id: [columns of a record]}``."""
     names = [field.name for field in dataclasses.fields(record_type)]
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in _select_in(connection, source, run_ids):
-        found.setdefault(row.run_id, []).append(record_type(**{name: getattr(row, name) for name in names}))
+        found.setdefault(row.run_id, []).append({name: getattr(row, name) for name in names})
     return found
 
 

@@ -10,14 +10,15 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from engine.measure.results import RunResult
-from storage import exports, queries
-from storage.database import database_url, make_engine, migrate, reader, writer
+from storage import exports, queries, space
+from storage.database import database_url, make_engine, migrate, reader, require_file, require_record, writer
 from storage.documents import ended, parse_documents
-from storage.errors import TRANSLATED, StorageError, translate
+from storage.errors import TRANSLATED, StorageError, cause_of, translate
+from storage.masking import masked
 from storage.owner import Owner, this_process
 from storage.queries import ComparisonRow, Facets, RunFilter, RunRow
-from storage.records import RUNS, read_results, run_values, write_details
-from storage.spool import keep
+from storage.records import RUNS, UnshowableRun, read_runs, run_values, write_details
+from storage.spool import keep, kept_words
 
 EVERY_RUN = RunFilter()
 
@@ -30,22 +31,29 @@ class ImportReport:
     skipped: list[str]
 
 
-def open_store(url: str | None = None, *, lock_timeout_s: float = 15.0) -> Store:
+def open_store(url: str | None = None, *, lock_timeout_s: float = 15.0, create: bool = True) -> Store:
     """Open (and make, and migrate) the record.
 
     Args:
         url: SQLAlchemy URL; None: the environment variable HEADROOM_DB, else SQLite under HEADROOM_HOME.
         lock_timeout_s: how long to wait for another writer before giving up with "the database is locked".
+        create: False: a database that is not there, or holds no record, is an error, and nothing is made.
 
     Raises:
         StorageError: bad URL, no driver, unreachable server, unreadable or damaged file, schema of a newer version.
     """
-    engine = make_engine(database_url(url), lock_timeout_s)
+    place = database_url(url)
+    if not create:
+        require_file(place)
+    engine = make_engine(place, lock_timeout_s)
     try:
+        if not create:
+            require_record(engine)
         migrate(engine)
     except StorageError:
         engine.dispose()
         raise
+    space.keep_reserve(engine)
     return Store(engine)
 
 
@@ -55,7 +63,7 @@ class Store:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._reader, self._writer = reader(engine), writer(engine)
-        self.url = engine.url.render_as_string(hide_password=True)
+        self.url = masked(engine.url)
 
     def close(self) -> None:
         """Close the connections."""
@@ -92,9 +100,12 @@ class Store:
             path = keep(result)
             if path is None:
                 raise
-            advice = f"The run was kept in {path}; afterwards: python -m storage record < {path}"
             raise StorageError(
-                problem.message, field=problem.field, remedy=f"{problem.remedy} {advice}", kept=path
+                problem.message,
+                field=problem.field,
+                remedy=f"{problem.remedy} {kept_words(path)}",
+                kept=path,
+                disk_full=problem.disk_full,
             ) from problem
 
     def fail_run(self, run_id: str, error: str) -> bool:
@@ -137,11 +148,45 @@ class Store:
                 raise _no_such_run(run_id)
 
     def delete_runs(self, run_ids: Iterable[str]) -> int:
-        """Delete runs with everything recorded of them; returns how many there were."""
+        """Delete runs with everything recorded of them, whatever stands in their rows; returns how many there were.
+
+        On a full disk it uses the space held back for that (see :mod:`storage.space`), run by run.
+
+        Raises:
+            StorageError: also if the disk is so full that not even a deletion can be written.
+        """
+        wanted = sorted(set(run_ids))
+        try:
+            deleted = self._delete(wanted)
+        except StorageError as problem:
+            if not problem.disk_full or self._engine.dialect.name != "sqlite":
+                raise
+            deleted = self._delete_on_full_disk(wanted)
+        space.reclaim(self._engine)
+        space.keep_reserve(self._engine)
+        return deleted
+
+    def _delete(self, run_ids: Sequence[str]) -> int:
         with self._writing() as connection:
-            return sum(
-                connection.execute(delete(RUNS).where(RUNS.c.run_id == run_id)).rowcount for run_id in set(run_ids)
-            )
+            statements = (delete(RUNS).where(RUNS.c.run_id == run_id) for run_id in run_ids)
+            return sum(connection.execute(statement).rowcount for statement in statements)
+
+    def _delete_on_full_disk(self, run_ids: Sequence[str]) -> int:
+        """One at a time: each gives back what the next one needs."""
+        space.give_up_reserve(self._engine)
+        deleted = 0
+        for run_id in run_ids:
+            space.reclaim(self._engine)
+            try:
+                deleted += self._delete([run_id])
+            except StorageError as problem:
+                message = f"{problem.message} {deleted} of {len(run_ids)} runs were deleted."
+                remedy = (
+                    "Deleting a run needs a little space, too, and there is none: move or delete other files on that "
+                    "disk (a few MiB are enough), then delete runs."
+                )
+                raise StorageError(message, field=problem.field, remedy=remedy, disk_full=True) from problem
+        return deleted
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -181,13 +226,23 @@ class Store:
         """The complete records of several runs, in the order asked for.
 
         Raises:
-            StorageError: also if one of them is not on record.
+            StorageError: also if one of them is not on record, or cannot be shown.
         """
+        results = self.read_runs(run_ids)
+        for result in results:
+            if isinstance(result, UnshowableRun):
+                message = f"run {result.run_id} cannot be shown: {result.reason}."
+                raise StorageError(message, field="run_id", remedy="Delete it on the History page.")
+        return [result for result in results if isinstance(result, RunResult)]
+
+    def read_runs(self, run_ids: Sequence[str]) -> list[RunResult | UnshowableRun]:
+        """As :meth:`get_runs`, with a note in place of each run whose columns hold what no run can have."""
         with self._reading() as connection:
-            results = read_results(connection, run_ids)
-        missing = [run_id for run_id in run_ids if run_id not in {result.run_id for result in results}]
-        if missing:
-            raise _no_such_run(missing[0])
+            results = read_runs(connection, run_ids)
+        found = {result.run_id for result in results}
+        for run_id in run_ids:
+            if run_id not in found:
+                raise _no_such_run(run_id)
         return results
 
     def list_comparisons(self) -> list[ComparisonRow]:
@@ -202,31 +257,41 @@ class Store:
 
     # -- export and import ---------------------------------------------------------------------------
 
-    def export_csv(self, run_ids: Sequence[str] | None = None) -> str:
-        """One line a run: identity, provenance, every knob and every metric in columns. None: all runs."""
-        return exports.runs_csv(self._runs_for_export(run_ids))
+    def export_csv(self, run_ids: Sequence[str] | None = None, *, byte_order_mark: bool = False) -> str:
+        """One line a run: identity, provenance, every knob and every metric in columns. None: all runs.
 
-    def export_requests_csv(self, run_ids: Sequence[str] | None = None) -> str:
-        """One line a request of these runs (None: all runs)."""
-        return exports.requests_csv(self._runs_for_export(run_ids))
+        Args:
+            byte_order_mark: begin with U+FEFF, by which Excel knows UTF-8.
+        """
+        mark = exports.BYTE_ORDER_MARK if byte_order_mark else ""
+        return mark + exports.runs_csv(self._runs_for_export(run_ids))
+
+    def export_requests_csv(self, run_ids: Sequence[str] | None = None, *, byte_order_mark: bool = False) -> str:
+        """One line a request of these runs (None: all runs). See :meth:`export_csv`."""
+        mark = exports.BYTE_ORDER_MARK if byte_order_mark else ""
+        return mark + exports.requests_csv(self._runs_for_export(run_ids))
 
     def export_json(self, run_ids: Sequence[str] | None = None) -> str:
         """The complete documents, a JSON list which :meth:`import_json` takes. None: all runs."""
         return exports.documents_json(self._runs_for_export(run_ids))
 
-    def import_json(self, text: str | bytes) -> ImportReport:
+    def import_json(self, text: str | bytes, source: str = "import") -> ImportReport:
         """Add runs from JSON: one document, a list of them, or a comparison's ``{"runs": [...]}``; all or none.
 
         A run whose id is on record already is skipped, so importing twice changes nothing; only the announcement
-        of a run that was left running is replaced by its record.
+        of a run that was left running is replaced by its record. One that could not be read where it was exported is
+        skipped, too.
+
+        Args:
+            source: name of the file, for errors.
 
         Raises:
-            StorageError: also if it is not such JSON; names the run and the field.
+            StorageError: also if it is not such JSON; names the file, the run and the field.
         """
-        results = [ended(result) for result in parse_documents(text)]
-        report = ImportReport([], [])
+        documents = parse_documents(text, source)
+        report = ImportReport([], documents.passed_over)
         with self._writing() as connection:
-            for result in results:
+            for result in map(ended, documents.runs):
                 if _status(connection, result.run_id) in (None, "running"):
                     _upsert(connection, result)
                     report.imported.append(result.run_id)
@@ -234,8 +299,8 @@ class Store:
                     report.skipped.append(result.run_id)
         return report
 
-    def _runs_for_export(self, run_ids: Sequence[str] | None) -> list[RunResult]:
-        return self.get_runs([row.run_id for row in self.list_runs()] if run_ids is None else run_ids)
+    def _runs_for_export(self, run_ids: Sequence[str] | None) -> list[RunResult | UnshowableRun]:
+        return self.read_runs([row.run_id for row in self.list_runs()] if run_ids is None else run_ids)
 
     # -- transactions ----------------------------------------------------------------------------------
 
@@ -245,7 +310,7 @@ class Store:
             with self._writer.begin() as connection:
                 yield connection
         except TRANSLATED as problem:
-            raise translate(problem, self.url) from problem
+            raise translate(problem, self._engine.url) from cause_of(problem, self._engine.url)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Connection]:
@@ -253,7 +318,7 @@ class Store:
             with self._reader.begin() as connection:
                 yield connection
         except TRANSLATED as problem:
-            raise translate(problem, self.url) from problem
+            raise translate(problem, self._engine.url) from cause_of(problem, self._engine.url)
 
 
 def _status(connection: Connection, run_id: str) -> str | None:

@@ -5,6 +5,8 @@
          1 ──< samples   (run_id, position)   engine.measure.results.SampleRecord
          1 ──< events    (run_id, position)   engine.measure.results.EventRecord
 
+    runs_wide, requests_flat                  views for people who ask in SQL, see storage.views
+
 Columns of the last three are named as the fields of their record. A change here needs a migration
 (``python -m storage revision "what changes"`` writes a draft); a test compares the two.
 """
@@ -59,6 +61,8 @@ class Run(Base):
     arm: Mapped[str | None] = mapped_column(String(32))
     repeat: Mapped[int | None]
     error: Mapped[str | None]
+    disturbed: Mapped[list[dict[str, Any]]] = mapped_column(JsonText, server_default="[]")
+    quality_reference: Mapped[str | None]
 
     model: Mapped[str]
     model_fingerprint: Mapped[str]

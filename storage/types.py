@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
 
 from sqlalchemy import Dialect, Double, Text
 from sqlalchemy.types import TypeDecorator
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What stands in a column in place of JSON."""
+
+    text: str
 
 
 class JsonText(TypeDecorator[Any]):
@@ -28,7 +36,10 @@ class JsonText(TypeDecorator[Any]):
             return json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else json.loads(value)
+        try:
+            return None if value is None else json.loads(value)
+        except (ValueError, TypeError, RecursionError):  # reported with the row, which alone cannot be shown
+            return Unreadable(str(value))
 
 
 class FiniteDouble(TypeDecorator[float]):

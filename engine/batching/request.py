@@ -38,6 +38,8 @@ class Request:
         num_computed_tokens: tokens whose keys and values are in the cache. Prefill and decode are the same thing:
             a request is computed until this catches up with ``num_tokens``.
         block_ids: its block table.
+        num_freed: blocks at the head of the table that every layer's window has left behind and that were given back;
+            their entries repeat a block that it still holds, so that a kernel may load, never use, what they name.
         draft_token_ids: guessed continuation, verified in the next step; never part of ``token_ids`` before that.
         digests: chained digests of its full blocks, grown on demand.
         publishable: False after weights were swapped under it: its keys and values come from two models.
@@ -57,6 +59,7 @@ class Request:
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_ids: list[int] = dataclasses.field(default_factory=list)
+    num_freed: int = 0
     draft_token_ids: list[int] = dataclasses.field(default_factory=list)
     digests: list[bytes] = dataclasses.field(default_factory=list)
     publishable: bool = True
@@ -95,6 +98,11 @@ class Request:
     def max_total_tokens(self) -> int:
         """Tokens it may grow to."""
         return self.num_prompt_tokens + self.params.max_tokens
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks of its table that are its own."""
+        return self.block_ids[self.num_freed :] if self.num_freed else self.block_ids
 
     @property
     def in_decode(self) -> bool:

@@ -9,6 +9,9 @@ verification are all "some tokens of a request" and share a batch.
     static       a batch of up to `max_running` requests is formed when the previous one is done, and nobody else is
                  admitted until its longest member has finished: the baseline that continuous batching replaced.
 
+Where every layer has a window, blocks that all windows have left behind go back to the pool before a step is planned:
+a running request holds its window, whatever its length (Mistral, arXiv 2310.06825, section 2: the rolling buffer).
+
 No dead-lock: a request that could not run alone in an empty cache is refused when it is submitted, and the oldest
 request of the highest priority is never preempted in favour of another, so it always gets on.
 """
@@ -16,7 +19,9 @@ request of the highest priority is never preempted in favour of another, so it a
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 from engine.batching.request import Request, RequestState
 from engine.cache.block_pool import BlockPool
@@ -87,10 +92,12 @@ class Scheduler:
 
     Args:
         pool: the block pool, shared with nobody else.
+        window: positions that a query sees at most in any layer, itself included; None where a layer sees all.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, window: int | None = None) -> None:
         self.pool = pool
+        self.window = window
         self.running: list[Request] = []
         self._waiting: list[Request] = []
         self._static_batch: set[str] = set()
@@ -137,6 +144,40 @@ class Scheduler:
         self.pool = pool
         self._releases += 1
 
+    def start_over(self, requests: Iterable[Request], pool: BlockPool) -> None:
+        """Queue these requests, to be computed again with the tokens they have, whatever state all of it was in.
+
+        For when something was raised in the midst of a change: blocks and queues are those of nobody then.
+
+        Args:
+            requests: unfinished ones.
+            pool: a fresh one, of the same block size.
+        """
+        self.pool = pool
+        self.running, self._waiting, self._static_batch, self._blocked = [], [], set(), None
+        self._releases += 1
+        for request in requests:
+            begun = request.times.first_scheduled is not None
+            if begun and request.state is RequestState.RUNNING:
+                request.num_preemptions += 1
+            request.state = RequestState.PREEMPTED if begun else RequestState.WAITING
+            request.draft_token_ids = []
+            request.block_ids = []
+            request.num_computed_tokens = request.num_published = request.num_freed = 0
+            request.publishable = True
+            self.add(request)
+
+    @contextlib.contextmanager
+    def only(self, request: Request) -> Iterator[None]:
+        """Inside the block nothing but this request, which ends with it, is queued; all others keep their blocks."""
+        others = self.running, self._waiting, self._static_batch
+        self.running, self._waiting, self._static_batch = [], [request], set()
+        try:
+            yield
+        finally:
+            self.finish(request)
+            self.running, self._waiting, self._static_batch = others
+
     def schedule(self, config: EngineConfig) -> Schedule:
         """Decide the next step under the knobs in force now."""
         self._step += 1
@@ -160,7 +201,8 @@ class Scheduler:
             return
         full = request.num_computed_tokens // size
         digests = request.full_block_digests(size, full)
-        for position in range(request.num_published, full):
+        # A block that has left the window is somebody else's by now.
+        for position in range(max(request.num_published, request.num_freed), full):
             parent = digests[position - 1] if position else b""
             tokens = request.token_ids[position * size : (position + 1) * size]
             self.pool.publish(request.block_ids[position], parent, digests[position], tokens)
@@ -168,13 +210,17 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert the invariants of queues, block tables and pool."""
-        tables = {request.request_id: request.block_ids for request in self.running}
+        tables = {request.request_id: request.held_blocks for request in self.running}
         self.pool.check(tables)
         for request in self.running:
             assert request.state == RequestState.RUNNING, f"{request.request_id} runs but is {request.state!r}"
             room = len(request.block_ids) * self.pool.block_size
             assert request.num_computed_tokens <= room, f"{request.request_id} computed more than its blocks hold"
             assert request.num_computed_tokens <= request.num_tokens, f"{request.request_id} computed unknown tokens"
+            left = max(0, request.num_computed_tokens - (self.window or request.num_tokens) + 1)
+            assert request.num_freed * self.pool.block_size <= left, (
+                f"{request.request_id} gave back what it still sees"
+            )
         for request in self._waiting:
             assert request.state.is_waiting, f"{request.request_id} waits but is {request.state!r}"
             assert not request.block_ids, f"{request.request_id} waits but holds blocks"
@@ -188,6 +234,9 @@ class Scheduler:
         """Give every running request its tokens while the budget lasts; returns what is left of it."""
         budget, size = config.token_budget, self.pool.block_size
         order = list(self.running)
+        if self.window is not None:
+            for request in order:
+                self._free_behind_window(request, self.window)
         if len(order) > budget:  # not all can have a token: whoever waited longest goes first
             order.sort(key=lambda request: request.last_scheduled_step)
         for request in order:
@@ -205,6 +254,18 @@ class Scheduler:
             schedule.rows.append(row)
             budget -= row.num_tokens
         return budget
+
+    def _free_behind_window(self, request: Request, window: int) -> None:
+        """Give back the blocks that no query to come can see: the next one is at ``num_computed_tokens``."""
+        dead = max(0, request.num_computed_tokens - window + 1) // self.pool.block_size
+        dead = min(dead, len(request.block_ids) - 1)  # the table goes on naming one that is its own
+        if dead > request.num_freed:
+            self.pool.release(request.block_ids[request.num_freed : dead])
+            self._releases += 1
+            held = request.block_ids[dead:]
+            # Another list, since block tables of the step before are known by theirs (`BlockTables`).
+            request.block_ids = [held[0]] * dead + held
+            request.num_freed = dead
 
     def _make_room(self, request: Request, missing: int, schedule: Schedule) -> int:
         """Allocate blocks, preempting others (or the request itself) if need be; returns budget set free by that."""
@@ -231,9 +292,10 @@ class Scheduler:
         return given
 
     def _release_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_ids)
+        self.pool.release(request.held_blocks)
         self._releases += 1
         request.block_ids = []
+        request.num_freed = 0
         request.num_computed_tokens = 0
         request.num_published = 0
         # What it computes from now on comes from one model only, whatever was swapped under it before.
@@ -315,8 +377,10 @@ class Scheduler:
             end = row.start + row.num_tokens
             reserve = int(ADMISSION_WATERMARK * self.pool.num_blocks) if self.running else 0
         else:
-            end = request.max_total_tokens
-            reserve = sum(max(0, self._blocks_for(r.max_total_tokens) - len(r.block_ids)) for r in self.running)
+            end = max(row.start + row.num_tokens, self._most_held(request, config))
+            reserve = sum(
+                max(0, self._blocks_for(self._most_held(r, config)) - len(r.held_blocks)) for r in self.running
+            )
         wanted = self._blocks_for(end) - len(match.blocks) + self.pool.count_free(match.blocks)
         if match.source is not None:  # kept out of the free list until it has been copied
             wanted += self.pool.count_free([match.source])
@@ -345,6 +409,13 @@ class Scheduler:
             schedule.prefix_hit_tokens += row.start
         request.last_scheduled_step = self._step
         schedule.rows.append(row)
+
+    def _most_held(self, request: Request, config: EngineConfig) -> int:
+        """Tokens whose blocks a request may hold at once from its second step on: its window and the step's own."""
+        if self.window is None:
+            return request.max_total_tokens
+        around = self.window + config.max_num_batched_tokens + self.pool.block_size
+        return min(request.max_total_tokens, around)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)

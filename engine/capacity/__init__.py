@@ -18,6 +18,7 @@ from engine.capacity.remedies import Remedy, what_would_fit
 from engine.capacity.request import PlanRequest
 from engine.capacity.sensitivity import Swing, sensitivity
 from engine.capacity.serving import OperatingPoint, Serving, serving
+from engine.capacity.shape import SHAPE_FIELDS, spec_of_shape
 from engine.capacity.solver import Goal, Solution, solve, solve_cached
 from engine.capacity.spec import ModelSpec
 from engine.capacity.weights import ParameterCount, parameter_count, weight_bytes
@@ -25,6 +26,7 @@ from engine.capacity.workload import Objectives, Workload
 
 __all__ = [
     "PROFILES",
+    "SHAPE_FIELDS",
     "CurvePoint",
     "Deployment",
     "Goal",
@@ -73,6 +75,7 @@ __all__ = [
     "size_kv_cache",
     "solve",
     "solve_cached",
+    "spec_of_shape",
     "weight_bytes",
     "weight_format",
     "what_would_fit",

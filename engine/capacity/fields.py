@@ -54,6 +54,21 @@ def flag(config: Mapping[str, Any], field: str, default: bool) -> bool:
     return value
 
 
+def number(config: Mapping[str, Any], field: str, default: float, low: float, high: float) -> float:
+    """A finite number from ``low`` to ``high``; ``default`` where the field is absent or null.
+
+    >>> number({"factor": 4}, "factor", 1.0, 1.0, 1e6)
+    4.0
+    """
+    value = config.get(field)
+    if value is None:
+        return default
+    readable = isinstance(value, int | float) and not isinstance(value, bool)
+    if not readable or not low <= value <= high:  # also of not-a-number
+        raise ConfigError(f"{shown(value)} is not a number from {low:g} to {high:g}.", field=field, remedy=REMEDY)
+    return float(value)
+
+
 def names(config: Mapping[str, Any], field: str, known: tuple[str, ...], length: int) -> list[str] | None:
     """A list with one of ``known`` for each layer; None where the field is absent.
 

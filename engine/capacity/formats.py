@@ -64,6 +64,9 @@ class WeightFormat:
         tile: a scale covers ``tile`` · ``tile`` weights; None: see ``group_size``.
         block: GGUF: (weights, bytes) of one block; scales are inside. Embedding and head are quantized too.
         experts_only: where a model has routed experts, nothing else is quantized (gpt-oss).
+        whole_tensor: one scale for all of a projection.
+        exact: groups are as a checkpoint has them: of ``group_size``, the last one perhaps smaller.
+        absmax: bitsandbytes: (values that share a maximum, maxima that share a scale of their own or 0).
     """
 
     name: str
@@ -75,12 +78,15 @@ class WeightFormat:
     tile: int | None = None
     block: tuple[int, int] | None = None
     experts_only: bool = False
+    whole_tensor: bool = False
+    exact: bool = False
+    absmax: tuple[int, int] | None = None
 
-    def matrix_bytes(self, rows: int, columns: int, plain_bytes: int = 2) -> int:
+    def matrix_bytes(self, rows: int, columns: int, plain_bytes: int = 2, slices: int = 1) -> int:
         """Bytes of a matrix of ``rows`` outputs and ``columns`` inputs, scales and zero points included.
 
         Where the group size does not divide ``columns``, the largest smaller one that does is used; where none does,
-        the matrix stays unquantized at ``plain_bytes`` a value.
+        the matrix stays unquantized at ``plain_bytes`` a value. ``slices``: projections that are fused into the matrix.
 
         >>> weight_format("int4-g128").matrix_bytes(2, 128)  # 128 B of weights, 2 scales of 2 B, 2 zeros of half a byte
         133
@@ -89,17 +95,33 @@ class WeightFormat:
         """
         if self.block is not None:
             return self._block_bytes(rows, columns, plain_bytes)
+        if self.absmax is not None:
+            return self._absmax_bytes(rows * columns, slices)
+        if self.whole_tensor:
+            return rows * columns * self.bits // 8 + slices * self.scale_bytes
         if self.tile is not None:
             scales = -(-rows // self.tile) * -(-columns // self.tile)
             return rows * columns * self.bits // 8 + scales * self.scale_bytes
         group = self.group_size
-        if group is not None:
+        if group is not None and not self.exact:
             sizes = (size for size in (*reversed(GROUP_SIZES), 16) if size <= group and columns % size == 0)
             group = next(sizes, None) if self.zero_point_bits else (group if columns % group == 0 else None)
             if group is None or rows % 2:
                 return rows * columns * plain_bytes
-        groups = rows * (columns // group if group else 1)
+        groups = rows * (-(-columns // group) if group else 1)
         return rows * columns * self.bits // 8 + groups * self.scale_bytes + -(-groups * self.zero_point_bits // 8)
+
+    def _absmax_bytes(self, values: int, slices: int) -> int:
+        """bitsandbytes (arXiv:2305.14314): codes, a maximum a block in float32, or (double quantization) in a byte with
+        the maxima of these in float32 and a table of 256, and the table of the 16 values.
+
+        >>> weight_format("nf4").matrix_bytes(4096, 4096)  # 8 MiB, 262,144 maxima, 1,024 of those, two tables
+        8655936
+        """
+        block, nested = self.absmax or (64, 0)
+        maxima = -(-values // block)
+        held = maxima + 4 * -(-maxima // nested) + 1024 * slices if nested else 4 * maxima
+        return -(-values * self.bits // 8) + held + 64 * slices
 
     def _block_bytes(self, rows: int, columns: int, plain_bytes: int) -> int:
         weights, size = self.block or (1, 1)
@@ -119,6 +141,9 @@ class WeightFormat:
         """
         if self.block is not None:
             return self.block[1] / self.block[0]
+        if self.absmax is not None:
+            block, nested = self.absmax
+            return self.bits / 8 + ((1 + 4 / nested) if nested else 4) / block
         extra = 0.0 if self.group_size is None else (self.scale_bytes + self.zero_point_bits / 8) / self.group_size
         return self.bits / 8 + extra
 
@@ -148,7 +173,8 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
         name: a dtype (bf16, fp16, fp32 and their long forms), ``fp8`` (a scale per channel), ``fp8-block`` (a scale per
             128 · 128), ``int8``, ``w8a8`` (INT8 with activations of 8 bits; scales of 4 bytes), ``w4a8`` (INT4 in
             groups of 32, with activations of 8 bits), ``int4`` (groups of 128) or ``int4-g32|64|128``, ``mxfp4``
-            (groups of 32, scales of 8 bits), ``nvfp4`` (groups of 16, scales of 8 bits), a GGUF type (``q4_k``,
+            (groups of 32, scales of 8 bits), ``nvfp4`` (groups of 16, scales of 8 bits), ``nf4`` (bitsandbytes' 4 bits
+            with double quantization), a GGUF type (``q4_k``,
             ``q8_0`` …) or mixture (``q4_k_m``, ``q5_k_m``).
         zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
             kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
@@ -176,8 +202,8 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     raise ConfigError(
         f"{text[:40]!r} is not a weight format.",
         field="weights",
-        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, w4a8, {choices}, mxfp4, nvfp4, or a GGUF type "
-        "such as q4_k_m or q8_0.",
+        remedy=f"Choose bf16, fp16, fp32, fp8, fp8-block, int8, w8a8, w4a8, {choices}, mxfp4, nvfp4, nf4, or a GGUF "
+        "type such as q4_k_m or q8_0.",
     )
 
 
@@ -191,7 +217,10 @@ _NAMED_FORMATS = {
     "w8a8": WeightFormat("w8a8", 8, scale_bytes=4),
     "mxfp4": WeightFormat("mxfp4", 4, 32, scale_bytes=1, experts_only=True),
     "nvfp4": WeightFormat("nvfp4", 4, 16, scale_bytes=1),
+    "nf4": WeightFormat("nf4", 4, absmax=(64, 256)),
 }
+#: Keeps the model's dtype, in a checkpoint where other matrices do not.
+UNQUANTIZED = WeightFormat("unquantized", 16, dtype="unquantized")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def grouped_layers(counts: tuple[int, ...]) -> tuple[int, ...]:
 
 def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fraction:
     vectors, width = layer.mixer.cached_heads(tp)
-    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width)
+    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width) + layer.index_bytes
 
 
 def _exact_bytes_per_token(
@@ -268,7 +268,22 @@ def _corrected(
         _product(mixer, window, count, context, block_size, kv_format(kv_dtype, spec.torch_dtype), tp)
         for (window, mixer), count in merged.items()
     )
+    index = {}
+    for layer, count in _attending(spec, whole_model(spec)):
+        if layer.index_bytes:
+            index[layer.index_bytes] = index.get(layer.index_bytes, 0) + count
+    tokens = blocks_for(context, block_size) * block_size
+    products += tuple(_index_product(size, count, tokens) for size, count in index.items())
     return KVFormula("As it is", products, total)
+
+
+def _index_product(size: int, layers: int, tokens: int) -> tuple[Factor, ...]:
+    """The index of sparse layers, by which they pick what they attend to."""
+    return (
+        Factor("L_{index}", layers, "", "layers with an index"),
+        Factor(r"\hat{s}", tokens, "tokens", "tokens of context, in whole blocks"),
+        Factor("b_{index}", size, "B", "bytes of the index a token"),
+    )
 
 
 def _product(
@@ -299,11 +314,10 @@ def _value_words(overhead: int) -> str:
 def _errors(spec: ModelSpec, context: int, block_size: int, kv_dtype: str, tp: int, frees_windows: bool) -> list[str]:
     form = kv_format(kv_dtype, spec.torch_dtype)
     errors = []
-    recurrent = spec.num_layers - spec.num_attention_layers
-    if recurrent:
-        errors.append(
-            f"{recurrent:,} of {spec.num_layers:,} layers keep no keys and values: their state has a constant size."
-        )
+    without = spec.num_layers - spec.num_attention_layers
+    if without:
+        why = "their state has a constant size" if spec.is_recurrent else "they have none of their own"
+        errors.append(f"{without:,} of {spec.num_layers:,} layers keep no keys and values: {why}.")
     if spec.is_latent:
         errors.append(
             f"Keys and values of all {spec.num_heads:,} heads are cached as one latent of {spec.head_dim:,} values, on "

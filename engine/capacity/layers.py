@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
+from engine.capacity.formats import WeightFormat
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
@@ -23,6 +25,7 @@ class Tensor:
         active: how many of them one token passes through; None: all.
         linear: a matrix that weight formats apply to; else it keeps the model's dtype.
         slices: projections that are fused into one tensor (query, key and value: 3).
+        own: its format in a quantized checkpoint, where that is not the one of most matrices there.
     """
 
     part: str
@@ -33,6 +36,7 @@ class Tensor:
     active: int | None = None
     linear: bool = False
     slices: int = 1
+    own: WeightFormat | None = None
 
     @property
     def size(self) -> int:
@@ -79,6 +83,9 @@ class Attention:
         qk_norm: "" none, "head" a weight of head_dim for queries and keys each, "full" of all heads' width.
         sinks: a learned logit a head that takes part in the softmax (gpt-oss).
         gated: the query projection also yields a gate of the output (Qwen3-Next).
+        value_dim: a value's width where it is not the key's (MiMo-V2).
+        key_is_value: there is no value projection: values are the projected keys (Gemma 4).
+        shares_cache: queries alone; keys and values are those of an earlier layer (Gemma 4).
     """
 
     num_heads: int
@@ -90,6 +97,9 @@ class Attention:
     qk_norm: str = ""
     sinks: bool = False
     gated: bool = False
+    value_dim: int | None = None
+    key_is_value: bool = False
+    shares_cache: bool = False
 
     def tensors(self, hidden: int, tp: int) -> Iterator[Tensor]:
         """Fused query/key/value, output, biases, norms, sinks.
@@ -99,9 +109,12 @@ class Attention:
         """
         heads, kv_heads = share(self.num_heads, tp), share(self.num_kv_heads, tp)
         query, keys = heads * self.head_dim, kv_heads * self.head_dim
-        rows = query * (2 if self.gated else 1) + 2 * keys
-        yield Tensor("attention", "qkv", rows, hidden, linear=True, slices=3)
-        yield Tensor("attention", "attention_output", hidden, query, linear=True)
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        values = 0 if self.key_is_value else kv_heads * value_dim
+        own = 0 if self.shares_cache else keys + values
+        rows = query * (2 if self.gated else 1) + own
+        yield Tensor("attention", "qkv", rows, hidden, linear=True, slices=self._projections)
+        yield Tensor("attention", "attention_output", hidden, heads * value_dim, linear=True)
         if self.qkv_bias:
             yield Tensor("attention", "bias", 1, rows)
         if self.output_bias:
@@ -109,14 +122,23 @@ class Attention:
         if self.sinks:
             yield Tensor("attention", "sinks", 1, heads)
         if self.qk_norm == "head":
-            yield Tensor("norms", "norm", 1, self.head_dim, 2)
+            yield Tensor("norms", "norm", 1, self.head_dim, 1 if self.shares_cache else 2)
         elif self.qk_norm:
             yield Tensor("norms", "norm", 1, query)
             yield Tensor("norms", "norm", 1, keys)
 
     def cached_heads(self, tp: int) -> tuple[int, int]:
         """Keys and values of the GPU's heads; heads are replicated where there are more GPUs than heads."""
-        return 2 * share(self.num_kv_heads, tp), self.head_dim
+        if self.shares_cache:
+            return 0, self.head_dim
+        # Of different widths: two vectors of the mean width have the same bytes.
+        width = self.head_dim if self.value_dim is None else -(-(self.head_dim + self.value_dim) // 2)
+        return 2 * share(self.num_kv_heads, tp), width
+
+    @property
+    def _projections(self) -> int:
+        """Of query, key and value, those that the layer has."""
+        return 1 if self.shares_cache else 2 if self.key_is_value else 3
 
     def state_elements(self, tp: int) -> tuple[int, int]:
         """None: everything is in the cache."""
@@ -297,8 +319,10 @@ class MixtureMLP:
         num_experts, top_k: of the routed experts; width: of one of them.
         shared_width: of all shared experts together, 0 if there are none.
         gated, bias: of the experts, as in :class:`DenseMLP`.
-        shared_gate: the shared expert is scaled by a gate of its own.
+        shared_gate: the shared expert is scaled by a gate of its own; shared_bias: its projections have a bias.
         router_bias: the router's logits have one; correction: a bias an expert that only the choice sees.
+        latent: the routed experts work on projections of the hidden state to this width and back (Nemotron 3 Super);
+            0: on the hidden state itself. latent_bias: these two projections have one.
     """
 
     num_experts: int
@@ -310,6 +334,9 @@ class MixtureMLP:
     shared_gate: bool = False
     router_bias: bool = False
     correction: bool = False
+    latent: int = 0
+    latent_bias: bool = False
+    shared_bias: bool = False
 
     def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
         """Experts split by width, or whole over ``ep`` GPUs; router on every GPU."""
@@ -317,13 +344,18 @@ class MixtureMLP:
         width = self.width if ep > 1 else share(self.width, tp)
         # On average a GPU computes its share of the experts that a token has chosen, never less than one.
         active = min(local, share(self.top_k * local, self.num_experts))
-        for tensor in _mlp("experts", "expert", self, hidden, width):
+        for tensor in _mlp("experts", "expert", self, self.latent or hidden, width):
             yield dataclasses.replace(tensor, count=local, active=active)
+        if self.latent:
+            yield Tensor("mlp", "latent_down", self.latent, hidden, linear=True)
+            yield Tensor("mlp", "latent_up", hidden, self.latent, linear=True)
+            if self.latent_bias:
+                yield Tensor("mlp", "bias", 1, self.latent + hidden)
         yield Tensor("router", "router", self.num_experts, hidden)
         if self.router_bias or self.correction:
             yield Tensor("router", "bias", 1, self.num_experts)
         if self.shared_width:
-            shared = DenseMLP(self.shared_width, self.gated)
+            shared = DenseMLP(self.shared_width, self.gated, self.shared_bias)
             yield from _mlp("mlp", "shared", shared, hidden, share(self.shared_width, tp))
             if self.shared_gate:
                 yield Tensor("router", "router", 1, hidden)
@@ -354,11 +386,26 @@ AnyMLP = DenseMLP | MixtureMLP
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width."""
+    """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
+
+    ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most. ``extra``:
+    tensors beside mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index of a sparse
+    layer, on every GPU; ``reads``: how many tokens it then attends to, None for all that the window holds.
+    """
 
     mixer: AnyMixer
     mlp: AnyMLP
     norms: int = 2
+    formats: tuple[tuple[str, WeightFormat], ...] = ()
+    extra: tuple[Tensor, ...] = ()
+    index_bytes: int = 0
+    reads: int | None = None
+
+    def tensors(self, hidden: int, tp: int, ep: int) -> Iterator[Tensor]:
+        """Weights of one such layer on one GPU, norms of the hidden width excepted."""
+        own = dict(self.formats)
+        for tensor in (*self.mixer.tensors(hidden, tp), *self.mlp.tensors(hidden, tp, ep), *self.extra):
+            yield dataclasses.replace(tensor, own=own[tensor.role]) if tensor.role in own else tensor
 
     @property
     def window(self) -> int | None:
@@ -368,4 +415,5 @@ class Layer:
     @property
     def attends(self) -> bool:
         """True if it keeps keys and values."""
-        return isinstance(self.mixer, Attention | LatentAttention)
+        own = not (isinstance(self.mixer, Attention) and self.mixer.shares_cache)
+        return own and isinstance(self.mixer, Attention | LatentAttention)

@@ -29,6 +29,11 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
     warnings += spec.notes
     if request.draft is not None:
         warnings += [f"{request.draft.name}: {note}" for note in request.draft.notes]
+    if spec.kv_dtype not in (None, request.kv_dtype):
+        warnings.append(
+            f"The checkpoint asks for a KV cache in {str(spec.kv_dtype).upper()}, planned is {request.kv_dtype}: give "
+            f"kv_dtype={spec.kv_dtype} for the smaller one."
+        )
     if request.weights.startswith("fp8") and gpu.bf16_tflops and not gpu.fp8_tflops:
         warnings.append(f"{gpu.name} has no FP8 arithmetic: FP8 weights save memory there, not time.")
     if request.weights in INT8_PRODUCTS and gpu.int8_tops and gpu.bf16_tflops and gpu.int8_tops < gpu.bf16_tflops:
@@ -48,7 +53,7 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
             f"{request.tp} GPUs share {spec.num_kv_heads} key/value heads: each head is kept on several GPUs, so the "
             "KV cache does not shrink any further."
         )
-    if spec.num_attention_layers < spec.num_layers and request.profile.torch_cuda:
+    if spec.is_recurrent and request.profile.torch_cuda:
         warnings.append(
             "Recurrent layers: vLLM enlarges its blocks until they hold a state, so it reports fewer, larger blocks."
         )
@@ -97,6 +102,8 @@ def assumptions_of(request: CompleteRequest) -> tuple[str, ...]:
         f"blocks of {request.block_size} tokens.",
         *profile.assumptions,
     ]
+    if request.spec.kv_dtype == request.kv_dtype:
+        lines.append(f"KV cache in {request.kv_dtype.upper()}: the checkpoint asks for it.")
     if request.pp > 1:
         lines.append("Figures are of the pipeline stage that limits.")
     return tuple(lines)

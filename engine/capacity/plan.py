@@ -377,7 +377,7 @@ def _kv_bytes(request: CompleteRequest, stage: Stage, context: int) -> int:
         request.kv_dtype,
         request.tp,
         stage=stage,
-        frees_windows=profile.frees_windows,
+        frees_windows=profile.frees_windows_of(request.spec),
         grouped=profile.groups_layers,
     )
     if request.draft is not None and stage.last:

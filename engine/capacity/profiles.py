@@ -36,6 +36,7 @@ class Profile:
         utilization, max_num_seqs, token_budget, block_size: the engine's defaults; ``token_budget`` None: a step takes
             a whole prompt of the planned context.
         frees_windows: gives back KV blocks that have slid out of a layer's window.
+        shares_tables: all layers share a request's blocks, so none is given back where one layer sees everything.
         groups_layers: layers with and without a window share one pool of equal groups.
         expands_latent: caches full keys and values where a model has latent attention.
         torch_cuda: weights are counted as torch's CUDA allocator does, with vLLM's rotary table and padded vocabulary.
@@ -57,10 +58,15 @@ class Profile:
     logits_fit: tuple[float, float] | None
     non_torch_gib: tuple[float, float]
     groups_layers: bool = False
+    shares_tables: bool = False
     expands_latent: bool = False
     batch_is_concurrency: bool = False
     caps_cache: bool = False
     assumptions: tuple[str, ...] = ()
+
+    def frees_windows_of(self, spec: ModelSpec) -> bool:
+        """True if blocks that have slid out of the windows of this model are given back."""
+        return self.frees_windows and not (self.shares_tables and spec.num_sliding_layers < spec.num_attention_layers)
 
 
 _VLLM_WEIGHTS = (
@@ -132,7 +138,8 @@ PROFILES: tuple[Profile, ...] = (
         max_num_seqs=64,
         token_budget=2048,
         block_size=16,
-        frees_windows=False,
+        frees_windows=True,
+        shares_tables=True,
         torch_cuda=False,
         logits_fit=None,
         non_torch_gib=(0.0, 0.0),
@@ -140,7 +147,7 @@ PROFILES: tuple[Profile, ...] = (
         assumptions=(
             "Sized by the function that the engine itself uses; what lies outside of torch comes from the memory "
             "outside the utilization.",
-            "Blocks that slide out of a window are kept.",
+            "Blocks that slide out of the windows are given back where every layer has one, else kept.",
         ),
     ),
     Profile(
@@ -192,9 +199,13 @@ def find_profile(name: str) -> Profile:
     )
 
 
-def profile_weight_format(profile: Profile, name: str) -> WeightFormat:
-    """The weight format as that engine keeps it: ours has the zero point of a group in 16 bits, beside the scale."""
-    return weight_format(name, zero_point_bits=16 if profile.name == "headroom" else 4)
+def profile_weight_format(profile: Profile, name: str, spec: ModelSpec | None = None) -> WeightFormat:
+    """The weight format as that engine keeps it: ours has the zero point of a group in 16 bits, beside the scale.
+
+    ``spec``: the model, whose checkpoint may be in a format of its own by that name.
+    """
+    bits = 16 if profile.name == "headroom" else 4
+    return weight_format(name, zero_point_bits=bits) if spec is None else spec.weight_format(name, zero_point_bits=bits)
 
 
 def resident_weight_bytes(
@@ -210,7 +221,7 @@ def resident_weight_bytes(
     14.2487
     """
     held = stage or whole_model(spec)
-    format = profile_weight_format(profile, weights)
+    format = profile_weight_format(profile, weights, spec)
     multiple = 64 if profile.torch_cuda else 1
     tensors = stored_tensors(spec, format, dtype=dtype, tp=tp, ep=ep, stage=held, vocab_multiple=multiple)
     if not profile.torch_cuda:
@@ -225,7 +236,7 @@ def resident_weight_bytes(
             total += layers * cuda_allocation(stored.bytes * (count // layers))
         else:
             total += cuda_allocation(stored.bytes) * count
-        if kind.role == "kv_up" and format.dtype is None:
+        if kind.role == "kv_up" and stored.bytes != kind.rows * kind.columns * size:
             # Decoding multiplies by the two halves of this matrix, kept unquantized beside it.
             total += count * cuda_allocation(kind.rows * kind.columns * size)
     return total

@@ -8,6 +8,18 @@ from typing import Any
 
 from engine.capacity.families import Family
 from engine.capacity.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, positive, whole
+from engine.capacity.layer_fields import (
+    attention_of,
+    dense_mlp,
+    head_dim,
+    layer_count,
+    mixture_of,
+    mlps_of,
+    peek,
+    seen,
+    switches,
+    windows_of,
+)
 from engine.capacity.layers import (
     AnyMixer,
     AnyMLP,
@@ -19,11 +31,15 @@ from engine.capacity.layers import (
     Mamba2,
     MixtureMLP,
     NoMixer,
+    Tensor,
 )
+from engine.capacity.recent_readers import blocks, gemma4, mimo, minimax_m3, step
 from engine.capacity.words import shown
 from engine.errors import ConfigError
 
-_KINDS = ("sliding_attention", "full_attention")
+#: What published files and transformers 5 call layers with a state, and layers with a cache.
+_RECURRENT = ("mamba", "linear_attention")
+_FULL = ("attention", "full_attention")
 
 
 def read_layers(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
@@ -35,170 +51,24 @@ def read_layers(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return _LAYOUTS[family.layout](config, family)
 
 
-def attention_of(config: Mapping[str, Any], family: Family) -> Attention:
-    """The family's attention, without a window."""
-    hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
-    qkv, output = _attention_biases(config, family)
-    norm = family.qk_norm
-    if norm == "config":
-        norm = "head" if flag(config, "use_qk_norm", False) else ""
-    return Attention(
-        num_heads=heads,
-        num_kv_heads=_kv_heads(config, family, heads),
-        head_dim=head_dim(config, family, hidden, heads),
-        qkv_bias=qkv,
-        output_bias=output,
-        qk_norm=norm,
-        sinks=family.sinks,
-    )
-
-
-def head_dim(config: Mapping[str, Any], family: Family, hidden: int, heads: int) -> int:
-    """Stated, the family's, or hidden size / heads."""
-    if config.get("head_dim") is not None:
-        return positive(config, "head_dim")
-    if family.head_dim is not None:
-        return family.head_dim
-    if hidden % heads:
-        raise ConfigError(
-            f"hidden_size {hidden:,} is not a multiple of num_attention_heads {heads:,}, and head_dim is not given.",
-            field="head_dim",
-            remedy=REMEDY,
-        )
-    return hidden // heads
-
-
-def _kv_heads(config: Mapping[str, Any], family: Family, heads: int) -> int:
-    # An explicit null means multi-head attention; an absent field means the family's default.
-    absent = "num_key_value_heads" not in config
-    kv_heads = positive(config, "num_key_value_heads", (family.num_kv_heads or heads) if absent else heads)
-    if heads % kv_heads:
-        source = " (this family's default, as the field is absent)" if absent else ""
-        raise ConfigError(
-            f"{kv_heads:,} key/value heads{source} cannot be shared evenly by num_attention_heads = {heads:,}.",
-            field="num_key_value_heads",
-            remedy=f"It must divide {heads:,}. {REMEDY}",
-        )
-    return kv_heads
-
-
-def _attention_biases(config: Mapping[str, Any], family: Family) -> tuple[bool, bool]:
-    """(query/key/value, output)."""
-    if family.biases in ("config", "attention", "config_qkv"):
-        stated = flag(config, "attention_bias", False)
-        return stated, stated and family.biases != "config_qkv"
-    if family.biases == "use_bias":
-        return (flag(config, "use_bias", True),) * 2
-    return family.biases in ("qkv", "all"), family.biases == "all"
-
-
-def _mlp_bias(config: Mapping[str, Any], family: Family) -> bool:
-    if family.biases == "use_bias":
-        return flag(config, "use_bias", True)
-    return family.biases == "all" or (family.biases == "config" and flag(config, "mlp_bias", False))
-
-
-def _dense(config: Mapping[str, Any], family: Family) -> DenseMLP:
-    return DenseMLP(positive(config, "intermediate_size"), family.gated, _mlp_bias(config, family))
-
-
-def _mixture(config: Mapping[str, Any], family: Family) -> MixtureMLP:
-    stated = family.experts
-    assert stated is not None, family
-    # transformers 5 writes num_local_experts where published files of the same family say num_experts.
-    renamed = config.get(stated.count) is None and config.get("num_local_experts") is not None
-    count = positive(config, "num_local_experts" if renamed else stated.count, maximum=MAX_EXPERTS)
-    top_k = positive(config, stated.top_k, maximum=MAX_EXPERTS)
-    if top_k > count:
-        raise ConfigError(
-            f"{top_k:,} experts a token are more than the {count:,} there are.", field=stated.top_k, remedy=REMEDY
-        )
-    width = positive(config, stated.width)
-    shared = whole(config, stated.shared_width, 0) if stated.shared_width else 0
-    if stated.shared_count:
-        shared = width * whole(config, stated.shared_count, 0, MAX_EXPERTS)
-    return MixtureMLP(
-        num_experts=count,
-        top_k=top_k,
-        width=width,
-        shared_width=shared,
-        gated=stated.gated,
-        bias=stated.bias,
-        shared_gate=stated.shared_gate and shared > 0,
-        router_bias=stated.router_bias,
-        correction=stated.correction,
-    )
-
-
-def _mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
-    """The MLP of every layer."""
-    if family.experts is None:
-        return [_dense(config, family)] * layers
-    sparse = [_is_sparse(config, family.experts.placement, index) for index in range(layers)]
-    mixture = _mixture(config, family) if any(sparse) else None
-    dense = None if all(sparse) else _dense(config, family)
-    chosen = [mixture if is_sparse else dense for is_sparse in sparse]
-    return [mlp for mlp in chosen if mlp is not None]
-
-
-def _is_sparse(config: Mapping[str, Any], placement: str, index: int) -> bool:
-    if placement == "step":
-        step = positive(config, "decoder_sparse_step", 1, MAX_LAYERS)
-        return index not in indices(config, "mlp_only_layers") and (index + 1) % step == 0
-    if placement == "first_dense":
-        every = positive(config, "moe_layer_freq", 1, MAX_LAYERS)
-        return index >= whole(config, "first_k_dense_replace", 0, MAX_LAYERS) and index % every == 0
-    return True
-
-
-def _windows(config: Mapping[str, Any], family: Family, layers: int) -> list[int | None]:
-    """Per layer; ``layer_types`` says it where the file has it."""
-    window = _window(config, family)
-    if window is None:
-        return [None] * layers
-    kinds = names(config, "layer_types", _KINDS, layers)
-    if kinds is not None:
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    if family.sliding == "even":
-        return [window if index % 2 == 0 else None for index in range(layers)]
-    if family.sliding == "pattern":
-        every = positive(config, "sliding_window_pattern", 6, MAX_LAYERS)
-        return [None if (index + 1) % every == 0 else window for index in range(layers)]
-    full = whole(config, "max_window_layers", 28) if family.sliding == "switch" else 0
-    return [None if index < full else window for index in range(layers)]
-
-
-def _window(config: Mapping[str, Any], family: Family) -> int | None:
-    if family.sliding == "none":
-        return None
-    if family.sliding == "switch" and not flag(config, "use_sliding_window", False):
-        return None
-    if "sliding_window" in config and config["sliding_window"] is None:
-        return None
-    if family.window is None and "sliding_window" not in config:
-        return None
-    return positive(config, "sliding_window", family.window)
-
-
-def _count(config: Mapping[str, Any]) -> int:
-    return positive(config, "num_hidden_layers", maximum=MAX_LAYERS)
-
-
 def _plain(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Attention and MLP in every layer."""
-    layers = _count(config)
+    layers = layer_count(config)
     attention = attention_of(config, family)
-    windows = _windows(config, family, layers)
-    mlps = _mlps(config, family, layers)
+    windows = windows_of(config, family, layers)
+    mlps = mlps_of(config, family, layers)
     mixers = {window: dataclasses.replace(attention, window=window) for window in set(windows)}
     return tuple(Layer(mixers[window], mlp, family.norms) for window, mlp in zip(windows, mlps, strict=True))
 
 
 def _latent(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """DeepSeek-V2 and V3."""
-    layers = _count(config)
+    return tuple(Layer(_latent_mixer(config), mlp) for mlp in mlps_of(config, family, layer_count(config)))
+
+
+def _latent_mixer(config: Mapping[str, Any]) -> LatentAttention:
     compressed = config.get("q_lora_rank", 1536) is not None
-    mixer = LatentAttention(
+    return LatentAttention(
         num_heads=positive(config, "num_attention_heads"),
         query_rank=positive(config, "q_lora_rank", 1536) if compressed else None,
         kv_rank=positive(config, "kv_lora_rank", 512),
@@ -207,12 +77,50 @@ def _latent(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         value_dim=positive(config, "v_head_dim", 128),
         bias=flag(config, "attention_bias", False),
     )
-    return tuple(Layer(mixer, mlp) for mlp in _mlps(config, family, layers))
+
+
+def _indexed(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """DeepSeek-V3.2 and GLM-5: latent attention to tokens that an index picks; some layers may take another's pick."""
+    layers, hidden = layer_count(config), positive(config, "hidden_size")
+    plain = _latent_mixer(config)
+    seen(config, "layer_types")
+    heads, width = positive(config, "index_n_heads", maximum=65_536), positive(config, "index_head_dim", 128)
+    top_k = positive(config, "index_topk", 2048)
+    if plain.query_rank is None:
+        raise ConfigError("an index needs compressed queries.", field="q_lora_rank", remedy=REMEDY)
+    index = (
+        Tensor("attention", "index_query", heads * width, plain.query_rank, linear=True),
+        Tensor("attention", "index_key", width, hidden, linear=True),
+        Tensor("attention", "index_weights", heads, hidden),
+        Tensor("norms", "norm", 2, width),
+    )
+    # Its keys are kept in FP8, with a scale of 4 bytes for each 128.
+    size = width + 4 * -(-width // 128)
+    full = _index_of_layers(config, layers)
+    mlps = mlps_of(config, family, layers)
+    return tuple(
+        Layer(plain, mlp, extra=index if has_index else (), index_bytes=size if has_index else 0, reads=top_k)
+        for has_index, mlp in zip(full, mlps, strict=True)
+    )
+
+
+def _index_of_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
+    """Of each layer, whether it has an index of its own."""
+    seen(config, "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+    kinds = names(config, "indexer_types", ("full", "shared"), layers)
+    if kinds is not None:
+        return [kind == "full" for kind in kinds]
+    pattern = config.get("index_topk_pattern")
+    if isinstance(pattern, str) and len(pattern) == layers and set(pattern) <= {"F", "S"}:
+        return [letter == "F" for letter in pattern]
+    every = max(whole(config, "index_topk_freq", 1, MAX_LAYERS), 1)
+    offset = whole(config, "index_skip_topk_offset", 2, MAX_LAYERS)
+    return [max(index - offset + 1, 0) % every == 0 for index in range(layers)]
 
 
 def _delta(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Qwen3-Next: gated delta nets, and gated attention in every fourth layer."""
-    layers = _count(config)
+    layers = layer_count(config)
     full = dataclasses.replace(attention_of(config, family), gated=True)
     linear = GatedDeltaNet(
         num_key_heads=positive(config, "linear_num_key_heads", 16),
@@ -226,12 +134,12 @@ def _delta(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         every = positive(config, "full_attention_interval", 4, MAX_LAYERS)
         kinds = ["linear_attention" if (index + 1) % every else "full_attention" for index in range(layers)]
     mixers: list[AnyMixer] = [linear if kind == "linear_attention" else full for kind in kinds]
-    return tuple(Layer(mixer, mlp) for mixer, mlp in zip(mixers, _mlps(config, family, layers), strict=True))
+    return tuple(Layer(mixer, mlp) for mixer, mlp in zip(mixers, mlps_of(config, family, layers), strict=True))
 
 
 def _granite_hybrid(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Granite 4: Mamba-2 or attention, then experts (perhaps none) and an MLP that all tokens share."""
-    layers = _count(config)
+    layers = layer_count(config)
     hidden = positive(config, "hidden_size")
     heads = positive(config, "mamba_n_heads", 128)
     stated = config.get("mamba_d_head")
@@ -246,10 +154,10 @@ def _granite_hybrid(config: Mapping[str, Any], family: Family) -> tuple[Layer, .
         bias=flag(config, "mamba_proj_bias", False),
     )
     attention = attention_of(config, family)
-    kinds = names(config, "layer_types", ("mamba", "attention", "full_attention"), layers) or ["mamba"] * layers
+    kinds = names(config, "layer_types", (*_RECURRENT, *_FULL), layers) or ["mamba"] * layers
     dense = whole(config, "num_local_experts", 8) == 0
-    mlp: AnyMLP = DenseMLP(positive(config, "shared_intermediate_size", 1024)) if dense else _mixture(config, family)
-    return tuple(Layer(mamba if kind == "mamba" else attention, mlp) for kind in kinds)
+    mlp: AnyMLP = DenseMLP(positive(config, "shared_intermediate_size", 1024)) if dense else mixture_of(config, family)
+    return tuple(Layer(mamba if kind in _RECURRENT else attention, mlp) for kind in kinds)
 
 
 _NEMOTRON_KINDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
@@ -257,6 +165,7 @@ _NEMOTRON_KINDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
 def _nemotron_h(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Nemotron-H: every layer is one of Mamba-2, attention, MLP or experts, with one norm."""
+    seen(config, "intermediate_size", "num_hidden_layers")
     nothing = DenseMLP(0)
     made: dict[str, Layer] = {}
     for kind in set(_nemotron_kinds(config)):
@@ -265,17 +174,19 @@ def _nemotron_h(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         elif kind == "attention":
             made[kind] = Layer(attention_of(config, family), nothing, 1)
         elif kind == "mlp":
-            made[kind] = Layer(NoMixer(), _dense(config, family), 1)
+            made[kind] = Layer(NoMixer(), dense_mlp(config, family), 1)
         else:
-            made[kind] = Layer(NoMixer(), _mixture(config, family), 1)
+            made[kind] = Layer(NoMixer(), mixture_of(config, family), 1)
     return tuple(made[kind] for kind in _nemotron_kinds(config))
 
 
 def _nemotron_kinds(config: Mapping[str, Any]) -> list[str]:
     stated = config.get("layers_block_type")
-    known = tuple(_NEMOTRON_KINDS.values())
+    known = (*_NEMOTRON_KINDS.values(), *_RECURRENT, *_FULL)
     if isinstance(stated, list) and 0 < len(stated) <= MAX_LAYERS:
-        return names(config, "layers_block_type", known, len(stated)) or []
+        seen(config, "hybrid_override_pattern", "layer_types")
+        kinds = names(config, "layers_block_type", known, len(stated)) or []
+        return ["mamba" if kind in _RECURRENT else "attention" if kind in _FULL else kind for kind in kinds]
     pattern = config.get("hybrid_override_pattern")
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_LAYERS or set(pattern) - set(_NEMOTRON_KINDS):
         raise ConfigError(
@@ -283,9 +194,9 @@ def _nemotron_kinds(config: Mapping[str, Any]) -> list[str]:
             field="hybrid_override_pattern",
             remedy=REMEDY,
         )
-    if config.get("num_hidden_layers") is not None and _count(config) != len(pattern):
+    if config.get("num_hidden_layers") is not None and layer_count(config) != len(pattern):
         raise ConfigError(
-            f"names {len(pattern):,} layers, but num_hidden_layers is {_count(config):,}.",
+            f"names {len(pattern):,} layers, but num_hidden_layers is {layer_count(config):,}.",
             field="hybrid_override_pattern",
             remedy=REMEDY,
         )
@@ -293,6 +204,8 @@ def _nemotron_kinds(config: Mapping[str, Any]) -> list[str]:
 
 
 def _nemotron_mamba(config: Mapping[str, Any]) -> Mamba2:
+    if peek(config, "mamba_ssm_cache_dtype") == "float32":
+        seen(config, "mamba_ssm_cache_dtype")  # what states are counted in
     return Mamba2(
         num_heads=positive(config, "mamba_num_heads", 128),
         head_dim=positive(config, "mamba_head_dim", 64),
@@ -300,13 +213,14 @@ def _nemotron_mamba(config: Mapping[str, Any]) -> Mamba2:
         state_dim=positive(config, "ssm_state_size", 128),
         kernel=positive(config, "conv_kernel", 4, 1024),
         conv_bias=flag(config, "use_conv_bias", True),
-        bias=flag(config, "mamba_proj_bias", False),
+        bias=flag(config, "use_bias", False),
     )
 
 
 def _falcon(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Falcon: multi-query attention, or groups in the newer form; one or two norms before parallel branches."""
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
+    seen(config, "num_kv_heads", "parallel_attn", "multi_query", "num_ln_in_parallel_attn")
     newer = flag(config, "new_decoder_architecture", False)
     older = 1 if flag(config, "multi_query", True) else heads
     kv_heads = positive(config, "num_kv_heads", heads) if newer else older
@@ -322,12 +236,12 @@ def _falcon(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     if not newer:
         norms = 1 if flag(config, "parallel_attn", True) else 2
     mlp = DenseMLP(positive(config, "ffn_hidden_size", 4 * hidden), gated=False, bias=bias)
-    return (Layer(attention, mlp, norms),) * _count(config)
+    return (Layer(attention, mlp, norms),) * layer_count(config)
 
 
 def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     """Llama 4: chunked attention in three of four layers; experts in every n-th layer."""
-    layers = _count(config)
+    layers = layer_count(config)
     attention = attention_of(config, family)
     chunk = positive(config, "attention_chunk_size", 8192)
     every = positive(config, "no_rope_layer_interval", 4, MAX_LAYERS)
@@ -341,9 +255,17 @@ def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
         shared_width=width,
     )
     chunked = dataclasses.replace(attention, window=chunk)
+    kinds = names(config, "layer_types", ("chunked_attention", "full_attention"), layers)
+    turned = switches(config, "no_rope_layers", layers) if peek(config, "no_rope_layers") else None
+    if kinds is not None:
+        turned = [kind == "chunked_attention" for kind in kinds]
+        seen(config, "no_rope_layers")
+    slides = turned or [(index + 1) % every != 0 for index in range(layers)]
+    listed = indices(config, "moe_layers")
+    sparse = [index in listed if listed else (index + 1) % step == 0 for index in range(layers)]
     return tuple(
-        Layer(attention if (index + 1) % every == 0 else chunked, mixture if (index + 1) % step == 0 else dense)
-        for index in range(layers)
+        Layer(chunked if slide else attention, mixture if is_sparse else dense)
+        for slide, is_sparse in zip(slides, sparse, strict=True)
     )
 
 
@@ -355,4 +277,10 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any], Family], tuple[Layer, ...]]] = 
     "nemotron_h": _nemotron_h,
     "falcon": _falcon,
     "llama4": _llama4,
+    "indexed": _indexed,
+    "mimo": mimo,
+    "gemma4": gemma4,
+    "blocks": blocks,
+    "minimax_m3": minimax_m3,
+    "step": step,
 }

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from engine.capacity.formats import weight_format
 from engine.capacity.hardware import gpus
 from engine.capacity.parallel import possible_tp
 from engine.capacity.plan import Plan, plan
@@ -108,7 +107,7 @@ def _settings(now: Plan) -> Iterator[_Candidate]:
 
 
 def _precisions(now: Plan) -> Iterator[_Candidate]:
-    weight_bits = weight_format(now.request.weights).bits
+    weight_bits = now.request.spec.weight_format(now.request.weights).bits
     smaller_kv = now.request.kv_dtype in _FULL_KV
     lossy = "slightly lossy: check quality on your prompts"
     lossier = "lossy: check quality on your prompts"
@@ -132,7 +131,7 @@ def _hardware(now: Plan) -> Iterator[_Candidate]:
             more = (tp - full.tp) * full.pp
             cost = f"{more} more × {full.gpu.name}"
             yield "tp", f"{tp} GPUs (tensor parallel)", cost, {"tp": tp}
-            if weight_format(full.weights).bits > 8 and full.kv_dtype in _FULL_KV:
+            if full.spec.weight_format(full.weights).bits > 8 and full.kv_dtype in _FULL_KV:
                 changes = {"tp": tp, "weights": "fp8", "kv_dtype": "fp8"}
                 yield "tp_fp8", f"{tp} GPUs, FP8 weights and FP8 KV cache", f"{cost}; slightly lossy", changes
     for gpu in sorted(gpus(), key=lambda gpu: gpu.usable_gib):

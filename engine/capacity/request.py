@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from engine.capacity.formats import dtype_name, kv_format, weight_format
+from engine.capacity.formats import dtype_name, kv_format
 from engine.capacity.hardware import Gpu
 from engine.capacity.parallel import check_parallel, possible_tp
 from engine.capacity.profiles import Profile, find_profile
@@ -28,7 +28,8 @@ class PlanRequest:
         dp: copies of the model, each with a share of the requests; tp · pp · dp GPUs in all.
         dtype: compute dtype; None: the checkpoint's.
         weights: weight format; None: the checkpoint's own, ``dtype`` if it is not quantized.
-        kv_dtype: KV cache format; "auto": ``dtype``.
+        kv_dtype: KV cache format; "auto": what the checkpoint asks for where the engine follows it (vLLM), else
+            ``dtype``.
         context: tokens of one sequence, prompt and output; None: the model's own context length.
         concurrency: sequences of that length at once, the goal; shared evenly by the ``dp`` copies.
         max_num_seqs: largest batch that the engine reserves activations for; None: the profile's default, at least
@@ -120,7 +121,7 @@ def complete(request: PlanRequest) -> CompleteRequest:
     check_parallel(spec, request.tp, request.pp, request.ep, request.dp)
     dtype = dtype_name(request.dtype or spec.torch_dtype)
     own = spec.checkpoint_format or dtype
-    weights = weight_format(own if request.weights in (None, "auto", "model") else str(request.weights))
+    weights = spec.weight_format(own if request.weights in (None, "auto", "model") else str(request.weights))
     context = _whole("context", spec.max_position if request.context is None else request.context, 1)
     if context > spec.max_position:
         raise ConfigError(
@@ -150,7 +151,7 @@ def complete(request: PlanRequest) -> CompleteRequest:
         dp=request.dp,
         dtype=dtype,
         weights=weights.name,
-        kv_dtype=kv_format(request.kv_dtype, dtype).name,
+        kv_dtype=kv_format(_kv_dtype(request, profile), dtype).name,
         context=context,
         concurrency=concurrency,
         max_num_seqs=most,
@@ -163,6 +164,12 @@ def complete(request: PlanRequest) -> CompleteRequest:
         lora_adapters=_whole("lora_adapters", request.lora_adapters, 0, 10_000),
         draft=_draft(request),
     )
+
+
+def _kv_dtype(request: PlanRequest, profile: Profile) -> str:
+    # vLLM follows a checkpoint that asks for an FP8 cache; the others keep the compute dtype unless told otherwise.
+    follows = request.kv_dtype == "auto" and profile.torch_cuda and request.spec.kv_dtype is not None
+    return str(request.spec.kv_dtype) if follows else request.kv_dtype
 
 
 def _shared_prefix(request: PlanRequest, context: int) -> int:

@@ -39,6 +39,17 @@ GROUPS = {
     "shared_down": "MLP",
     "expert_up": "experts",
     "expert_down": "experts",
+    "latent_down": "experts",
+    "latent_up": "experts",
+    "index_query": "attention projections",
+    "index_key": "attention projections",
+    "index_weights": "attention projections",
+    "head_gate": "attention projections",
+    "attention_linear": "attention projections",
+    "mlp_linear": "MLP",
+    "per_layer_gate": "MLP",
+    "per_layer_projection": "MLP",
+    "per_layer_model_projection": "MLP",
     "router": "experts",
     "head": "head",
 }
@@ -274,7 +285,7 @@ def all_reduce_seconds(size: float, gpus: int, link_bytes_s: float, hop_s: float
 
 def _matrices(request: CompleteRequest) -> Iterator[_Matrix]:
     spec = request.spec
-    format = profile_weight_format(request.profile, request.weights)
+    format = profile_weight_format(request.profile, request.weights, spec)
     multiple = 64 if request.profile.torch_cuda else 1
     stored = stored_tensors(spec, format, dtype=request.dtype, tp=request.tp, ep=request.ep, vocab_multiple=multiple)
     for item in stored:
@@ -311,7 +322,8 @@ def _caches(request: CompleteRequest) -> Iterator[_Cache]:
         mixer = layer.mixer
         vectors, width = mixer.cached_heads(tp)
         token_bytes = float(vectors * form.bytes_per_head(width)) if vectors else 0.0
-        window = float(layer.window or 2**40)
+        # Of a sparse layer only what its index picks is read.
+        window = float(min(layer.window or 2**40, layer.reads or 2**40))
         if isinstance(mixer, Attention):
             pair = 4.0 * share(mixer.num_heads, tp) * mixer.head_dim
             yield _Cache(count, window, token_bytes, pair, pair)

@@ -7,11 +7,15 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.checkpoint_formats import checkpoint_format
+from engine.capacity.checkpoint_formats import checkpoint_quantization
 from engine.capacity.families import FAMILIES, Family, family_of
 from engine.capacity.fields import REMEDY, flag, positive
-from engine.capacity.layers import Attention, LatentAttention, Layer, MixtureMLP
+from engine.capacity.formats import WeightFormat, weight_format
+from engine.capacity.layers import Attention, LatentAttention, Layer, MixtureMLP, Tensor
+from engine.capacity.positions import longest_position
 from engine.capacity.readers import read_layers
+from engine.capacity.recent_readers import read_extra
+from engine.capacity.stated import Stated, unread_warning
 from engine.capacity.words import shown
 from engine.errors import ConfigError
 
@@ -34,9 +38,13 @@ class ModelSpec:
         kinds: the different layers; pattern: of each layer, the index of its kind.
         tie_word_embeddings: the head is the embedding, one copy.
         head_bias: the head has a bias; norm_bias: the norms have one.
-        max_position: the model's own context length.
+        max_position: the longest context, RoPE scaling included.
+        rotary_share: share of a head that position turns.
+        extra: tensors beside embedding, layers and head, with the embedding.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
-        checkpoint_format: weight format that the checkpoint is quantized in, None if it is not.
+        quantization: weight format that most matrices of the checkpoint are quantized in, None if they are not;
+            exceptions stand with the layers. head_format: that of a quantized head.
+        kv_dtype: KV cache format that the checkpoint asks for, None for none.
         notes: what the counts leave out, or take for granted, for display.
     """
 
@@ -52,16 +60,24 @@ class ModelSpec:
     norm_bias: bool
     max_position: int
     torch_dtype: str
-    checkpoint_format: str | None = None
+    quantization: WeightFormat | None = None
+    head_format: WeightFormat | None = None
+    kv_dtype: str | None = None
     notes: tuple[str, ...] = ()
+    rotary_share: float = 1.0
+    extra: tuple[Tensor, ...] = ()
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> ModelSpec:
+    def from_hf_config(
+        cls, config: Mapping[str, Any], name: str | None = None, quantization: Mapping[str, Any] | None = None
+    ) -> ModelSpec:
         """The spec of a parsed ``config.json``.
 
         Args:
-            config: the parsed file; fields that do not change sizes are ignored.
+            config: the parsed file. A field that is not read, and is none of those that are known to change no sizes,
+                is named in the notes.
             name: for display; by default ``_name_or_path`` or the architecture.
+            quantization: the parsed ``hf_quant_config.json`` beside it, if there is one.
 
         Raises:
             ConfigError: naming the field that is missing, malformed or contradicts another, or the architecture that
@@ -69,27 +85,53 @@ class ModelSpec:
         """
         if not isinstance(config, Mapping):
             raise ConfigError("is not a JSON object.", field="config.json", remedy=REMEDY)
-        outer = family_of(config)
-        family, inner, notes = _language_model(config, outer)
-        kinds, pattern = _distinct(read_layers(inner, family))
-        quantized, remarks = checkpoint_format(config)
-        stated = name or config.get("_name_or_path")
-        return cls(
-            name=stated if isinstance(stated, str) and stated else outer.architecture,
+        if quantization is not None and not isinstance(quantization, Mapping):
+            raise ConfigError("is not a JSON object.", field="hf_quant_config.json", remedy=REMEDY)
+        stated = Stated(config)
+        outer = family_of(stated)
+        family, inner, notes = _language_model(stated, outer)
+        quantized, unread_of_it = checkpoint_quantization(config, quantization)
+        kinds, pattern = _distinct(quantized.apply(read_layers(inner, family)))
+        longest, rotary_share, unread = longest_position(inner, family.max_position)
+        own_name = name or config.get("_name_or_path")
+        spec = cls(
+            name=own_name if isinstance(own_name, str) and own_name else outer.architecture,
             architecture=outer.architecture,
             model_type=outer.model_type,
             hidden_size=positive(inner, "hidden_size"),
             vocab_size=positive(inner, "vocab_size"),
             kinds=kinds,
             pattern=pattern,
-            tie_word_embeddings=flag(config, "tie_word_embeddings", flag(inner, "tie_word_embeddings", family.tied)),
-            head_bias=family.head_bias,
+            tie_word_embeddings=flag(stated, "tie_word_embeddings", flag(inner, "tie_word_embeddings", family.tied)),
+            head_bias=flag(inner, "lm_head_bias", False) if family.head_bias == "config" else bool(family.head_bias),
             norm_bias=family.norm_bias,
-            max_position=positive(inner, "max_position_embeddings", family.max_position),
-            torch_dtype=_dtype(inner if _states_dtype(inner) else config),
-            checkpoint_format=quantized,
-            notes=(*notes, *remarks, *_left_out(inner)),
+            max_position=longest,
+            torch_dtype=_dtype(inner if _states_dtype(inner) else stated),
+            quantization=quantized.format,
+            head_format=quantized.head(),
+            kv_dtype=quantized.kv_dtype,
+            rotary_share=rotary_share,
+            extra=read_extra(inner, family),
         )
+        stated.mark(*(_PROJECTOR if outer.text else ()))
+        for fields in (stated, inner):
+            fields.mark("torch_dtype", "dtype", *_ELSEWHERE, *family.unused, *outer.unused)
+        remarks = [*quantized.remarks, *_left_out(inner)]
+        left = [*dict.fromkeys((*stated.unread(), *inner.unread(), *unread, *unread_of_it))]
+        remarks += unread_warning(left, family.model_type)
+        return dataclasses.replace(spec, notes=(*notes, *remarks))
+
+    @property
+    def checkpoint_format(self) -> str | None:
+        """Name of the weight format that the checkpoint is quantized in, None if it is not."""
+        return None if self.quantization is None else self.quantization.name
+
+    def weight_format(self, name: str, *, zero_point_bits: int = 4) -> WeightFormat:
+        """The format of that name: the checkpoint's own if it is called so, else as
+        :func:`engine.capacity.formats.weight_format`."""
+        if self.quantization is not None and name == self.quantization.name:
+            return self.quantization
+        return weight_format(name, zero_point_bits=zero_point_bits)
 
     @property
     def num_layers(self) -> int:
@@ -126,7 +168,7 @@ class ModelSpec:
         """Elements of a head that position turns, for the table of angles."""
         if isinstance(self.attention, LatentAttention):
             return self.attention.rope_dim
-        return self.head_dim
+        return int(self.head_dim * self.rotary_share)
 
     @property
     def intermediate_size(self) -> int:
@@ -164,6 +206,11 @@ class ModelSpec:
         return any(isinstance(kind.mlp, MixtureMLP) for kind in self.kinds)
 
     @property
+    def is_recurrent(self) -> bool:
+        """True if some layer keeps a state of constant size."""
+        return any(kind.mixer.state_elements(1)[0] for kind in self.kinds)
+
+    @property
     def is_latent(self) -> bool:
         """True if keys and values are cached as one latent."""
         return isinstance(self.attention, LatentAttention)
@@ -189,28 +236,39 @@ class ModelSpec:
         return [(self.kinds[index], counts[index]) for index in sorted(counts)]
 
 
-def _language_model(config: Mapping[str, Any], outer: Family) -> tuple[Family, Mapping[str, Any], list[str]]:
+#: Of the projector from an encoder to the language model, which is left out with it.
+_PROJECTOR = (
+    "projector_hidden_act",
+    "projector_hidden_size",
+    "projection_hidden_size",
+    "projection_layer_norm_eps",
+    "multimodal_projector_bias",
+    "spatial_merge_size",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
+#: Objects that are read on their own.
+_ELSEWHERE = ("quantization_config", "compression_config", "text_config", "vision_config", "audio_config")
+
+
+def _language_model(config: Stated, outer: Family) -> tuple[Family, Stated, list[str]]:
     """The family and the fields of the language model, which a multimodal model states under ``text_config``."""
     if not outer.text:
-        return outer, dict(outer.defaults) | _stated(config), []
-    inner = config.get("text_config")
+        return outer, config.over(dict(outer.defaults)), []
+    inner = config.get("text_config", config.get("llm_config"))
     if not isinstance(inner, Mapping):
         raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)
-    by_wrapper = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"}
-    wanted = inner.get("model_type") or by_wrapper[outer.model_type]
-    known = [family for family in FAMILIES if family.model_type == wanted and not family.text]
+    wanted = inner.get("model_type") or dict(outer.defaults)["text_model_type"]
+    known = [family for family in FAMILIES if wanted in (family.model_type, *family.aliases) and not family.text]
     if not known:
         raise ConfigError(
             f"the planner does not know the language model {shown(wanted)} inside {outer.architecture} yet.",
             field="text_config",
             remedy=REMEDY,
         )
-    note = "Only the language model is counted: the image encoder and its projector are left out."
-    return known[0], dict(known[0].defaults) | _stated(inner), [note]
-
-
-def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if isinstance(key, str)}
+    sound = " and sound" if config.peek("audio_config") else ""
+    note = f"Only the language model is counted: the image{sound} encoder and its projector are left out."
+    return known[0], Stated(inner, dict(known[0].defaults), "text_config."), [note]
 
 
 def _left_out(config: Mapping[str, Any]) -> list[str]:

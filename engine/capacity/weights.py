@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from engine.capacity.formats import (
     DTYPE_BYTES,
     GGUF_MIXTURES,
+    UNQUANTIZED,
     WeightFormat,
     dtype_name,
     weight_format,
@@ -142,7 +143,8 @@ def stored_tensors(
     Raises:
         ConfigError: if a format or dtype is unknown.
     """
-    chosen = weight_format(format) if isinstance(format, str) else format
+    chosen = spec.weight_format(format) if isinstance(format, str) else format
+    as_stored = spec.quantization is not None and chosen == spec.quantization
     plain = DTYPE_BYTES[chosen.dtype or dtype_name(dtype or spec.torch_dtype)]
     vocab = -(-spec.vocab_size // vocab_multiple) * vocab_multiple
     held = stage or whole_model(spec)
@@ -151,11 +153,13 @@ def stored_tensors(
     experts_only = chosen.experts_only and spec.is_mixture
     stored = []
     for tensor in tensors_of(spec, tp=tp, ep=ep, stage=held, vocab=vocab):
-        quantized = tensor.part == "experts" if experts_only else True
-        if tensor.linear and quantized:
-            size = chosen.matrix_bytes(tensor.rows, tensor.columns, plain)
-        else:
+        form = chosen if tensor.linear and (tensor.part == "experts" or not experts_only) else UNQUANTIZED
+        if as_stored:
+            form = spec.head_format or form if tensor.role == "head" else tensor.own or form
+        if form == UNQUANTIZED:
             size = tensor.rows * tensor.columns * plain
+        else:
+            size = form.matrix_bytes(tensor.rows, tensor.columns, plain, tensor.slices)
         stored.append(StoredTensor(tensor, size))
     return tuple(stored)
 
@@ -176,9 +180,12 @@ def _tensors(spec: ModelSpec, tp: int, ep: int, stage: Stage, vocab: int) -> Ite
     local_vocab = -(-vocab // tp)
     if stage.first:
         yield Tensor("embedding", "embedding", local_vocab, spec.hidden_size)
+        for tensor in spec.extra:
+            rows = -(-tensor.rows // tp) if tensor.part == "embedding" else tensor.rows
+            yield dataclasses.replace(tensor, rows=rows)
     norms = 0
     for layer, count in spec.layer_counts(stage.start, stage.stop):
-        for tensor in (*layer.mixer.tensors(spec.hidden_size, tp), *layer.mlp.tensors(spec.hidden_size, tp, ep)):
+        for tensor in layer.tensors(spec.hidden_size, tp, ep):
             yield tensor.times(count)
         norms += layer.norms * count
     yield Tensor("norms", "norm", 2 if spec.norm_bias else 1, spec.hidden_size, norms + (1 if stage.last else 0))

@@ -30,6 +30,7 @@ from engine.execution import attend_op
 from engine.execution.base import TokenRange
 from engine.execution.blueprint import LayerKind, fill_tree, put_together, tree_specs
 from engine.execution.packages import UNBOUNDED, mark_complete, program_path
+from engine.paths import private_dir
 
 EXAMPLE_TOKENS = 8  # what a program for a range is traced with, where the range holds it: a small decode batch
 NICENESS = 10
@@ -78,7 +79,7 @@ def compile_shape(request: CompileRequest, wanted: TokenRange) -> TokenRange:
     """
     programs = [_trace(kind, wanted, request.device) for kind in request.kinds]
     tokens = TokenRange(wanted.low, min(high for _, high in programs))
-    request.folder.mkdir(parents=True, exist_ok=True)
+    private_dir(request.folder)
     for number, (program, _) in enumerate(programs):
         final = program_path(request.folder, tokens, number)
         partial = final.with_suffix(f".{os.getpid()}.pt2")
@@ -167,6 +168,7 @@ def _serve(inbox: IO[bytes], outbox: IO[str]) -> None:
 def main() -> None:
     """Compile what standard input asks for until it ends."""
     os.nice(NICENESS)
+    os.umask(0o077)  # what it writes is loaded as code, and only where nobody else can write
     # Compilers print what they like: the answers get a descriptor of their own, the rest goes to standard error.
     outbox = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -26,6 +26,7 @@ from engine.device import capability
 from engine.execution.base import TokenRange
 from engine.execution.blueprint import DecoderBlueprint
 from engine.paths import cache_dir
+from kernels.trust import why_not_trusted
 
 UNBOUNDED = 2**31 - 1  # a program that is right for any number of tokens from its lowest on
 _ROOT = Path(__file__).parents[2]
@@ -83,12 +84,15 @@ def mark_complete(folder: Path, tokens: TokenRange) -> None:
 
 
 def find_shape(folder: Path, low: int, num_kinds: int) -> PackagedShape | None:
-    """The complete shape that begins at ``low`` and reaches furthest, if there is one."""
+    """The complete shape that begins at ``low`` and reaches furthest, if there is one.
+
+    Programs that somebody else could have written count as missing: they are compiled anew.
+    """
     found: PackagedShape | None = None
     for marker in folder.glob(f"{low}-*.json"):
         tokens = TokenRange(**json.loads(marker.read_text()))
         programs = tuple(program_path(folder, tokens, kind) for kind in range(num_kinds))
         longer = found is None or tokens.high > found.tokens.high
-        if longer and all(program.is_file() for program in programs):
+        if longer and all(program.is_file() and why_not_trusted(program) is None for program in programs):
             found = PackagedShape(tokens, programs)
     return found

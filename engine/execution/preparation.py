@@ -20,8 +20,10 @@ from engine.execution.blueprint import DecoderBlueprint, draw
 from engine.execution.compile_worker import CompileRequest
 from engine.execution.compiled import load_shape
 from engine.execution.compiler import CompileError, CompilerProcess
-from engine.execution.packages import find_shape, packages_dir
+from engine.execution.packages import compiler_cache_dir, find_shape, packages_dir
 from engine.models.decoder import Decoder
+from engine.paths import private_dir
+from kernels.trust import why_not_trusted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +124,10 @@ class Preparation:
         self._tell(ShapeNews(shape.tokens, shape, time.perf_counter() - began, origin))
 
     def _load_or_compile(self, tokens: TokenRange, blueprint: DecoderBlueprint) -> tuple[PreparedShape, str]:
-        folder = packages_dir(blueprint, self._device)
+        folder = private_dir(packages_dir(blueprint, self._device))
+        for place in (folder, private_dir(compiler_cache_dir())):
+            if reason := why_not_trusted(place):
+                raise CompileError(reason)
         packaged, origin = find_shape(folder, tokens.low, len(blueprint.kinds)), "from disk"
         if packaged is None:
             assert self._compiler is not None

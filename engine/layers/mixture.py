@@ -41,13 +41,6 @@ class MixtureMLP(nn.Module):
         self.experts_per_token = experts_per_token
         self.normalizes = normalizes
 
-    def stack(self) -> None:
-        """Let all experts' weights lie in one tensor for each product, of which each expert has a view."""
-        for linears in self._products():
-            weights = [linear.format.tensors()["weight"] for linear in linears]
-            for linear, view in zip(linears, torch.stack(weights), strict=True):
-                linear.exchange(ModelDtypeFormat(view))
-
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The weights [E, 2 · width, hidden_size] and [E, hidden_size, width] if they lie so, and are not quantized."""
         found = [_stacked([linear.format for linear in linears]) for linears in self._products()]

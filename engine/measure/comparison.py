@@ -96,20 +96,39 @@ class _Estimate:
 def compare(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult], metric: str) -> MetricComparison:
     """Compare one metric of the completed runs of two arms.
 
-    Runs are paired by their ``repeat`` where both arms have the same repeats; a repeat that lacks one arm is left out
-    with a warning.
+    A run that was disturbed (see :class:`engine.measure.results.RunResult`) says nothing about its setting and is left
+    out. Runs are paired by their ``repeat`` where both arms have the same repeats; a repeat that lacks one arm is left
+    out, too. What is left out is told in the warnings.
 
     Raises:
         ValueError: if there is no such metric.
     """
     if metric not in METRICS:
         raise ValueError(f"there is no metric {metric!r}; known: {', '.join(METRICS)}")
-    done_a = [run for run in runs_a if run.status == "completed" and run.metrics.get(metric) is not None]
-    done_b = [run for run in runs_b if run.status == "completed" and run.metrics.get(metric) is not None]
+    disturbed = sum(bool(run.disturbed) for run in (*runs_a, *runs_b))
+    done_a = [run for run in runs_a if _counts(run, metric)]
+    done_b = [run for run in runs_b if _counts(run, metric)]
     values_a, values_b, paired = _arrange(done_a, done_b, metric)
-    left_out = len(runs_a) + len(runs_b) - len(values_a) - len(values_b)
-    warnings = [f"{left_out} runs left out: not completed, not measured or without a partner"] if left_out else []
+    left_out = len(runs_a) + len(runs_b) - len(values_a) - len(values_b) - disturbed
+    warnings = [disturbed_words(disturbed)] if disturbed else []
+    if left_out:
+        warnings.append(f"{left_out} runs left out: not completed, not measured or without a partner")
     return compare_values(values_a, values_b, metric, paired=paired, warnings=warnings)
+
+
+def _counts(run: RunResult, metric: str) -> bool:
+    return run.status == "completed" and not run.disturbed and run.metrics.get(metric) is not None
+
+
+def disturbed_words(count: int) -> str:
+    """How many runs are left out because they were disturbed, in words.
+
+    >>> disturbed_words(1)
+    '1 disturbed run left out: something else changed or used the engine while it was measured'
+    """
+    runs = "run" if count == 1 else "runs"
+    happened = "it was measured" if count == 1 else "they were measured"
+    return f"{count} disturbed {runs} left out: something else changed or used the engine while {happened}"
 
 
 def compare_all(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult]) -> list[MetricComparison]:

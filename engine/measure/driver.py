@@ -21,7 +21,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config import Tier, knob
-from engine.errors import CapacityError, ConfigError, EngineDeadError, HeadroomError, RequestError, WorkloadError
+from engine.errors import (
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    HeadroomError,
+    QueueFullError,
+    RequestError,
+    WorkloadError,
+)
 from engine.measure.energy import EnergyMeter, energy_meter
 from engine.measure.metrics import Slo, summarize
 from engine.measure.prompts import WorkloadRequest, expand, expand_warmup, workload_hash
@@ -258,7 +266,9 @@ def _attach_quality(run: RunResult, measured: QualityComparison | None) -> None:
         return
     stats = measured.a if run.arm == "A" else measured.b
     run.metrics.update(stats.metrics())
-    detail = {**dataclasses.asdict(stats), "text_hash": measured.text_hash, "reference": measured.reference.perplexity}
+    run.quality_reference = stats.reference
+    reference = {"text_hash": measured.text_hash, "reference_perplexity": measured.reference.perplexity}
+    detail = {**dataclasses.asdict(stats), **reference}
     run.events.insert(0, EventRecord(0.0, "run", measured.describe(stats), detail))
 
 
@@ -448,7 +458,7 @@ class _Run:
             log.ids[index] = self.loop.submit(
                 request.prompt_token_ids, request.params, on_output=lambda output: log.receive(index, output)
             )
-        except (RequestError, CapacityError) as problem:
+        except (RequestError, CapacityError, QueueFullError) as problem:
             log.rejected(index, str(problem))
 
     def _next_finished(self, log: RequestLog, timeout: float) -> int | None:

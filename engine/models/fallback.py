@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from engine.capacity import ModelSpec
 from engine.errors import ConfigError, ModelLoadError
 from engine.layers.linear import Linear
 from engine.models.checkpoint import Checkpoint
+from engine.models.config_fields import MOST, MOST_LAYERS, bad_field, shown
 from engine.models.decoder import Attend
 from engine.models.families import unsupported
 
@@ -173,8 +175,7 @@ def load_transformers_decoder(
     model_class = _causal_class(checkpoint, config)
     _refuse_other_mixers(checkpoint, config)
     AttentionInterface.register(ATTENTION_NAME, _attention)
-    with torch.device("meta"):
-        check_memory(sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters()))
+    check_memory(_count_parameters(checkpoint, config, model_class))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(checkpoint.path),
@@ -189,6 +190,14 @@ def load_transformers_decoder(
     if missing := sorted(report["missing_keys"]):
         raise _refused(checkpoint, f"the checkpoint lacks the tensor {missing[0]!r}")
     return TransformersDecoder(model.to(device).eval())
+
+
+def fields_known(config: Any) -> frozenset[str]:
+    """Names of the fields that a transformers configuration class has, whatever a file added to this one."""
+    try:
+        return frozenset(type(config)().to_dict())
+    except Exception:  # some classes cannot be made without arguments: then every field counts as known
+        return frozenset(config.to_dict())
 
 
 def context_of(config: Any) -> int:
@@ -254,9 +263,35 @@ def _probed_spec(decoder: TransformersDecoder, checkpoint: Checkpoint) -> ModelS
     return dataclasses.replace(spec, architecture=type(decoder.model).__name__, model_type=str(config.model_type))
 
 
+def _count_parameters(checkpoint: Checkpoint, config: Any, model_class: Any) -> int:
+    """Of the whole model, which is made without memory for it."""
+    try:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
+    except Exception as error:  # whatever a class makes of values that it does not check
+        raise _refused(checkpoint, f"transformers cannot build it ({_first_line(error)})") from error
+
+
+def _refuse_absurd_sizes(config: Mapping[str, Any]) -> None:
+    """No number of a configuration may be one that transformers would allocate or loop by for ever."""
+    for field, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_absurd_sizes(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise bad_field(str(field)[:100], f"{value} is not a number to compute with")
+        elif isinstance(value, int) and not -MOST <= value <= MOST:
+            raise bad_field(str(field)[:100], f"{shown(value)} is beyond the {MOST:,} that are believed")
+        elif "layer" in str(field) and isinstance(value, int) and value > MOST_LAYERS:
+            raise bad_field(str(field)[:100], f"{value:,} is more than the {MOST_LAYERS:,} layers that are believed")
+
+
 def _read_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
+    try:
+        _refuse_absurd_sizes(checkpoint.config)
+    except RecursionError:
+        raise _refused(checkpoint, "its config.json is nested too deeply") from None
     try:
         return AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False)
     except Exception as error:

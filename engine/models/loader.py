@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import math
 import platform
 import threading
 from collections.abc import Callable
@@ -13,25 +14,38 @@ from typing import Any
 
 import torch
 
-from engine.capacity import ModelSpec, weight_bytes
+from engine.capacity import ModelSpec
 from engine.capacity.weights import parameter_count
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_exchange
-from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint, read_tensor
+from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
 from engine.models.default import DEFAULT_MODEL, fetch_default_model
-from engine.models.fallback import TransformersDecoder, context_of, load_transformers_decoder, spec_of
+from engine.models.fallback import (
+    TransformersDecoder,
+    context_of,
+    fields_known,
+    load_transformers_decoder,
+    spec_of,
+)
 from engine.models.families import Family
-from engine.models.tokenizer import eos_token_ids, load_tokenizer
-from engine.models.weight_exchange import PreparedWeights
+from engine.models.tokenizer import check_vocabulary, eos_token_ids, load_tokenizer
+from engine.models.weight_exchange import PreparedWeights, planned_bytes
+from engine.models.weight_reader import WeightSource
 from engine.quantization.error import QuantizationError
 from engine.quantization.formats import dtype_name
 from engine.quantization.registry import WeightChoice
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction done from 0 to 1)."""
+
+ChooseWeights = Callable[[torch.device, torch.dtype, str | None], WeightChoice]
+"""Formats and kernels of a model that is about to be read, whose name is given if transformers will compute it.
+
+It raises ConfigError where what is asked for cannot be had."""
 
 
 @dataclasses.dataclass
@@ -47,6 +61,8 @@ class LoadedModel:
         source: ``"gguf"`` or ``"safetensors"``.
         family: ``"llama"``, ``"mistral"`` …; the configuration's model type.
         checkpoint: where the weights come from.
+        weights_choice: the formats in force.
+        warnings: what the checkpoint states and is not followed, a sentence each.
     """
 
     name: str
@@ -62,6 +78,7 @@ class LoadedModel:
     family: str
     checkpoint: Checkpoint
     weights_choice: WeightChoice = dataclasses.field(default_factory=WeightChoice)
+    warnings: tuple[str, ...] = ()
 
     def weight_bytes(self) -> int:
         """Resident bytes of all parameters in their present formats."""
@@ -135,6 +152,9 @@ class LoadedModel:
         return weight_exchange.measure_errors(self.decoder, self.checkpoint)
 
 
+_TRIM_ELEMENTS = 1 << 23
+
+
 def _return_freed_memory() -> None:
     """Give pages of freed weights back to the system: the C library keeps what lies between others (some 3 %)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
@@ -170,15 +190,26 @@ def resolve(name: str, progress: Progress | None = None) -> Checkpoint:
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", progress: Progress | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+    choose: ChooseWeights | None = None,
 ) -> LoadedModel:
-    """Load a model by name.
+    """Load a model by name, each weight in its final format before the next is read.
+
+    Peak memory of loading is what is resident afterwards, once more the largest weight (while it is brought into the
+    layout of its kernels), and some 50 MiB for slices of rows; the checkpoint's pages are never mapped. With
+    ``device="cuda"`` slices are quantized on the GPU: neither side ever holds the unquantized model. A model that
+    transformers computes is read by transformers, in the compute dtype: on a GPU it is in the host's memory first.
 
     Args:
         name: see :func:`resolve`.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see :func:`resolve_dtype`.
         device: ``auto`` or a torch device such as ``cuda:1``; see :func:`resolve_device`.
         progress: called with the stage's name and the fraction of the whole that is done.
+        choose: decides weight formats and kernels; all in the compute dtype for torch if not given.
 
     Raises:
         ModelLoadError: naming what is wrong with the checkpoint.
@@ -190,10 +221,12 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, torch_device)
     report("finding the model", 0.0)
     checkpoint = resolve(name, lambda stage, fraction: report(stage, 0.3 * fraction))
+    choice = WeightChoice() if choose is None else choose(torch_device, torch_dtype, _fallback_name(checkpoint))
     if checkpoint.family is None:
         body = _load_fallback(checkpoint, torch_device, torch_dtype, report)
     else:
-        body = _load_own(checkpoint, checkpoint.family, torch_device, torch_dtype, report)
+        body = _load_own(checkpoint, checkpoint.family, torch_device, torch_dtype, choice, report)
+    _return_freed_memory()
     report("identifying the checkpoint", 0.97)
     fingerprint = checkpoint.fingerprint()
     report("ready", 1.0)
@@ -210,7 +243,17 @@ def load_model(
         source=checkpoint.source,
         family=body.spec.model_type,
         checkpoint=checkpoint,
+        weights_choice=choice,
+        warnings=body.warnings,
     )
+
+
+def _fallback_name(checkpoint: Checkpoint) -> str | None:
+    """The architecture of a checkpoint for which our decoder has no family, else None."""
+    if checkpoint.family is not None:
+        return None
+    names = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type")]
+    return ", ".join(map(str, names))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -221,29 +264,47 @@ class _Body:
     spec: ModelSpec
     tokenizer: Any
     max_position: int
+    warnings: tuple[str, ...] = ()
 
 
 def _load_own(
-    checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype, report: Progress
+    checkpoint: Checkpoint,
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype,
+    choice: WeightChoice,
+    report: Progress,
 ) -> _Body:
     config = read_decoder_config(checkpoint.config, family)
     spec = _read_spec(checkpoint)
-    _check_memory(weight_bytes(spec, dtype_name(dtype)), device, dtype)
+    kept = dtype_name(dtype) if choice.label == "model" else choice.label
+    _check_memory(planned_bytes(spec, choice, dtype), device, kept)
     report("reading the tokenizer", 0.3)
     tokenizer = load_tokenizer(checkpoint)
-    decoder = _build_decoder(checkpoint, config, device, dtype, report)
-    return _Body(decoder, spec, tokenizer, config.max_position)
+    warnings = list(checkpoint.warnings)
+    if not isinstance(checkpoint, GGUFCheckpoint):  # of a GGUF file the configuration is our own
+        warnings += config_warnings(checkpoint.config, family)
+    warnings += check_vocabulary(tokenizer, config.vocab_size, checkpoint.path)
+    decoder, unused = _build_decoder(checkpoint, config, device, dtype, choice, report)
+    warnings += tensor_warning(unused)
+    return _Body(decoder, spec, tokenizer, config.max_position, tuple(warnings))
 
 
 def _load_fallback(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, report: Progress) -> _Body:
     report("reading the weights", 0.3)
     decoder = load_transformers_decoder(
-        checkpoint, device, dtype, lambda parameters: _check_memory(parameters * dtype.itemsize, device, dtype)
+        checkpoint,
+        device,
+        dtype,
+        lambda parameters: _check_memory(parameters * dtype.itemsize, device, dtype_name(dtype)),
     )
     report("reading the tokenizer", 0.9)
     tokenizer = load_tokenizer(checkpoint)
     spec = spec_of(decoder, checkpoint)
-    return _Body(decoder, spec, tokenizer, context_of(decoder.model.config))
+    known = fields_known(decoder.model.config)
+    warnings = [*unknown_to(checkpoint.config, known, type(decoder.model.config).__name__)]
+    warnings += check_vocabulary(tokenizer, decoder.vocab_size, checkpoint.path)
+    return _Body(decoder, spec, tokenizer, context_of(decoder.model.config), tuple(warnings))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -329,33 +390,50 @@ def _read_spec(checkpoint: Checkpoint) -> ModelSpec:
         return ModelSpec.from_hf_config(checkpoint.config)
     except ConfigError as error:
         raise ModelLoadError(error.message, field=error.field, remedy=error.remedy) from error
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise ModelLoadError(
+            f"{checkpoint.path}: the sizes that its configuration states cannot be computed ({error}).",
+            field="config.json",
+            remedy="Mend the configuration, or download the model again.",
+        ) from error
 
 
-def _check_memory(needed: int, device: torch.device, dtype: torch.dtype) -> None:
+def _check_memory(needed: int, device: torch.device, kept: str) -> None:
     """Refuse at once what would otherwise end in the out-of-memory killer after minutes of reading."""
     free = weight_exchange.free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the weights need {needed / 2**30:.2f} GiB in {dtype_name(dtype)}, but {free / 2**30:.2f} GiB are free.",
+            f"the weights need {needed / 2**30:.2f} GiB in {kept}, but {free / 2**30:.2f} GiB are free.",
             field="model",
-            remedy="Free memory, choose a smaller model or a smaller dtype.",
+            remedy="Free memory, or choose a smaller model, a smaller dtype or quantized weights.",
         )
 
 
 def _build_decoder(
-    checkpoint: Checkpoint, config: DecoderConfig, device: torch.device, dtype: torch.dtype, report: Progress
-) -> Decoder:
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    choice: WeightChoice,
+    report: Progress,
+) -> tuple[Decoder, set[str]]:
+    """The decoder, and the checkpoint's tensors that it has no use for."""
     total = max(len(checkpoint.names()), 1)
-    done = 0
+    read = 0
+    used: set[str] = set()
 
-    def read(name: str) -> torch.Tensor:
-        nonlocal done
-        tensor = read_tensor(checkpoint, name, device, dtype)
-        done += 1
-        report("reading the weights", 0.4 + 0.55 * min(done / total, 1.0))
-        return tensor
+    def count(names: tuple[str, ...]) -> None:
+        nonlocal read
+        used.update(names)
+        read += sum(math.prod(checkpoint.shape(name)) for name in names)
+        if read >= _TRIM_ELEMENTS:  # else holes that slices leave between finished weights add up
+            _return_freed_memory()
+            read = 0
+        report("reading the weights", 0.4 + 0.55 * min(len(used) / total, 1.0))
 
-    decoder = Decoder(config, read)
+    decoder = Decoder(config, WeightSource(checkpoint, device, dtype, choice, count))
     if checkpoint.rope_factors is not None:
         decoder.divide_frequencies(checkpoint.rope_factors)
-    return decoder
+    if config.tie_word_embeddings:
+        used.add("lm_head.weight")  # a copy of the embedding, where a file has it
+    return decoder, checkpoint.unused(used)

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.layers.rope_scaling import LinearScaling, Llama3Scaling, LongRopeScaling, RopeScaling, YarnScaling
 from engine.layers.rotary import Rope
-from engine.models.config_fields import bad_field, number, optional_number, positive
+from engine.models.config_fields import MOST, bad_field, flag, number, numbers, optional_number, positive, shown
 from engine.models.families import Family
 
 Fields = Mapping[str, Any]
@@ -31,8 +31,8 @@ def read_ropes(config: Fields, family: Family, head_dim: int) -> tuple[Rope, Rop
         rope = _read_rope(config, fields, family, head_dim)
         return rope, rope
     # Older files scale the layers that see everything; those that slide only have a base of their own.
-    everywhere = (fields.get("full_attention") or {}) if nested else fields
-    local = (fields.get("sliding_attention") or {}) if nested else {}
+    everywhere = _part(fields, "full_attention") if nested else fields
+    local = _part(fields, "sliding_attention") if nested else {}
     local = {"rope_theta": config.get("rope_local_base_freq"), **local}
     return _read_rope(config, everywhere, family, head_dim), _read_rope(config, local, family, head_dim)
 
@@ -47,7 +47,10 @@ def served_context(config: Fields) -> int:
     fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = _kind(fields) if isinstance(fields, Mapping) else "default"
     if kind == "yarn":
-        return max(stated, int(number(fields, "factor") * _original(config, fields)))
+        extended = number(fields, "factor") * _original(config, fields)
+        if extended > MOST:
+            raise bad_field("factor", f"a context of {extended:.3g} tokens is more than the {MOST:,} that are believed")
+        return max(stated, int(extended))
     return min(stated, _original(config, fields)) if kind == "longrope" else stated
 
 
@@ -55,14 +58,25 @@ def _read_rope(config: Fields, fields: Fields, family: Family, head_dim: int) ->
     share = number(fields, "partial_rotary_factor", number(config, "partial_rotary_factor", 1.0))
     if share != 1.0 and not family.partial_rotary:
         raise bad_field("partial_rotary_factor", f"rotating only a part of each head is not part of {family.name}")
+    if share > 1:
+        raise bad_field("partial_rotary_factor", f"{share} is more than the whole head")
     dim = int(head_dim * share)
     if dim % 2 or not 0 < dim <= head_dim:
         raise bad_field("partial_rotary_factor", f"{share} of head_dim {head_dim} is not an even number of dimensions")
     theta = number(fields, "rope_theta", number(config, "rope_theta", 10000.0))
     kind = _kind(fields)
     if kind not in _SCALINGS:
-        raise bad_field("rope_scaling", f"RoPE scaling {kind!r} is not supported; supported are {', '.join(_SCALINGS)}")
+        raise bad_field(
+            "rope_scaling", f"RoPE scaling {shown(kind)} is not supported; supported are {', '.join(_SCALINGS)}"
+        )
     return Rope(dim, theta, _SCALINGS[kind](config, fields, dim))
+
+
+def _part(fields: Fields, name: str) -> Fields:
+    part = fields.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise bad_field(f"rope_parameters.{name}", "must be an object")
+    return part
 
 
 def _kind(fields: Fields) -> str:
@@ -108,7 +122,7 @@ def _yarn(config: Fields, fields: Fields, dim: int) -> RopeScaling:
         attention_factor=optional_number(fields, "attention_factor") or _yarn_attention_factor(fields, factor),
         beta_fast=number(fields, "beta_fast", 32.0),
         beta_slow=number(fields, "beta_slow", 1.0),
-        truncate=bool(fields.get("truncate", True)),
+        truncate=flag(fields, "truncate", True),
     )
 
 
@@ -118,20 +132,21 @@ def _yarn_attention_factor(fields: Fields, factor: float) -> float:
     def term(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    above, below = fields.get("mscale"), fields.get("mscale_all_dim")
+    stated = {name: fields.get(name) or None for name in ("mscale", "mscale_all_dim")}  # 0 means that there is none
+    above, below = optional_number(stated, "mscale"), optional_number(stated, "mscale_all_dim")
     return term(above) / term(below) if above and below else term(1.0)
 
 
 def _longrope(config: Fields, fields: Fields, dim: int) -> RopeScaling:
-    factors = fields.get("short_factor")
-    if not isinstance(factors, list) or not all(isinstance(f, int | float) and f > 0 for f in factors):
-        raise bad_field("short_factor", "must be a list of positive numbers")
+    factors = numbers(fields, "short_factor")
     if len(factors) != dim // 2:
         raise bad_field("short_factor", f"has {len(factors)} factors for {dim // 2} rotated pairs")
     original = _original(config, fields)
     extension = optional_number(fields, "factor") or positive(config, "max_position_embeddings") / original
+    if original < 2:
+        raise bad_field(_ORIGINAL, f"a context of {original} token cannot be extended")
     default = 1.0 if extension <= 1 else math.sqrt(1 + math.log(extension) / math.log(original))
-    return LongRopeScaling(tuple(map(float, factors)), number(fields, "attention_factor", default))
+    return LongRopeScaling(factors, number(fields, "attention_factor", default))
 
 
 _SCALINGS: dict[str, Callable[[Fields, Fields, int], RopeScaling | None]] = {

@@ -10,16 +10,16 @@ import psutil
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
+from engine.capacity.formats import weight_format
 from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
-from engine.models.checkpoint import Checkpoint, read_tensor
+from engine.models.checkpoint import Checkpoint
 from engine.models.decoder import Decoder
 from engine.models.fallback import TransformersDecoder
-from engine.models.weight_reader import read_stacked
+from engine.models.weight_making import CheckpointRows, convert, make_weight
 from engine.quantization.error import QuantizationError, quantization_error
-from engine.quantization.formats import ModelDtypeFormat, WeightFormat, dtype_name
-from engine.quantization.native import to_native
-from engine.quantization.registry import QUANTIZED_FORMATS, WeightChoice
+from engine.quantization.formats import WeightFormat, dtype_name
+from engine.quantization.registry import WeightChoice
 
 Progress = Callable[[float], None]
 
@@ -53,6 +53,9 @@ def prepare(
 ) -> PreparedWeights:
     """Read every layer's weight again and make its new format; the decoder is only looked at, never changed.
 
+    Until the commit both formats are in memory: the peak is the sum of the two and what :mod:`weight_making` needs for
+    the largest weight.
+
     The layers of the blocks take ``choice.weights``, the head takes ``choice.head``; an embedding follows the head only
     if the two are one. Where both stay as they are at present they are taken over, not read.
 
@@ -78,22 +81,11 @@ def prepare(
         wanted += [(name, "model", sources) for name, _, sources in embeddings]
         wanted.append((head[0], choice.head, head[2]))
     for done, (name, weights, sources) in enumerate(wanted, start=1):
-        format = _make(checkpoint, sources, weights, choice.group_size, device, dtype)
+        format = make_weight(checkpoint, sources, weights, choice.group_size, device, dtype)
         formats[name] = convert(format, choice.linear)
         if progress is not None:
             progress(done / len(wanted))
     return PreparedWeights(choice, formats)
-
-
-def convert(format: WeightFormat, linear: str) -> WeightFormat:
-    """The format in the layout of the kernels that will multiply: ``"torch"``, ``"native"`` or ``"triton"``."""
-    if linear == "native":
-        return to_native(format)
-    if linear == "triton":
-        from engine.quantization.triton import to_triton  # Triton should load only where it is asked for
-
-        return to_triton(format)
-    return format
 
 
 def repack(decoder: Decoder, linear: str) -> None:
@@ -154,25 +146,29 @@ def left_to_torch(decoder: Decoder | TransformersDecoder, linear: str) -> str:
 def measure_errors(decoder: Decoder | TransformersDecoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
     """Weight error of every layer against the checkpoint, by layer name. Reads the whole checkpoint."""
     return {
-        name: quantization_error(read_stacked(sources, lambda source: checkpoint.tensor(source).float()), linear.format)
+        name: quantization_error(_original(checkpoint, sources), linear.format)
         for name, linear, sources in decoder.linears()
     }
 
 
-def _make(
-    checkpoint: Checkpoint,
-    sources: tuple[str, ...],
-    weights: str,
-    group_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> WeightFormat:
-    if weights == "model":
-        # Converted first and stacked after, exactly as at loading: the bits are the same.
-        return ModelDtypeFormat(read_stacked(sources, lambda name: read_tensor(checkpoint, name, device, dtype)))
-    # Quantized from the checkpoint's own values, not from their rounding to the compute dtype.
-    weight = read_stacked(sources, lambda name: checkpoint.tensor(name).float())
-    return QUANTIZED_FORMATS[weights](weight, group_size, device, dtype)
+def _original(checkpoint: Checkpoint, sources: tuple[str, ...]) -> torch.Tensor:
+    """float32 [N, K], as the checkpoint has it."""
+    rows = CheckpointRows(checkpoint, sources)
+    return rows.read(0, rows.shape[0]).float()
+
+
+def planned_bytes(spec: ModelSpec, choice: WeightChoice, dtype: torch.dtype) -> int:
+    """Bytes of all weights in the formats of ``choice``, by the planner's formula."""
+    name = dtype_name(dtype)
+    if choice.weights == "model":
+        total = weight_bytes(spec, name)
+    else:
+        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
+        total = weight_bytes(spec, weight_format(choice.format_name, zero_point_bits=16), dtype=name)
+    if choice.head == "int8":
+        rows, width = spec.vocab_size, spec.hidden_size
+        total += rows * (width + 2) - rows * width * dtype.itemsize  # one bfloat16 scale a row
+    return total
 
 
 def free_bytes(device: torch.device) -> int:
@@ -188,8 +184,7 @@ def _check_memory(
     dtype: torch.dtype,
 ) -> None:
     """The present weights stay until the commit, so the new ones must fit beside them."""
-    name = dtype_name(dtype)
-    needed = weight_bytes(spec, name if choice.weights == "model" else choice.format_name, dtype=name)
+    needed = planned_bytes(spec, choice, dtype)
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(

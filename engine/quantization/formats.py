@@ -10,6 +10,8 @@ import abc
 import torch
 from torch.nn import functional as F
 
+from engine.quantization.rows import Weight, row_slices
+
 
 class WeightFormat(abc.ABC):
     """One stored weight matrix and the way to multiply with it.
@@ -96,6 +98,16 @@ class ModelDtypeFormat(WeightFormat):
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
         self.shape = (weight.shape[0], weight.shape[1])
+
+    @classmethod
+    def read(
+        cls, weight: Weight, device: torch.device, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> ModelDtypeFormat:
+        """Converted slice by slice into ``out``, [N, K] in ``dtype`` on the device, which is made if not given."""
+        target = torch.empty(tuple(weight.shape), dtype=dtype, device=device) if out is None else out
+        for rows, values in row_slices(weight, device, dtype):
+            target[rows] = values
+        return cls(target)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, self.weight, bias)

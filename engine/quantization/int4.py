@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from engine.quantization.cpu_ops import int4_block_rows, pack_int4
 from engine.quantization.formats import WeightFormat, dtype_name
-from engine.quantization.round_to_nearest import quantize_asymmetric_int4
+from engine.quantization.round_to_nearest import GRID_DTYPE, quantize_asymmetric_int4
+from engine.quantization.rows import ROWS_MULTIPLE, Weight, row_slices
 
 GROUP_SIZES = (128, 64, 32)
 
@@ -28,10 +31,10 @@ class Int4Format(WeightFormat):
     """w ≈ (q - 8) · scale + zero, q in 0 … 15.
 
     Two values share a byte, in the layout that torch's CPU operator wants where it can be used (see ``cpu_ops``), else
-    in the same layout with one block of all rows; both are unpacked by the same code.
+    in the same layout with blocks of whatever size divides the rows; both are unpacked by the same code.
 
     Args:
-        weight: float32 [N, K] to be quantized, N even; not kept.
+        weight: [N, K] to be quantized, slice by slice, N even; not kept.
         group_size: input channels per group, divides K.
         device: where it will live.
         dtype: the model's compute dtype.
@@ -40,7 +43,7 @@ class Int4Format(WeightFormat):
     bits = 4
     group_size: int
 
-    def __init__(self, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Weight, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
         num_rows, num_columns = weight.shape
         self.shape = (num_rows, num_columns)
         self.group_size = group_size
@@ -49,10 +52,15 @@ class Int4Format(WeightFormat):
         block_rows = int4_block_rows() if device.type == "cpu" else None
         usable = block_rows is not None and num_rows % block_rows == 0
         self.packed_rows_limit = PACKED_ROWS_LIMIT if usable else 0
-        self.block_rows = block_rows if usable and block_rows is not None else num_rows
-        q, scales, zeros = quantize_asymmetric_int4(weight, group_size)
-        self.packed = pack_int4(q, self.block_rows).to(device)
-        self.scales_and_zeros = torch.stack((scales, zeros), dim=-1).to(device)  # [K / group_size, N, 2]
+        # Of either size whole blocks fill a slice of rows.
+        self.block_rows = block_rows if usable and block_rows is not None else math.gcd(num_rows, ROWS_MULTIPLE)
+        self.packed = torch.empty(num_rows, num_columns // 2, dtype=torch.uint8, device=device)
+        grid = (num_columns // group_size, num_rows, 2)
+        self.scales_and_zeros = torch.empty(grid, dtype=GRID_DTYPE, device=device)
+        for rows, values in row_slices(weight, device, torch.float32):
+            q, scales, zeros = quantize_asymmetric_int4(values, group_size)
+            self.packed[rows] = pack_int4(q, self.block_rows)
+            self.scales_and_zeros[:, rows] = torch.stack((scales, zeros), dim=-1)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if x.shape[0] <= self.packed_rows_limit:
@@ -73,11 +81,11 @@ class Int4Format(WeightFormat):
     def dequantize(self) -> torch.Tensor:
         return self._unpack(torch.float32).t().contiguous()
 
-    def unpacked(self) -> torch.Tensor:
-        """q, uint8 [N, K] in 0 … 15."""
-        num_rows, num_columns = self.shape
-        blocks = self.packed.view(num_rows // self.block_rows, num_columns, self.block_rows // 2).transpose(1, 2)
-        return torch.cat((blocks & 15, blocks >> 4), dim=1).reshape(num_rows, num_columns)
+    def unpacked(self, rows: slice = slice(None)) -> torch.Tensor:
+        """q, uint8 [N, K] in 0 … 15; of some rows, which are whole blocks."""
+        num_columns = self.shape[1]
+        blocks = self.packed[rows].view(-1, num_columns, self.block_rows // 2).transpose(1, 2)
+        return torch.cat((blocks & 15, blocks >> 4), dim=1).reshape(-1, num_columns)
 
     def largest_step(self) -> float:
         return float(self.scales_and_zeros[..., 0].max())

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from engine.quantization.cpu_ops import int8_product_works
 from engine.quantization.formats import WeightFormat, dtype_name
-from engine.quantization.round_to_nearest import quantize_symmetric_int8
+from engine.quantization.round_to_nearest import GRID_DTYPE, quantize_symmetric_int8
+from engine.quantization.rows import Weight, row_slices
 
 # Rows above which unpacking the weight and one dense product are faster than the packed operator, which reads the
 # weight once per row. Measured at K = 576, N = 3072 on two AVX-512 cores, bfloat16, microseconds:
@@ -21,7 +22,7 @@ class Int8Format(WeightFormat):
     """w ≈ q · scale, q in -127 … 127.
 
     Args:
-        weight: float32 [N, K] to be quantized; not kept.
+        weight: [N, K] to be quantized, slice by slice; not kept.
         device: where it will live.
         dtype: the model's compute dtype.
     """
@@ -29,11 +30,12 @@ class Int8Format(WeightFormat):
     name = "int8"
     bits = 8
 
-    def __init__(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
-        q, scales = quantize_symmetric_int8(weight)
-        self.q = q.to(device)
-        self.scales = scales.to(device)
+        self.q = torch.empty(self.shape, dtype=torch.int8, device=device)
+        self.scales = torch.empty(self.shape[0], dtype=GRID_DTYPE, device=device)
+        for rows, values in row_slices(weight, device, torch.float32):
+            self.q[rows], self.scales[rows] = quantize_symmetric_int8(values)
         self.dtype = dtype
         self.packed_rows_limit = PACKED_ROWS_LIMIT if device.type == "cpu" and int8_product_works() else 0
 

@@ -12,35 +12,34 @@ from engine.errors import ConfigError
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat
 from engine.quantization.int4 import GROUP_SIZES, Int4Format, largest_group_size
 from engine.quantization.int8 import Int8Format
+from engine.quantization.rows import Weight
 from engine.quantization.scaled import KINDS, ScaledFormat
 from engine.quantization.w4a8 import W4A8Format
 
-MakeFormat = Callable[[torch.Tensor, int, torch.device, torch.dtype], WeightFormat]
-"""(weight float32 [N, K] on the CPU, group size, device, compute dtype) → the format."""
+MakeFormat = Callable[[Weight, int, torch.device, torch.dtype], WeightFormat]
+"""(weight [N, K], read slice by slice; group size, device, compute dtype) → the format."""
 
 
-def _make_int8(weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
+def _make_int8(weight: Weight, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
     return Int8Format(weight, device, dtype)
 
 
-def _make_int4(weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
+def _make_int4(weight: Weight, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
     """The group size asked for, else the largest that divides the width, else unquantized; the path says which."""
     fitting = largest_group_size(weight.shape[1], group_size)
     if fitting is None or weight.shape[0] % 2:
-        return ModelDtypeFormat(weight.to(device=device, dtype=dtype))
+        return ModelDtypeFormat.read(weight, device, dtype)
     return Int4Format(weight, fitting, device, dtype)
 
 
-def _make_w4a8(weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
+def _make_w4a8(weight: Weight, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
     """Unquantized where the groups of 32 do not divide the width; the path says so."""
     if largest_group_size(weight.shape[1], W4A8Format.group_size) is None or weight.shape[0] % 2:
-        return ModelDtypeFormat(weight.to(device=device, dtype=dtype))
+        return ModelDtypeFormat.read(weight, device, dtype)
     return W4A8Format(weight, device, dtype)
 
 
-def _make_scaled(
-    name: str, weight: torch.Tensor, group_size: int, device: torch.device, dtype: torch.dtype
-) -> WeightFormat:
+def _make_scaled(name: str, weight: Weight, group_size: int, device: torch.device, dtype: torch.dtype) -> WeightFormat:
     return ScaledFormat(name, weight, device, dtype)
 
 

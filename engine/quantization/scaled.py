@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.quantization.formats import WeightFormat, dtype_name
+from engine.quantization.rows import Weight, row_slices
 
 #: Name of the format to the name of its 8-bit type in :data:`kernels.quantize_rows.EIGHT_BITS`.
 KINDS = {"w8a8": "int8", "fp8": "fp8"}
@@ -24,22 +25,23 @@ class ScaledFormat(WeightFormat):
 
     Args:
         name: a key of :data:`KINDS`.
-        weight: float32 [N, K] to be quantized; not kept.
+        weight: [N, K] to be quantized, slice by slice; not kept.
         device: where it will live.
         dtype: the model's compute dtype.
     """
 
     bits = 8
 
-    def __init__(self, name: str, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        from kernels.quantize_rows import quantize_rows_reference  # Triton should load only where it is asked for
+    def __init__(self, name: str, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
+        from kernels.quantize_rows import EIGHT_BITS, quantize_rows_reference  # Triton loads only where it is asked for
 
         self.name = name
         self.kind = KINDS[name]
         self.shape = (weight.shape[0], weight.shape[1])
-        q, scales = quantize_rows_reference(weight, self.kind)
-        self.q = q.to(device)
-        self.scales = scales.to(device)
+        self.q = torch.empty(self.shape, dtype=EIGHT_BITS[self.kind].dtype, device=device)
+        self.scales = torch.empty(self.shape[0], dtype=torch.float32, device=device)
+        for rows, values in row_slices(weight, device, torch.float32):
+            self.q[rows], self.scales[rows] = quantize_rows_reference(values, self.kind)
         # sums of INT8 products leave the range of float16
         self.dtype = torch.float32 if dtype is torch.float16 else dtype
         self._quantize = quantize_rows_reference

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from engine.device import capability
 from engine.quantization.formats import SameWeights, WeightFormat
 from engine.quantization.int4 import Int4Format
 from engine.quantization.int8 import Int8Format
+from engine.quantization.rows import slice_rows
 from engine.quantization.scaled import ScaledFormat
 from kernels.dispatch import FP8_CAPABILITY
 from kernels.quantize_rows import quantize_rows_triton
 from kernels.scaled_linear import num_counters, scaled_linear_triton
 from kernels.weight_only_linear import weight_only_linear_triton
 from kernels.weight_only_packing import PackedWeight, pack_int4, pack_int8
+from kernels.weight_only_packing import num_counters as num_packed_counters
 
 
 class TritonFormat(WeightFormat):
@@ -95,10 +101,35 @@ def _multiplies(kind: str, device: torch.device) -> bool:
 def to_triton(format: WeightFormat) -> WeightFormat:
     """The same weight for the Triton kernels; formats that they do not know come back as they are."""
     if isinstance(format, Int8Format):
-        return TritonFormat(format, pack_int8(format.q, format.scales))
+        q, of_rows = format.q, format.scales
+        return TritonFormat(format, _in_slices(format.shape, q.device, lambda rows: pack_int8(q[rows], of_rows[rows])))
     if isinstance(format, Int4Format):
-        scales, zeros = (part.t().contiguous() for part in format.scales_and_zeros.unbind(dim=-1))
-        return TritonFormat(format, pack_int4(format.unpacked(), scales, zeros))
+        scales, zeros = (part.t() for part in format.scales_and_zeros.unbind(dim=-1))
+
+        def pack(rows: slice) -> PackedWeight:
+            return pack_int4(format.unpacked(rows), scales[rows], zeros[rows])
+
+        return TritonFormat(format, _in_slices(format.shape, format.packed.device, pack))
     if isinstance(format, ScaledFormat) and _multiplies(format.kind, format.q.device):
         return TritonScaledFormat(format)
     return format
+
+
+def _in_slices(shape: tuple[int, int], device: torch.device, pack: Callable[[slice], PackedWeight]) -> PackedWeight:
+    """The packed weight of all rows, of which ``pack`` makes some: packing takes sixteen times the bytes it leaves."""
+    num_rows, columns = shape
+    step = slice_rows(columns, device)
+    first = pack(slice(0, min(step, num_rows)))
+    if first.outputs == num_rows:
+        return first
+    names = [name for name in ("words", "scales", "zeros") if getattr(first, name) is not None]
+    whole: dict[str, Any] = {}
+    for name in names:  # rows are their second dimension
+        part = getattr(first, name)
+        whole[name] = part.new_empty(part.shape[0], num_rows, *part.shape[2:])
+    for start in range(0, num_rows, step):
+        some = first if start == 0 else pack(slice(start, min(start + step, num_rows)))
+        for name, target in whole.items():
+            target[:, start : start + some.outputs] = getattr(some, name)
+    counters = first.counters.new_zeros(num_packed_counters(num_rows))
+    return dataclasses.replace(first, **whole, counters=counters, outputs=num_rows)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from engine.quantization.formats import SameWeights, dtype_name
 from engine.quantization.int4 import Int4Format
+from engine.quantization.rows import Weight
 from kernels.cpu.linear import BYTE_GROUP, round_to_bytes
 
 
@@ -21,7 +22,7 @@ class W4A8Format(SameWeights):
     This class multiplies by torch; :class:`engine.quantization.native.NativeFormat` multiplies the integers.
 
     Args:
-        weight: float32 [N, K] to be quantized, N even and K a multiple of 32; not kept.
+        weight: [N, K] to be quantized, slice by slice, N even and K a multiple of 32; not kept.
         device: where it will live.
         dtype: the model's compute dtype.
     """
@@ -31,7 +32,7 @@ class W4A8Format(SameWeights):
     group_size: int = BYTE_GROUP
     plain: Int4Format
 
-    def __init__(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Weight, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(Int4Format(weight, BYTE_GROUP, device, dtype))
         self.dtype = dtype
 

@@ -8,18 +8,23 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from engine.config import EngineConfig, schema
 from engine.core import Engine
 from engine.errors import HeadroomError
+from engine.loop import EngineLoop
 from engine.measure import WORKLOADS
+from engine.server.bodies import BodyReader, SafeJSONResponse, shorten
 from engine.server.host import EngineHost, NotReadyError
 from engine.server.jobs import JobRunner
-from engine.server.schemas import RunBody
+from engine.server.schemas import MAX_WHOLE, RunBody
 from engine.telemetry_sampler import TelemetrySampler
+
+Since = Annotated[int, Query(ge=-1, lt=MAX_WHOLE)]
+Force = Annotated[bool, Query(description="Do it although a run is in progress; the run is marked as disturbed.")]
 
 
 class UnauthorizedError(HeadroomError):
@@ -49,16 +54,45 @@ def _reset_prefix_cache(engine: Engine) -> int:
     return blocks
 
 
-def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler, token: str) -> APIRouter:
-    """Routes under ``/admin``."""
-    router = APIRouter(prefix="/admin", dependencies=[Depends(require_token(token))])
+def _newest(loop: EngineLoop) -> dict[str, Any]:
+    """The numbers of the last step and event, so that a reader asks for the series only where there is more."""
+    events = loop.events_since(loop.engine.events.last_index)
+    return {
+        "last_step": loop.engine.steps.last_index,
+        "last_event": events[-1].index if events else -1,
+        "last_event_unix_s": events[-1].time_unix_s if events else None,  # another engine counts from 0 again
+    }
 
+
+def admin_router(
+    host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler, token: str, bodies: BodyReader
+) -> APIRouter:
+    """Routes under ``/admin``. What would disturb a run in progress is refused unless forced."""
+    router = APIRouter(
+        prefix="/admin", dependencies=[Depends(require_token(token))], default_response_class=SafeJSONResponse
+    )
+    _add_state_routes(router, host, telemetry)
+    _add_change_routes(router, host, jobs, bodies)
+    _add_run_routes(router, host, jobs, bodies)
+    _add_telemetry_route(router, telemetry)
+
+    @router.post("/shutdown", status_code=202)
+    def shutdown() -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"stopping": True}
+
+    return router
+
+
+def _add_state_routes(router: APIRouter, host: EngineHost, telemetry: TelemetrySampler) -> None:
     @router.get("/status")
     def status() -> dict[str, Any]:
         load = dataclasses.asdict(host.state())
         worker = {"pid": os.getpid(), "uptime_s": time.time() - host.started_unix_s, "load": load}
         try:
-            engine = dataclasses.asdict(host.loop.status())
+            loop = host.loop
+            engine = dataclasses.asdict(loop.status())
+            worker |= _newest(loop)
         except NotReadyError:
             engine = None
         return {"worker": worker, "engine": engine, "telemetry": telemetry.latest().sample}
@@ -71,12 +105,8 @@ def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler,
             return {"config": None, "hash": None, "knobs": schema()}
         return {"config": in_force.to_dict(), "hash": in_force.hash(), "knobs": schema()}
 
-    @router.patch("/config")
-    def patch_config(changes: dict[str, Any]) -> dict[str, Any]:
-        return dataclasses.asdict(host.loop.reconfigure(changes))
-
     @router.get("/series")
-    def series(steps_since: int = -1, events_since: int = -1) -> dict[str, Any]:
+    def series(steps_since: Since = -1, events_since: Since = -1) -> dict[str, Any]:
         """Steps and events numbered above the given ones."""
         loop = host.loop
         steps = loop.steps_since(steps_since + 1)
@@ -88,29 +118,49 @@ def admin_router(host: EngineHost, jobs: JobRunner, telemetry: TelemetrySampler,
             "last_event": events[-1].index if events else loop.engine.events.last_index,
         }
 
+
+def _add_change_routes(router: APIRouter, host: EngineHost, jobs: JobRunner, bodies: BodyReader) -> None:
+    body = Depends(bodies.document())
+
+    @router.patch("/config")
+    def patch_config(changes: dict[str, Any] = body, force: Force = False) -> dict[str, Any]:
+        loop = host.loop
+        mark = jobs.permit(f"knobs changed from outside: {_listed(changes)}", force=force)
+        result = loop.reconfigure(changes)
+        mark()
+        return dataclasses.asdict(result)
+
     @router.post("/load", status_code=202)
-    def load(knobs: dict[str, Any]) -> dict[str, Any]:
-        host.load(EngineConfig.from_mapping(knobs))
+    def load(knobs: dict[str, Any] = body, force: Force = False) -> dict[str, Any]:
+        config = EngineConfig.from_mapping(knobs)
+        mark = jobs.permit(f"another model was loaded: {shorten(config.model)}", force=force)
+        host.load(config)
+        mark()
         return {"load": dataclasses.asdict(host.state())}
 
     @router.post("/reset_prefix_cache")
-    def reset_prefix_cache() -> dict[str, Any]:
-        return {"blocks": host.loop.call(_reset_prefix_cache)}
+    def reset_prefix_cache(force: Force = False) -> dict[str, Any]:
+        mark = jobs.permit("the prefix cache was reset", force=force)
+        blocks = host.loop.call(_reset_prefix_cache)
+        mark()
+        return {"blocks": blocks}
 
-    _add_run_routes(router, host, jobs)
-    _add_telemetry_route(router, telemetry)
+    @router.post("/resize")
+    def resize(force: Force = False) -> dict[str, Any]:
+        """The KV cache takes the memory that lighter weights have left."""
+        mark = jobs.permit("the KV cache was resized", force=force)
+        result = host.loop.resize()
+        mark()
+        return dataclasses.asdict(result)
 
-    @router.post("/shutdown", status_code=202)
-    def shutdown() -> dict[str, Any]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return {"stopping": True}
 
-    return router
+def _listed(changes: dict[str, Any]) -> str:
+    return shorten(", ".join(f"{name}={value}" for name, value in changes.items()) or "none")
 
 
 def _add_telemetry_route(router: APIRouter, telemetry: TelemetrySampler) -> None:
     @router.get("/telemetry")
-    def samples(since: int = -1) -> dict[str, Any]:
+    def samples(since: Since = -1) -> dict[str, Any]:
         """Samples numbered above the given one; the last quarter of an hour is kept."""
         entries = telemetry.since(since + 1)
         return {
@@ -120,13 +170,15 @@ def _add_telemetry_route(router: APIRouter, telemetry: TelemetrySampler) -> None
         }
 
 
-def _add_run_routes(router: APIRouter, host: EngineHost, jobs: JobRunner) -> None:
+def _add_run_routes(router: APIRouter, host: EngineHost, jobs: JobRunner, bodies: BodyReader) -> None:
+    run_body = Depends(bodies.model(RunBody))
+
     @router.get("/workloads")
     def workloads() -> dict[str, Any]:
         return {"workloads": [workload.to_dict() for workload in WORKLOADS.values()]}
 
     @router.post("/runs", status_code=202)
-    def start_run(body: RunBody) -> dict[str, Any]:
+    def start_run(body: RunBody = run_body) -> dict[str, Any]:
         job = jobs.start(host.loop, body)
         return {"job_id": job.job_id, "run_ids": job.run_ids}
 

@@ -10,33 +10,44 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, HeadroomError
+from engine.errors import HeadroomError
 from engine.outputs import RequestOutput
-from engine.server.admin import UnauthorizedError, admin_router
-from engine.server.host import EngineHost, NotReadyError, error_document
-from engine.server.jobs import BusyError, JobRunner, UnknownJobError
+from engine.server.admin import admin_router
+from engine.server.answers import error_answer
+from engine.server.bodies import BodyReader, SafeJSONResponse, describe_invalid, shorten
+from engine.server.door import Door, Gate, OpenAICors
+from engine.server.host import EngineHost
+from engine.server.jobs import JobRunner
+from engine.server.limits import DoorSettings, ServerLimits
 from engine.server.metrics import RequestMetrics, metrics_router
-from engine.server.openai import UnknownModelError, openai_error, openai_router
+from engine.server.openai import openai_router
+from engine.server.texts import TextPool
+from engine.server.traffic import Traffic
 from engine.telemetry_sampler import TelemetrySampler
 
-_STATUS = (
-    (NotReadyError, 503),
-    (EngineDeadError, 503),
-    (BusyError, 409),
-    (UnknownJobError, 404),
-    (UnknownModelError, 404),
-)
 
-
-def create_app(config: EngineConfig | None, *, admin_token: str, telemetry: TelemetrySampler | None = None) -> FastAPI:
+def create_app(
+    config: EngineConfig | None,
+    *,
+    admin_token: str,
+    telemetry: TelemetrySampler | None = None,
+    limits: ServerLimits | None = None,
+    door: DoorSettings | None = None,
+) -> FastAPI:
     """The worker's ASGI application.
 
     Args:
         config: load this at once, in the background; None serves nothing until ``POST /admin/load``.
         admin_token: what the admin API asks for.
         telemetry: not yet started; sampled at its default interval if not given. It ends with the host.
+        limits: how much is accepted from outside.
+        door: who may come in.
+
+    Returns:
+        The application; its state has ``host``, ``jobs``, ``texts`` and ``gate``.
     """
-    metrics = RequestMetrics()
+    limits, door = limits or ServerLimits(), door or DoorSettings()
+    metrics, traffic, texts, gate = RequestMetrics(), Traffic(), TextPool(limits), Gate()
 
     def observe(output: RequestOutput) -> None:
         metrics.model = host.state().model
@@ -44,55 +55,49 @@ def create_app(config: EngineConfig | None, *, admin_token: str, telemetry: Tele
 
     telemetry = telemetry or TelemetrySampler()
     telemetry.start()
-    host = EngineHost(observe, telemetry)
-    app = FastAPI(title="Headroom worker", docs_url=None, redoc_url=None)
-    app.state.host = host
-    app.include_router(openai_router(host))
-    app.include_router(admin_router(host, JobRunner(telemetry), telemetry, admin_token))
+    host = EngineHost(observe, telemetry, on_ready=lambda engine: texts.prepare(engine.model.tokenizer))
+    jobs, bodies = JobRunner(telemetry, traffic), BodyReader(limits)
+    app = FastAPI(title="Headroom worker", docs_url=None, redoc_url=None, default_response_class=SafeJSONResponse)
+    app.state.host, app.state.jobs, app.state.texts, app.state.gate = host, jobs, texts, gate
+    app.include_router(openai_router(host, texts, traffic, limits, door, bodies))
+    app.include_router(admin_router(host, jobs, telemetry, admin_token, bodies))
     app.include_router(metrics_router(host, metrics, telemetry))
     _add_error_answers(app)
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        state = host.state()
-        document = dataclasses.asdict(state)
-        return JSONResponse(
-            {"status": document.pop("phase"), **document}, status_code=200 if state.phase == "ready" else 503
+    _add_health(app, host, gate)
+    app.add_middleware(Door, settings=door, limits=limits, gate=gate, admin_token=admin_token)
+    if door.cors_origins:  # outside of the door: a page must be able to read why it is kept out
+        app.add_middleware(
+            OpenAICors, allow_origins=list(door.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-
     if config is not None:
         host.load(config)
     return app
 
 
-def status_of(problem: HeadroomError) -> int:
-    """The HTTP status of an error: the caller's fault (400) unless it is one of the special kinds."""
-    if isinstance(problem, UnauthorizedError):
-        return problem.status
-    return next((status for kind, status in _STATUS if isinstance(problem, kind)), 400)
-
-
-def error_answer(request: Request, problem: HeadroomError, status: int) -> Response:
-    """An error in the form of the API that was asked."""
-    if request.url.path.startswith("/admin"):
-        return JSONResponse(dict(error_document(problem)), status_code=status)
-    return openai_error(problem, status)
+def _add_health(app: FastAPI, host: EngineHost, gate: Gate) -> None:
+    # async: answered in the event loop, whatever the threads that answer other routes are waiting for
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state = host.state()
+        document = dataclasses.asdict(state)
+        if gate.draining:
+            document["stage"] = "shutting down"
+        ready = state.phase == "ready" and not gate.draining
+        return SafeJSONResponse({"status": document.pop("phase"), **document}, status_code=200 if ready else 503)
 
 
 def _add_error_answers(app: FastAPI) -> None:
+    # The path is the scope's own: a URL that is put together from what a client sent may not be one.
     @app.exception_handler(HeadroomError)
     async def answer(request: Request, problem: HeadroomError) -> Response:
-        return error_answer(request, problem, status_of(problem))
+        return error_answer(request.scope["path"], problem)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, problem: HTTPException) -> Response:
-        error = HeadroomError(f"{request.method} {request.url.path}: {problem.detail}.", remedy="Check the address.")
-        return error_answer(request, error, problem.status_code)
+        what = f"{request.method} {shorten(request.scope['path'])}: {problem.detail}."
+        error = HeadroomError(what, remedy="Check the address.")
+        return error_answer(request.scope["path"], error, problem.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, problem: RequestValidationError) -> Response:
-        first = problem.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        # A union reports one error for each of its members; the first part of the place is the field's name.
-        error = HeadroomError(f"{first['msg']}.", field=place[0] if place else None, remedy="Correct the request.")
-        return await answer(request, error)
+        return error_answer(request.scope["path"], describe_invalid(problem.errors()))

@@ -6,18 +6,20 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError, HeadroomError
 from engine.loop import EngineLoop
 from engine.models import resolve
+from engine.models.loader import resolve_device
 from engine.outputs import RequestOutput
 from engine.sizing import release_memory
 from engine.telemetry_gpu import gpu_uuid
 from engine.telemetry_sampler import TelemetrySampler
+from kernels.cpu.build import build
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +57,17 @@ class EngineHost:
     Args:
         on_finished: sees the last output of every request.
         telemetry: is told which GPU the model is on, and closed with the host.
+        on_ready: is told of every engine before it serves.
     """
 
     def __init__(
         self,
         on_finished: Callable[[RequestOutput], None] | None = None,
         telemetry: TelemetrySampler | None = None,
+        on_ready: Callable[[Engine], None] | None = None,
     ) -> None:
         self._on_finished = on_finished
+        self._on_ready = on_ready
         self._telemetry = telemetry
         self._loop: EngineLoop | None = None
         self._lock = threading.Lock()
@@ -142,7 +147,11 @@ class EngineHost:
                 self._loading = False
 
     def _start(self, config: EngineConfig) -> None:
-        engine = Engine.load(config, self._report(config.model))
+        report = self._report(config.model)
+        build_ahead(config, report)
+        engine = Engine.load(config, report)
+        if self._on_ready is not None:
+            self._on_ready(engine)
         loop = EngineLoop(engine)
         loop.on_finished = self._on_finished
         loop.start()
@@ -187,12 +196,18 @@ class EngineHost:
         return report
 
 
+def build_ahead(config: EngineConfig, report: Callable[[str, float], None]) -> None:
+    """Build the C++ kernels, where this configuration uses them, while the state says so.
+
+    The engine would build them by itself at their first use, between two stages of its loading. Where they cannot be
+    built nothing is said here: the engine says it, along with what it runs instead.
+    """
+    on_cpu = resolve_device(config.device).type == "cpu"
+    if on_cpu and {config.attention, config.linear, config.execution} & {"auto", "native"}:
+        build(lambda fraction: report(f"building CPU kernels, once: {fraction:.0%}".replace("%", " %"), fraction))
+
+
 def _describe(problem: Exception) -> dict[str, str | None]:
     if isinstance(problem, HeadroomError):
         return problem.to_dict()
     return {"message": f"{type(problem).__name__}: {problem}", "field": None, "remedy": "See the worker's log."}
-
-
-def error_document(problem: HeadroomError) -> Mapping[str, Any]:
-    """An error as the admin API answers it."""
-    return {"error": problem.to_dict()}

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any, Literal
 
 from engine.errors import HeadroomError
 from engine.loop import EngineLoop
 from engine.measure import RunProgress, get_workload, run_comparison, run_workload
+from engine.measure.metrics import Slo
 from engine.measure.results import RunResult, to_json
+from engine.server.bodies import shorten
 from engine.server.schemas import RunBody
+from engine.server.traffic import Traffic
 from engine.telemetry_sampler import TelemetrySampler
 
 logger = logging.getLogger(__name__)
@@ -23,6 +28,10 @@ JOBS_KEPT = 20
 
 class BusyError(HeadroomError):
     """Another job is running (409): two at once would measure each other."""
+
+
+class RunInProgressError(BusyError):
+    """A change would disturb the run that is being recorded (409)."""
 
 
 class UnknownJobError(HeadroomError):
@@ -36,6 +45,8 @@ class Job:
     Attributes:
         run_ids: known in advance for a run by itself; a comparison's grow as its runs begin.
         results: latest record of every run by id; one of status "running" is only announced.
+        disturbances: changes from outside, (Unix time, what); they stay in force for the runs that follow.
+        traffic: the requests from outside.
     """
 
     job_id: str
@@ -46,6 +57,18 @@ class Job:
     results: dict[str, RunResult] = dataclasses.field(default_factory=dict)
     error: dict[str, str | None] | None = None
     cancel: threading.Event = dataclasses.field(default_factory=threading.Event)
+    disturbances: list[tuple[float, str]] = dataclasses.field(default_factory=list)
+    traffic: Traffic = dataclasses.field(default_factory=Traffic)
+
+    def describe(self) -> str:
+        """Which run this is and how far, for people."""
+        body = self.body
+        name = body.workload if isinstance(body.workload, str) else str(body.workload.get("name") or "a workload")
+        label = f" {body.label!r}" if body.label else ""
+        kind = "comparison" if body.comparison else "run"
+        where = self.progress.detail or "starting"
+        done, total = self.progress.done, self.progress.total
+        return f"the {kind}{shorten(label)} of {shorten(name)} ({done} of {total} requests; {where}; {self.job_id[:8]})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as answered by ``GET /admin/runs/{job_id}``."""
@@ -59,10 +82,24 @@ class Job:
         }
 
     def take(self, result: RunResult) -> None:
-        """Keep the newest record of a run."""
+        """Keep the newest record of a run, marked with what has disturbed it."""
+        result.disturbed = self._disturbed(result)
         self.results[result.run_id] = result
         if result.run_id not in self.run_ids:
             self.run_ids.append(result.run_id)
+
+    def _disturbed(self, result: RunResult) -> list[dict[str, Any]]:
+        if result.status == "running":
+            return []
+        start = result.started_unix_s
+        end = start + result.duration_s
+        # Changes from before this run are in force in it, too; those after it no longer concern it.
+        found = [(at, what) for at, what in list(self.disturbances) if at <= max(end, start)]
+        others = self.traffic.during(start, end)
+        if others:
+            requests = "1 other request was" if len(others) == 1 else f"{len(others):,} other requests were"
+            found.append((max(others[0], start), f"{requests} served during this run"))
+        return [{"time_unix_s": at, "what": what} for at, what in sorted(found)]
 
     def report(self, progress: RunProgress) -> None:
         """Keep the newest progress."""
@@ -74,10 +111,12 @@ class JobRunner:
 
     Args:
         telemetry: what the runs measure their energy with.
+        traffic: the requests from outside, which disturb a run.
     """
 
-    def __init__(self, telemetry: TelemetrySampler) -> None:
+    def __init__(self, telemetry: TelemetrySampler, traffic: Traffic | None = None) -> None:
         self._telemetry = telemetry
+        self._traffic = traffic or Traffic()
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
 
@@ -88,14 +127,15 @@ class JobRunner:
             BusyError: if another one is running.
             WorkloadError, ConfigError: if it could not run; nothing has happened then.
         """
-        get_workload(body.workload)
+        _check_workload(body)
         arms = [body.comparison.arm_a, body.comparison.arm_b] if body.comparison else [body.changes]
         for changes in arms:
             loop.engine.config.with_changes(changes)
-        job = Job(uuid.uuid4().hex, body, [] if body.comparison else [uuid.uuid4().hex])
+        job = Job(uuid.uuid4().hex, body, [] if body.comparison else [uuid.uuid4().hex], traffic=self._traffic)
         with self._lock:
-            if any(other.status == "running" for other in self._jobs.values()):
-                raise BusyError("a run is in progress.", field="run", remedy="Wait for it, or cancel it.")
+            if running := self._running():
+                message = f"a run is in progress: {running.describe()}."
+                raise BusyError(message, field="run", remedy="Wait for it, or cancel it.")
             self._jobs[job.job_id] = job
             for old in list(self._jobs)[:-JOBS_KEPT]:
                 del self._jobs[old]
@@ -113,6 +153,45 @@ class JobRunner:
             raise UnknownJobError(f"there is no run {job_id!r}.", field="job_id", remedy="It may be too old.")
         return job
 
+    def running(self) -> Job | None:
+        """The job in progress, if there is one."""
+        with self._lock:
+            return self._running()
+
+    def cancel_all(self) -> None:
+        """Ask what is running to end; it keeps what it has measured."""
+        if job := self.running():
+            job.cancel.set()
+
+    def permit(self, what: str, *, force: bool) -> Callable[[], None]:
+        """Ask before something that would disturb a run in progress.
+
+        Args:
+            what: will be done, as it shall stand on the record of the run.
+            force: do it all the same.
+
+        Returns:
+            To be called once it is done: marks the run.
+
+        Raises:
+            RunInProgressError: naming the run, if one is in progress and it is not forced.
+        """
+        job = self.running()
+        if job is not None and not force:
+            message = f"{job.describe()} is in progress, and this would disturb it."
+            remedy = "Wait for it, cancel it, or force it: the run is then marked as disturbed."
+            raise RunInProgressError(message, field="run", remedy=remedy)
+        began = time.time()
+
+        def mark() -> None:  # also a run that has been started in between
+            for disturbed in {id(each): each for each in (job, self.running()) if each is not None}.values():
+                disturbed.disturbances.append((began, what))
+
+        return mark
+
+    def _running(self) -> Job | None:
+        return next((job for job in self._jobs.values() if job.status == "running"), None)
+
     def _run(self, loop: EngineLoop, job: Job) -> None:
         try:
             measure = _compare if job.body.comparison else _bench
@@ -126,6 +205,13 @@ class JobRunner:
             message = f"{type(problem).__name__}: {problem}"
             job.error = {"message": message, "field": None, "remedy": "See the worker's log."}
             job.status = "failed"
+
+
+def _check_workload(body: RunBody) -> None:
+    """Refuse now what the run would fail of."""
+    get_workload(body.workload)
+    if body.slo is not None:
+        Slo.from_mapping(body.slo)
 
 
 def _bench(loop: EngineLoop, job: Job, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:

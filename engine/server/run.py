@@ -1,8 +1,9 @@
-"""Running the worker: socket, ready file, and ending with the process that started it."""
+"""Running the worker: socket, ready file, draining, and ending with the process that started it."""
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 import os
 import secrets
@@ -11,19 +12,60 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.server.app import create_app
-from engine.server.host import EngineHost
+from engine.server.limits import DoorSettings, ServerLimits, allowed_hosts, api_key_from
+from engine.server.protocol import server_options
 from engine.telemetry_sampler import TelemetrySampler, interval_from_environment
 
 _PARENT_POLL_S = 0.5
-_SHUTDOWN_GRACE_S = 3
+_DRAIN_POLL_S = 0.05
+# After draining: seconds for the engine to stop, and as many for the last answers to be written.
+SHUTDOWN_GRACE_S = 3
+
+
+def longest_shutdown_s(limits: ServerLimits) -> float:
+    """Seconds after SIGTERM within which the process has ended, whatever hangs in it."""
+    return limits.drain_seconds + 2 * SHUTDOWN_GRACE_S + 1
+
+
+def door_settings(
+    bound: str,
+    *,
+    hosts: Sequence[str] = (),
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    served_names: Sequence[str] = (),
+) -> DoorSettings:
+    """Who may come in, from what the operator says.
+
+    Args:
+        bound: the address listened on.
+
+    Raises:
+        ConfigError: naming what cannot be used.
+    """
+    for name in served_names:
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(f"{name!r} is no name.", field="served_model_name", remedy="Give a printable name.")
+    for origin in cors_origins:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            remedy = "Give origins such as https://chat.example.org, or *."
+            raise ConfigError(f"{origin!r} is no origin.", field="cors_origin", remedy=remedy)
+    return DoorSettings(
+        allowed_hosts=allowed_hosts(bound, hosts, lambda text: _say(f"warning: {text}")),
+        api_key=api_key_from(api_key),
+        cors_origins=tuple(origin.rstrip("/") for origin in cors_origins),
+        served_names=tuple(dict.fromkeys(served_names)),
+    )
 
 
 def serve(
@@ -34,6 +76,8 @@ def serve(
     admin_token: str | None = None,
     parent_pid: int | None = None,
     ready_file: Path | None = None,
+    limits: ServerLimits | None = None,
+    door: DoorSettings | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until the parent has gone. Blocks.
 
@@ -43,55 +87,99 @@ def serve(
         admin_token: for the admin API; a fresh one is printed to standard error if not given.
         parent_pid: end when this process is no longer the parent.
         ready_file: written (``{"port", "pid"}``) once the port accepts connections.
+        limits: how much is accepted from outside, and how long answers get to end.
+        door: who may come in; those who ask for this machine by its loopback names if not given.
 
     Raises:
         ConfigError: if the port cannot be had, the ready file not be written, or the telemetry's interval is wrong.
     """
+    limits = limits or ServerLimits()
     telemetry = TelemetrySampler(interval_from_environment())
     if admin_token is None:
         admin_token = secrets.token_urlsafe(24)
-        print(f"admin token: {admin_token}", file=sys.stderr, flush=True)
+        _say(f"admin token: {admin_token}")
     listener = _listen(host, port)
     bound_port = listener.getsockname()[1]
-    app = create_app(config, admin_token=admin_token, telemetry=telemetry)
-    options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_GRACE_S, lifespan="off")
-    server = _WorkerServer(options, app.state.host)
+    app = create_app(
+        config, admin_token=admin_token, telemetry=telemetry, limits=limits, door=door or door_settings(host)
+    )
+    options = uvicorn.Config(app, timeout_graceful_shutdown=SHUTDOWN_GRACE_S, **server_options(limits))
+
+    def forget() -> None:
+        if ready_file is not None:
+            ready_file.unlink(missing_ok=True)
+
+    server = WorkerServer(options, app, limits, forget)
     if parent_pid is not None:
-        threading.Thread(target=_end_with_parent, args=(parent_pid,), name="parent-watch", daemon=True).start()
-    print(f"serving {config.model} on http://{host}:{bound_port}", file=sys.stderr, flush=True)
+        watch = (parent_pid, longest_shutdown_s(limits))
+        threading.Thread(target=_end_with_parent, args=watch, name="parent-watch", daemon=True).start()
+    _say(f"serving {config.model} on http://{f'[{host}]' if ':' in host else host}:{bound_port}")
     if ready_file is not None:
         _write_ready_file(ready_file, bound_port)
     try:
         server.run(sockets=[listener])
     finally:
-        if ready_file is not None:
-            ready_file.unlink(missing_ok=True)
+        forget()
     if not server.ended:  # a thread deep in torch: an orderly end of the interpreter under it could crash or hang
         sys.stderr.flush()
         os._exit(0)
 
 
-class _WorkerServer(uvicorn.Server):
-    """Answers what is in flight before it ends, and ends with exit code 0 when it was asked to.
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class WorkerServer(uvicorn.Server):
+    """Lets what is in flight end before it ends itself, and ends with exit code 0 when it was asked to.
+
+    Args:
+        app: made by :func:`engine.server.app.create_app`.
+        before_forced_end: called if the process must be ended in the midst of something.
 
     Attributes:
         ended: the engine's threads have ended too.
     """
 
-    def __init__(self, config: uvicorn.Config, host: EngineHost) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, limits: ServerLimits, before_forced_end: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self.ended = False
-        self._host = host
+        self._app = app
+        self._limits = limits
+        self._before_forced_end = before_forced_end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn does it, except that the signal is not raised again at the end: it has been obeyed."""
         self.force_exit = self.should_exit and sig == signal.SIGINT
+        if not self.should_exit:
+            self._set_deadline()
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Streams end with an error that says why, instead of breaking off."""
-        self.ended = await asyncio.to_thread(self._host.close, _SHUTDOWN_GRACE_S)
+        """Streams get their time to end; those that do not end with an error that says why, instead of breaking off."""
+        state = self._app.state
+        state.gate.draining = True
+        state.jobs.cancel_all()
+        end = time.monotonic() + self._limits.drain_seconds
+        while state.gate.active and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        state.texts.close()
+        self.ended = await asyncio.to_thread(state.host.close, SHUTDOWN_GRACE_S)
         await super().shutdown(sockets)
+
+    def _set_deadline(self) -> None:
+        """The process ends, whatever hangs in it: by a thread or, where no thread gets its turn, without Python."""
+        seconds = longest_shutdown_s(self._limits)
+
+        def force() -> None:
+            time.sleep(seconds)
+            _say("ended by force: something did not end by itself")
+            self._before_forced_end()
+            os._exit(0)
+
+        threading.Thread(target=force, name="shutdown-deadline", daemon=True).start()
+        faulthandler.dump_traceback_later(seconds + 1, exit=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -124,10 +212,10 @@ def _write_ready_file(path: Path, port: int) -> None:
         ) from problem
 
 
-def _end_with_parent(parent_pid: int) -> None:
+def _end_with_parent(parent_pid: int, longest_shutdown: float) -> None:
     """Poll rather than PR_SET_PDEATHSIG: that fires when the *thread* that started us ends, and web servers' do."""
     while os.getppid() == parent_pid:
         time.sleep(_PARENT_POLL_S)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_SHUTDOWN_GRACE_S + 2)
+    time.sleep(longest_shutdown + 1)  # should the signal not have been heard
     os._exit(1)

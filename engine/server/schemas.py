@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
 
 from engine.errors import RequestError
 from engine.sampling import SamplingParams
+from engine.server.bodies import TooLargeError, UnprocessableError, shorten
+from engine.server.limits import ServerLimits
 
-TokenIds = list[Annotated[int, Field(ge=0)]]
+MIN_WHOLE, MAX_WHOLE = -(2**63), 2**63 - 1
+MAX_LABEL = 1000  # characters of a run's label
+
+Whole = Annotated[int, Field(ge=MIN_WHOLE, le=MAX_WHOLE)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_WHOLE)]], Field(fail_fast=True)]
 
 # Fields of the OpenAI API that are accepted but have no meaning for a single local model.
 _IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -28,35 +35,129 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class StreamOptions(BaseModel):
+class _RefusedError(ValueError):
+    """Carries an error of ours through pydantic."""
+
+    def __init__(self, problem: RequestError) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+def _limits(info: ValidationInfo) -> ServerLimits:
+    return info.context if isinstance(info.context, ServerLimits) else ServerLimits()
+
+
+def _check_count(value: Any, field: str, most: int, flag: str) -> None:
+    if isinstance(value, list) and len(value) > most:
+        problem = UnprocessableError(
+            f"has {len(value):,} entries, more than {most:,}.", field=field, remedy=f"Send fewer, or raise --{flag}."
+        )
+        raise _RefusedError(problem)
+
+
+def _prompt(value: Any, info: ValidationInfo) -> Any:
+    """A text, token ids, or a list of either: looked through once, and only if it is not too much."""
+    limits = _limits(info)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("give a text, token ids, or a list of either")
+    if value and isinstance(value[0], str | list):
+        _check_count(value, "prompt", limits.max_choices, "max-choices")
+        kind = type(value[0])
+        if any(type(item) is not kind for item in value):
+            raise ValueError("give texts or lists of token ids, not both")
+        if kind is str:
+            return value
+    several = value if value and isinstance(value[0], list) else [value]
+    if sum(map(len, several)) > limits.max_prompt_characters:
+        raise _RefusedError(too_many_characters("prompt", limits))
+    for ids in several:
+        if any(type(token_id) is not int or not 0 <= token_id <= MAX_WHOLE for token_id in ids):
+            raise ValueError("token ids are whole numbers of at least 0")
+    return value
+
+
+def too_many_characters(field: str, limits: ServerLimits) -> TooLargeError:
+    """The error of more text than is tokenized."""
+    most = limits.max_prompt_characters
+    message = f"is longer than {most:,} characters or token ids in all."
+    return TooLargeError(message, field=field, remedy="Send less, or raise --max-prompt-characters.")
+
+
+class _Body(BaseModel):
+    """A part of a request. ``null`` in an optional field means its default, as in the OpenAI API."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
+
+
+class StreamOptions(_Body):
     """``include_usage`` adds a last chunk with the token counts."""
 
     include_usage: bool = False
 
 
-class _SamplingFields(BaseModel):
+class _SamplingFields(_Body):
     """What completions and chat completions share."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    max_tokens: int | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     n: int = Field(default=1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    priority: int = 0
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    seed: Whole | None = None
+    priority: Whole = 0
     # vLLM's
-    top_k: int = 0
+    top_k: Whole = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    min_tokens: int = 0
+    min_tokens: Whole = 0
     ignore_eos: bool = False
     stop_token_ids: TokenIds = Field(default_factory=list)
     return_token_ids: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_counts(cls, values: Any, info: ValidationInfo) -> Any:
+        """Before anything is looked at one by one."""
+        limits = _limits(info)
+        if isinstance(values, dict):
+            for name in ("stop", "stop_token_ids"):
+                _check_count(values.get(name), name, limits.max_stop_strings, "max-stop-strings")
+            _check_count(values.get("messages"), "messages", limits.max_messages, "max-messages")
+        return values
+
+    @model_validator(mode="after")
+    def _check_stop(self, info: ValidationInfo) -> Self:
+        limit = _limits(info).max_stop_characters
+        if self.stop and sum(map(len, self.stop)) > limit:
+            remedy = "Use shorter ones, or raise --max-stop-characters."
+            raise _RefusedError(UnprocessableError(f"has more than {limit:,} characters.", field="stop", remedy=remedy))
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The output tokens asked for; None if the request says nothing of them."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def name_of(self, field: str | None) -> str | None:
+        """What this request calls a field of the engine."""
+        if field == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return field
 
     def check_extra_fields(self) -> None:
         """Refuse unknown fields, and known ones that are not supported.
@@ -81,7 +182,7 @@ class _SamplingFields(BaseModel):
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            seed=None if self.seed is None else self.seed + choice,
+            seed=None if self.seed is None else (self.seed + choice - MIN_WHOLE) % 2**64 + MIN_WHOLE,
             stop=stop,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
@@ -92,17 +193,46 @@ class _SamplingFields(BaseModel):
 class CompletionRequest(_SamplingFields):
     """Body of ``POST /v1/completions``. ``prompt``: a text, token ids, or a list of either."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds]
-    max_tokens: int | None = 16
-    logprobs: int | None = None
+    prompt: Annotated[Any, PlainValidator(_prompt)]
+    logprobs: Whole | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        several = isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], str | list)
+        return self.prompt if several else [self.prompt]
+
+    @property
+    def default_tokens(self) -> int:
+        """Output tokens where the request says nothing of them, if there is room."""
+        return 16
 
 
-class ChatMessage(BaseModel):
-    """One turn. ``content`` may be OpenAI's list of parts as long as all are text."""
+class ChatMessage(_Body):
+    """One turn. ``content`` may be OpenAI's list of parts as long as all are text; a turn of the assistant may have
+    none, nor need it where it called tools."""
 
     role: str
-    content: str | list[dict[str, Any]]
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parts(cls, values: Any, info: ValidationInfo) -> Any:
+        if isinstance(values, dict):
+            for name in ("content", "tool_calls"):
+                if isinstance(values.get(name), list):
+                    _check_count(values[name], "messages", _limits(info).max_messages, "max-messages")
+        return values
+
+    @model_validator(mode="after")
+    def _needs_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            message = f"a message of role {shorten(self.role)!r} has no content."
+            raise _RefusedError(RequestError(message, field="messages", remedy="Only the assistant's may have none."))
+        return self
 
     def text(self) -> str:
         """The content as one string.
@@ -110,23 +240,50 @@ class ChatMessage(BaseModel):
         Raises:
             RequestError: if a part is not text.
         """
+        if self.content is None:
+            return ""
         if isinstance(self.content, str):
             return self.content
         for part in self.content:
-            if part.get("type") != "text":
+            if part.get("type") != "text" or not isinstance(part.get("text", ""), str):
+                kind = shorten(str(part.get("type")))
                 raise RequestError(
-                    f"a part of type {part.get('type')!r} cannot be read.", field="messages", remedy="Send text only."
+                    f"a part of type {kind!r} cannot be read.", field="messages", remedy="Send text only."
                 )
-        return "".join(str(part.get("text", "")) for part in self.content)
+        return "".join(part.get("text", "") for part in self.content)
+
+    def for_template(self) -> dict[str, Any]:
+        """The turn as chat templates expect it: the arguments of tool calls as objects instead of their JSON."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.text()}
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        turn |= {name: value for name, value in given.items() if value is not None}
+        if self.tool_calls:
+            turn["tool_calls"] = [_with_parsed_arguments(call) for call in self.tool_calls]
+        return turn
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = pydantic_core.from_json(function["arguments"])
+    except ValueError:  # what the model wrote was no JSON: the template gets it as it was
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class ChatRequest(_SamplingFields):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
+
+    @property
+    def default_tokens(self) -> int | None:
+        """All that remains of the context."""
+        return None
 
     def logprobs_wanted(self) -> int | None:
         """How many alternatives to report for each token; None for no log-probabilities.
@@ -140,10 +297,7 @@ class ChatRequest(_SamplingFields):
 
     def name_of(self, field: str | None) -> str | None:
         """What this request calls a field of the engine."""
-        names = {"prompt": "messages", "logprobs": "top_logprobs"}
-        if self.max_completion_tokens is not None:
-            names["max_tokens"] = "max_completion_tokens"
-        return names.get(field, field) if field else None
+        return super().name_of({"prompt": "messages", "logprobs": "top_logprobs"}.get(field or "", field))
 
 
 class ComparisonBody(BaseModel):
@@ -163,8 +317,8 @@ class RunBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     workload: str | dict[str, Any]
-    seed: int = Field(default=0, ge=0)
-    label: str = ""
+    seed: int = Field(default=0, ge=0, le=MAX_WHOLE - 1000)
+    label: str = Field(default="", max_length=MAX_LABEL)
     changes: dict[str, Any] = Field(default_factory=dict)
     slo: dict[str, Any] | None = None
     comparison: ComparisonBody | None = None

@@ -11,9 +11,13 @@ from fastapi import Request as HTTPRequest
 from engine.loop import EngineLoop
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
+from engine.server.traffic import Traffic
 
 # How often a request looks whether its client is still there, whether tokens come or not, seconds.
 _DISCONNECT_POLL_S = 0.25
+# Requests are submitted in slices of about this many tokens (a millisecond); each costs as much as a few tokens more.
+_SLICE_TOKENS = 16_384
+_REQUEST_TOKENS = 2048
 
 
 class Submission:
@@ -23,24 +27,33 @@ class Submission:
     away holds no blocks.
     """
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineLoop, traffic: Traffic) -> None:
         self._loop = loop
+        self._traffic = traffic
+        self._visit = 0
         self._queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
         self._event_loop = asyncio.get_running_loop()
         self._unfinished: dict[int, str] = {}
 
-    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], priority: int) -> None:
-        """Queue all of them; if one is refused the others are taken back.
+    async def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], priority: int) -> None:
+        """Queue all of them, in slices between which others get their turn; if one is refused the others are taken
+        back.
 
         Raises:
-            RequestError, EngineDeadError: as the engine does.
+            RequestError, QueueFullError, EngineDeadError: as the engine does.
         """
+        self._visit = self._traffic.begin()
         try:
+            slice_tokens = 0
             for index, (token_ids, params) in enumerate(prompts):
                 self._unfinished[index] = self._loop.submit(
                     token_ids, params, on_output=self._receiver(index), priority=priority
                 )
-        except Exception:
+                slice_tokens += _REQUEST_TOKENS + len(token_ids)
+                if slice_tokens >= _SLICE_TOKENS:
+                    slice_tokens = 0
+                    await asyncio.sleep(0)
+        except BaseException:
             self.abort()
             raise
 
@@ -68,6 +81,7 @@ class Submission:
         for request_id in self._unfinished.values():
             self._loop.abort(request_id)
         self._unfinished = {}
+        self._traffic.end(self._visit)
 
     def _receiver(self, index: int) -> Callable[[RequestOutput], None]:
         def receive(output: RequestOutput) -> None:

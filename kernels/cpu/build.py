@@ -7,23 +7,35 @@ OpenMP runtime that torch has loaded, hence torch's threads: two thread pools wo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from kernels.trust import PRIVATE_FILE, home, private_dir, why_not_trusted
 
 SOURCES = Path(__file__).with_name("native")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 _COMPILERS = ("c++", "g++", "clang++")
 _PATIENCE_S = 300.0
+# Seconds that the build took on two cores of a server; other machines pass a tenth of it sooner or later.
+_EXPECTED_S = 25.0
+_REPORT_EVERY_S = 0.25
+
+Progress = Callable[[float], None]
 
 
 class NativeBuildError(RuntimeError):
@@ -72,15 +84,46 @@ def why_not() -> str | None:
     return None
 
 
+def build(progress: Progress) -> None:
+    """Build the kernels if they are not there yet, saying how far that is: the compiler does not, so it is the time
+    gone by over the time expected, which nears 1 without reaching it. A failure is left to :func:`why_not`.
+
+    Args:
+        progress: called with the fraction done, a few times a second, from this thread; not at all if nothing is built.
+    """
+    done = threading.Event()
+
+    def work() -> None:
+        with contextlib.suppress(NativeBuildError, OSError):
+            _built()
+        done.set()
+
+    with contextlib.suppress(NativeBuildError, OSError):
+        if _target(_compiler()).exists():
+            return
+        threading.Thread(target=work, name="build-kernels", daemon=True).start()
+        began = time.monotonic()
+        while True:
+            progress(1.0 - math.exp(-(time.monotonic() - began) / (0.5 * _EXPECTED_S)))
+            if done.wait(_REPORT_EVERY_S):
+                return
+
+
+def _target(compiler: str) -> Path:
+    return private_dir(home() / "cache" / "native", home()) / f"native-{_digest(compiler)}.so"
+
+
 def _built() -> Path:
     compiler = _compiler()
-    target = _folder() / f"native-{_digest(compiler)}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target = _target(compiler)
+    if reason := why_not_trusted(target.parent):
+        raise NativeBuildError(reason)
+    if not target.exists() or why_not_trusted(target):  # what somebody else could have written is made anew
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / "native.so"
             _run([compiler, *_FLAGS, "-c", str(SOURCES / "native.cpp"), "-o", f"{scratch}/native.o"])
             _run([compiler, "-shared", f"{scratch}/native.o", *_openmp(), "-o", str(made)])
+            made.chmod(PRIVATE_FILE)
             os.replace(made, target)  # at once: another process may be building the same file
     return target
 
@@ -91,11 +134,6 @@ def _compiler() -> str:
         if path := shutil.which(name):
             return path
     raise NativeBuildError(f"there is no C++ compiler ({wanted or ', '.join(_COMPILERS)}) on this machine.")
-
-
-def _folder() -> Path:
-    home = os.environ.get("HEADROOM_HOME") or "~/.cache/headroom"
-    return Path(home).expanduser() / "cache" / "native"
 
 
 def _digest(compiler: str) -> str:

@@ -53,6 +53,13 @@ class Snapshot:
     samples: tuple[Mapping[str, Any], ...] = ()
 
     @property
+    def version(self) -> tuple[Any, ...]:
+        """What a page that stands still has to be drawn anew for: it changes with every event and with busy or idle."""
+        last_event = self.events[-1] if self.events else None
+        hash_now = self.engine.config_hash if self.engine is not None else None
+        return (self.busy, hash_now, last_event.time_unix_s if last_event else None)
+
+    @property
     def busy(self) -> bool:
         """True while the engine has requests, so that the pages poll fast."""
         return self.engine is not None and (self.engine.running + self.engine.waiting) > 0
@@ -86,31 +93,32 @@ class Feed:
         """The last reading, without touching the worker."""
         return self._snapshot
 
-    def read(self, max_age_s: float = 0.4, patience_s: float = 0.25) -> Snapshot:
+    def read(self, max_age_s: float = 0.4, patience_s: float = 0.25, *, samples: bool = True) -> Snapshot:
         """A reading at most ``max_age_s`` old if it can be had within ``patience_s``, else the last one.
 
         The worker answers between two steps, and a page must not stand still for a long step: the reading goes on
-        beside it and is there the next time. Never raises: ``Snapshot.error`` says what went wrong.
+        beside it and is there the next time. Never raises: ``Snapshot.error`` says what went wrong. Without ``samples``
+        it does not ask for the telemetry, which has something new every time; whoever asks next gets what was missed.
         """
         with self._lock:
             if time.time() - self._snapshot.taken_unix_s < max_age_s:
                 return self._snapshot
             if self._reading is None or self._reading.done():
-                self._reading = self._pool.submit(self._refresh)
+                self._reading = self._pool.submit(self._refresh, samples)
             reading = self._reading
         first = self._snapshot.taken_unix_s == 0.0
         concurrent.futures.wait([reading], timeout=max(patience_s, _FIRST_PATIENCE_S if first else 0.0))
         return self._snapshot
 
-    def _refresh(self) -> None:
+    def _refresh(self, samples: bool) -> None:
         try:
-            self._snapshot = self._fetch()
+            self._snapshot = self._fetch(samples)
         except Exception as problem:  # the worker may be loading, dying or dead: the pages say so, they go on
             self._snapshot = dataclasses.replace(
                 self._snapshot, engine=None, error=str(problem) or type(problem).__name__, taken_unix_s=time.time()
             )
 
-    def _fetch(self) -> Snapshot:
+    def _fetch(self, samples: bool) -> Snapshot:
         begun_unix_s = time.time()
         source = self._source()
         status = source.status()
@@ -118,10 +126,11 @@ class Feed:
         if worker.get("pid") != self._pid:
             self._pid, self._last_step, self._last_event, self._last_sample = worker.get("pid"), -1, -1, -1
         engine = engine_status(status.get("engine"))
-        telemetry = source.telemetry(since=self._last_sample)
-        self._samples.extend(telemetry["samples"])
-        self._last_sample = int(telemetry["last_index"])
-        if engine is not None:
+        if samples:
+            telemetry = source.telemetry(since=self._last_sample)
+            self._samples.extend(telemetry["samples"])
+            self._last_sample = int(telemetry["last_index"])
+        if engine is not None and self._is_behind(worker):
             self._extend(source.series(steps_since=self._last_step, events_since=self._last_event))
         return Snapshot(
             engine=engine,
@@ -133,6 +142,11 @@ class Feed:
             begun_unix_s=begun_unix_s,
             taken_unix_s=time.time(),
         )
+
+    def _is_behind(self, worker: Mapping[str, Any]) -> bool:
+        """True if there are steps or events that were not read yet, or if the worker does not say."""
+        read = (self._last_step, self._last_event, self._events[-1].time_unix_s if self._events else None)
+        return tuple(worker.get(name) for name in ("last_step", "last_event", "last_event_unix_s")) != read
 
     def _extend(self, series: Mapping[str, Any]) -> None:
         last_step, last_event = int(series.get("last_step", -1)), int(series.get("last_event", -1))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from engine.measure.results import Provenance, RunResult, from_json
+from storage.spool import keep, kept_words
 
 logger = logging.getLogger(__name__)
 
@@ -252,3 +253,6 @@ class RunRecorder:
             job.storage_error = str(problem) or type(problem).__name__
             if result is not None:
                 job.unrecorded.append(result)
+                if getattr(problem, "kept", None) is None:  # the store was not there to keep it
+                    path = keep(result)
+                    job.storage_error += f" {kept_words(path)}" if path is not None else ""

@@ -8,6 +8,7 @@ import streamlit as st
 
 from pages.background.streams import ChatStream, start_stream
 from pages.services import Services
+from pages.widgets.text import harmless, plain
 
 _POLL_S = 0.4
 _HEIGHT = 560
@@ -53,13 +54,13 @@ def _conversation() -> None:
             with st.chat_message("user", avatar=":material/person:"):
                 st.text(stream.prompt)
             with st.chat_message("assistant", avatar=":material/smart_toy:"):
-                st.markdown(stream.text + (" ▌" if stream.active else "") or "…")
+                st.markdown(harmless(stream.text + (" ▌" if stream.active else "")) or "…")
                 _footer(stream)
 
 
 def _footer(stream: ChatStream) -> None:
     if stream.state == "failed":
-        st.error(stream.error or "The stream broke.", icon=":material/error:")
+        st.error(plain(stream.error or "The stream broke."), icon=":material/error:")
         return
     facts = []
     if stream.ttft_ms is not None:

@@ -10,11 +10,13 @@ import pandas as pd
 import streamlit as st
 
 from engine.measure.claims import claims_for, judge_claim
-from engine.measure.comparison import MetricComparison, compare, compare_all
+from engine.measure.comparison import MetricComparison, compare, compare_all, disturbed_words
 from engine.measure.metrics import METRICS
 from engine.measure.results import RunResult, to_json
 from pages.widgets.energy import compared_energy
+from pages.widgets.history_values import disturbance_lines, reference_text
 from pages.widgets.messages import bytes_text, history_link, value_text
+from pages.widgets.text import plain
 
 #: The metrics of the interval chart, in its order; all others are in the table.
 _HEADLINES = (
@@ -38,6 +40,7 @@ _QUALITY = (
     ("kl_p99_nats", "KL divergence, 99th percentile"),
     ("same_top_percent", "Same most likely token"),
 )
+_DISTURBANCES_SHOWN = 5
 _COLORS = {"B is better": "#0d9488", "A is better": "#db2777", "no difference shown": "#94a3b8", "neither": "#6366f1"}
 _LADDERS = (
     (0.001, 0.01, 0.1, 1, 10, 100, 1000),
@@ -74,6 +77,7 @@ def results(runs: Sequence[RunResult], *, final: bool = True) -> None:
     """Draw the result of a comparison from its runs; while it goes on (not ``final``) only the figures so far."""
     runs_a, runs_b = split_arms(runs)
     compared = compare_all(runs_a, runs_b)
+    _disturbed(runs)
     if not compared:
         st.info("Neither setting has a completed run yet.", icon=":material/hourglass_empty:")
         return
@@ -94,6 +98,21 @@ def results(runs: Sequence[RunResult], *, final: bool = True) -> None:
     _links(runs)
 
 
+def _disturbed(runs: Sequence[RunResult]) -> None:
+    """Which runs no figure here counts, and why."""
+    found = [run for run in runs if run.disturbed]
+    if not found:
+        return
+    words = disturbed_words(len(found))
+    lines = [
+        f"{run.arm or 'run'}, repeat {(run.repeat or 0) + 1}, {line}"
+        for run in found
+        for line in disturbance_lines(run)
+    ]
+    listed = "".join(f"\n- {line}" for line in lines[:_DISTURBANCES_SHOWN])
+    st.warning(f"{words[0].upper()}{words[1:]}.{listed}", icon=":material/tsunami:")
+
+
 def _headline(
     compared: Sequence[MetricComparison],
     runs_a: Sequence[RunResult],
@@ -106,17 +125,18 @@ def _headline(
     ):
         setting = ", ".join(f"{name} = {value_text(pair['AB'.index(letter)])}" for name, pair in change.items())
         noise = f"± {100 * spread:.1f} % between runs" if spread is not None else "one run"
+        counted = sum(not run.disturbed for run in runs)
         column.metric(
-            f"{letter}: {setting or 'the same setting'}",
+            f"{letter}: {plain(setting) or 'the same setting'}",
             f"{mean or 0:,.1f} {main.unit}",
-            delta=f"{noise}, {len(runs)} run{'s' if len(runs) != 1 else ''}",
+            delta=f"{noise}, {counted} run{'s' if counted != 1 else ''}",
             delta_color="off",
             delta_arrow="off",
             border=True,
         )
-    st.info(f"**{main.label}**: {main.verdict}", icon=":material/balance:")
+    st.info(f"**{plain(main.label)}**: {plain(main.verdict)}", icon=":material/balance:")
     for warning in dict.fromkeys(main.warnings):
-        st.caption(f":material/warning: {warning}")
+        st.caption(f":material/warning: {plain(warning)}")
 
 
 def _intervals(compared: Sequence[MetricComparison]) -> None:
@@ -220,12 +240,19 @@ def _quality(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult]) -> None:
     measured = [(letter, runs[0]) for letter, runs in (("A", runs_a), ("B", runs_b)) if runs]
     if not any(run.metrics.get("perplexity") is not None for _, run in measured):
         return
-    st.markdown("**Quality cost** :small[:gray[on the bundled text, against the unquantized model]]")
-    rows = [{"": letter, **{label: _quality_value(run, name) for name, label in _QUALITY}} for letter, run in measured]
+    st.markdown("**Quality cost** :small[:gray[on the bundled text, against the weights as the file stores them]]")
+    rows = [
+        {
+            "": letter,
+            **{label: _quality_value(run, name) for name, label in _QUALITY},
+            "Measured against": plain(reference_text(run)) or "–",
+        }
+        for letter, run in measured
+    ]
     st.table(pd.DataFrame(rows).set_index(""), border="horizontal")
     notes = [event.summary for _, run in measured for event in run.events if event.summary.startswith("quality:")]
     if notes:
-        st.caption(notes[-1].rpartition("(")[2].rstrip(")").capitalize() + ".")
+        st.caption(plain(notes[-1].rpartition("(")[2].rstrip(")").capitalize()) + ".")
 
 
 def _quality_value(run: RunResult, name: str) -> str:
@@ -249,7 +276,7 @@ def _claims(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult], change: Ma
         word, color = _CLAIM_BADGES[verdict.status]
         with st.container(border=True, gap="small"):
             st.markdown(f"**{claim.title}** · claimed: {claim.text} :{color}-badge[{word}]")
-            st.caption(f"{verdict.text} {claim.caveat}")
+            st.caption(f"{plain(verdict.text)} {claim.caveat}")
 
 
 def _table(compared: Sequence[MetricComparison]) -> None:
@@ -289,7 +316,8 @@ def _paths(run_a: RunResult, run_b: RunResult) -> None:
     for name in dict.fromkeys([*path_a, *path_b]):
         a, b = path_a.get(name, "–"), path_b.get(name, "–")
         mark = "**" if a != b else ""
-        rows.append({"": name.replace("_", " "), "A": f"{mark}{a}{mark}", "B": f"{mark}{b}{mark}"})
+        words = plain(name.replace("_", " "))
+        rows.append({"": words, "A": f"{mark}{plain(a)}{mark}", "B": f"{mark}{plain(b)}{mark}"})
     with st.expander("What really ran", icon=":material/route:"):
         st.table(pd.DataFrame(rows).set_index(""), border="horizontal")
 

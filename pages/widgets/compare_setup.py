@@ -11,8 +11,9 @@ import streamlit as st
 from engine.config import Knob, Tier
 from pages.services import Services
 from pages.widgets.actions import act, show_problem
-from pages.widgets.knobs import control, knob_label
+from pages.widgets.knobs import control, knob_label, stored_note
 from pages.widgets.messages import value_text
+from pages.widgets.text import plain
 from pages.widgets.workloads import workload_choice
 
 
@@ -38,6 +39,7 @@ PRESETS = (
     Preset("Reference or fused attention", {"attention": "reference"}, {"attention": "sdpa"}, "quick"),
 )
 _OWN = "My own choice"
+_REFERENCED = {"weights", "head_weights", "group_size"}  # their losses are counted from what the file stores
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ def setup_form(services: Services, config: Mapping[str, Any], *, busy: bool) -> 
         persist_state="session",
     )
     arm_a, arm_b = _arms([names[name] for name in chosen], config)
+    if _REFERENCED & set(chosen):
+        st.caption(plain(stored_note(services)))
     left, right = st.columns(2)
     left.number_input(
         "Repeats", 1, 100, 5, key="compare-repeats", persist_state="session",

@@ -8,6 +8,7 @@ import streamlit as st
 
 from engine.measure.energy import METRIC_NAMES
 from engine.measure.results import RunResult
+from pages.widgets.text import plain
 
 #: The metrics that belong together under this heading, in the order of a table.
 ENERGY_METRICS = METRIC_NAMES
@@ -20,10 +21,10 @@ def has_energy(run: RunResult) -> bool:
 
 
 def energy_words(run: RunResult) -> str:
-    """A sentence: energy, how it was measured, idle power and what held the clocks back; or why there is none."""
+    """A sentence, as Markdown: energy, how it was measured, idle power, what held clocks back; or why there is none."""
     found = next((event.summary for event in run.events if event.kind == "energy"), None)
     text = found or "energy not measured: the run is from a version that did not measure it"
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{plain(text[:1].upper() + text[1:])}."
 
 
 def compared_energy(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult]) -> None:

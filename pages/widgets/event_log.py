@@ -8,6 +8,7 @@ import streamlit as st
 
 from engine.outputs import EngineEvent
 from pages.widgets.messages import seconds_text
+from pages.widgets.text import plain
 
 _SHOWN = 8
 _KINDS = {"reconfigure": "tune", "load": "deployed_code_update", "error": "error", "cache": "mop", "execution": "bolt"}
@@ -27,4 +28,4 @@ def event_log(events: Iterable[EngineEvent], now_unix_s: float) -> None:
             st.caption("Toggles, loads and failures appear here with the pause they cost.")
         for event in reversed(recent):
             age = seconds_text(max(now_unix_s - event.time_unix_s, 0.0))
-            st.markdown(f":material/{_KINDS[event.kind]}: {event.summary} :small[:gray[{age} ago]]")
+            st.markdown(f":material/{_KINDS[event.kind]}: {plain(event.summary)} :small[:gray[{age} ago]]")

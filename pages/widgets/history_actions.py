@@ -10,9 +10,11 @@ import streamlit as st
 from pages.widgets.actions import act, show_problem
 from pages.widgets.history_values import moment_text, run_name
 from pages.widgets.messages import show_error
+from pages.widgets.text import plain
 from storage import RunRow, StorageError, Store
 
 _LISTED = 8
+_BOM_HELP = "Begins CSV files with a byte order mark (U+FEFF), by which Excel knows that they are UTF-8."
 
 
 def action_bar(store: Store, rows: Sequence[RunRow], selected: Sequence[str]) -> None:
@@ -21,8 +23,19 @@ def action_bar(store: Store, rows: Sequence[RunRow], selected: Sequence[str]) ->
     run_ids = [row.run_id for row in chosen]
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.markdown(_count_text(len(rows), len(selected)), width="stretch")
-        _download("CSV", "One line a run, with every metric and knob.", "runs.csv", lambda: store.export_csv(run_ids))
-        _download("Requests CSV", "One line a request.", "requests.csv", lambda: store.export_requests_csv(run_ids))
+        mark = st.checkbox("CSV for Excel", key="history-bom", help=_BOM_HELP)
+        _download(
+            "CSV",
+            "One line a run, with every metric and knob.",
+            "runs.csv",
+            lambda: store.export_csv(run_ids, byte_order_mark=mark),
+        )
+        _download(
+            "Requests CSV",
+            "One line a request.",
+            "requests.csv",
+            lambda: store.export_requests_csv(run_ids, byte_order_mark=mark),
+        )
         _download(
             "JSON", "Everything; another Headroom can import it.", "runs.json", lambda: store.export_json(run_ids)
         )
@@ -47,7 +60,8 @@ def import_popover(store: Store, label: str = "Import") -> None:
 
 
 def _import(store: Store) -> None:
-    report = store.import_json(st.session_state["history-upload"].getvalue())
+    uploaded = st.session_state["history-upload"]
+    report = store.import_json(uploaded.getvalue(), source=uploaded.name)
     there = f", {len(report.skipped)} were there already" if report.skipped else ""
     st.session_state["history-notice"] = f"{_runs(len(report.imported))} imported{there}."
 
@@ -79,7 +93,8 @@ def _download(label: str, help_text: str, file_name: str, make: Any) -> None:
 def _confirm_deletion(store: Store, rows: Sequence[RunRow]) -> None:
     going = [row for row in rows if row.status != "running"]
     for row in going[:_LISTED]:
-        st.markdown(f"- **{run_name(row)}** :small[:gray[{moment_text(row.started_unix_s)}]]")
+        moment = "cannot be shown" if row.unshowable else moment_text(row.started_unix_s)
+        st.markdown(f"- **{plain(run_name(row))}** :small[:gray[{moment}]]")
     if len(going) > _LISTED:
         st.markdown(f"- and {len(going) - _LISTED} more")
     if len(going) < len(rows):

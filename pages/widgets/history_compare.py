@@ -10,19 +10,23 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from engine.measure.comparison import MetricComparison, compare
+from engine.measure.comparison import MetricComparison, compare, disturbed_words
 from engine.measure.metrics import METRICS
 from engine.measure.results import RunResult
 from pages.widgets.history_charts import distribution_curves, latencies, samples_table, throughput_curves
 from pages.widgets.history_values import (
+    DISTURBED,
     HEADLINES,
+    QUALITY,
     known_knobs,
     metric_info,
     metric_text,
+    reference_text,
     run_name,
     setting_words,
 )
 from pages.widgets.messages import value_text
+from pages.widgets.text import code, plain
 from storage.differences import Difference, differences
 
 MOST = 8
@@ -57,10 +61,21 @@ class Group:
     name: str
     runs: tuple[RunResult, ...]
 
+    @property
+    def counted(self) -> tuple[RunResult, ...]:
+        """The runs that say something about the setting: those that nothing disturbed."""
+        return tuple(run for run in self.runs if not run.disturbed)
+
     def values(self, metric: str) -> list[float]:
-        """What the runs measured of it."""
-        found = (run.metrics.get(metric) for run in self.runs)
+        """What the runs that count measured of it."""
+        found = (run.metrics.get(metric) for run in self.counted)
         return [value for value in found if value is not None]
+
+    def text(self, metric: str) -> str:
+        """The mean (± standard deviation); of a single disturbed run what it measured, without any statistics."""
+        if len(self.runs) == 1 and not self.counted:
+            return metric_text(metric, self.runs[0].metrics.get(metric))
+        return _mean_text(metric, self.values(metric))
 
 
 def compare_runs(runs: Sequence[RunResult]) -> None:
@@ -88,14 +103,24 @@ def compare_runs(runs: Sequence[RunResult]) -> None:
     if len(groups) > MOST:
         st.caption(f"The first {MOST} of {len(groups)} are shown.")
         groups = groups[:MOST]
+    _left_out(groups)
     _metrics(groups, everything)
     _differences(groups)
     _charts(groups)
 
 
+def _left_out(groups: Sequence[Group]) -> None:
+    """Say how many disturbed runs no average and no difference counts."""
+    count = sum(len(group.runs) - len(group.counted) for group in groups)
+    if count:
+        words = disturbed_words(count)
+        lone = " A column of its own shows what such a run measured." if any(not g.counted for g in groups) else ""
+        st.warning(f"{words[0].upper()}{words[1:]}.{lone}", icon=":material/tsunami:")
+
+
 def groups_by_run(runs: Sequence[RunResult]) -> list[Group]:
     """A group for each run, with names that tell them apart."""
-    names = [_full_name(run) for run in runs]
+    names = [_full_name(run) + (f" · {DISTURBED}" if run.disturbed else "") for run in runs]
     numbered = [
         f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
         for place, name in enumerate(names)
@@ -132,17 +157,27 @@ def _full_name(run: RunResult) -> str:
 
 
 def _metrics(groups: Sequence[Group], everything: bool) -> None:
-    measured = [name for name in _metric_order(groups) if any(group.values(name) for group in groups)]
+    recorded = [run for group in groups for run in (group.runs if len(group.runs) == 1 else group.counted)]
+    measured = [name for name in _metric_order(groups) if any(run.metrics.get(name) is not None for run in recorded)]
     shown = measured if everything else [name for name in measured if name in _MAIN]
     if not shown:
         st.caption("None of these runs measured anything.")
         return
-    st.table(pd.DataFrame([metric_row(name, groups) for name in shown]).set_index("Metric"), border="horizontal")
+    rows = [metric_row(name, groups) for name in shown]
+    if set(shown) & set(QUALITY):
+        rows.append({"Metric": "Quality measured against"} | {plain(g.name): _reference(g) for g in groups})
+    st.table(pd.DataFrame(rows).fillna("").set_index("Metric"), border="horizontal")
     if all(len(group.runs) == 1 for group in groups):
         st.caption(
             "Differences between single runs include the noise of the machine. The Compare page repeats both "
             "settings in turn and gives an interval."
         )
+
+
+def _reference(group: Group) -> str:
+    """What the quality of a column was measured against."""
+    found = dict.fromkeys(filter(None, (reference_text(run) for run in group.runs)))
+    return "; ".join(plain(text) for text in found) or "–"
 
 
 def _metric_order(groups: Sequence[Group]) -> list[str]:
@@ -156,16 +191,16 @@ def metric_row(name: str, groups: Sequence[Group]) -> dict[str, str]:
     Two groups of several runs also get the interval of the Compare page, and then the difference has a colour only
     where that interval shows one.
     """
-    row = {"Metric": metric_info(name).label}
+    row = {"Metric": plain(metric_info(name).label)}
     tested = None
     if len(groups) == 2 and all(len(group.values(name)) > 1 for group in groups) and name in METRICS:
-        tested = compare(groups[0].runs, groups[1].runs, name)
+        tested = compare(groups[0].counted, groups[1].counted, name)
     base = groups[0].values(name)
     for number, group in enumerate(groups):
         values = group.values(name)
         shown = tested is None or tested.better is not None
         difference = difference_text(name, base, values, coloured=shown) if number else ""
-        row[group.name] = f"{_mean_text(name, values)} {difference}".rstrip()
+        row[plain(group.name)] = f"{plain(group.text(name))} {difference}".rstrip()
     if tested is not None:
         row["Ratio, 95 % interval"] = _interval_text(tested)
     return row
@@ -215,7 +250,7 @@ def _differences(groups: Sequence[Group]) -> None:
     if not found:
         st.caption("In nothing that is on record: same model, knobs, workload, path, versions, hardware and code.")
         return
-    names = [group.name for group in groups]
+    names = [plain(group.name) for group in groups]
     telling = [item for item in found if item.section not in ("versions", "hardware")]
     rest = [item for item in found if item not in telling]
     if telling:
@@ -234,18 +269,18 @@ def _difference_table(found: Sequence[Difference], names: Sequence[str]) -> pd.D
             if item.section == "config"
             else _NAMES.get(item.name, item.name.replace("_", " "))
         )
-        row: dict[str, Any] = {"Field": f"{_SECTIONS[item.section]}: {label}"}
-        row.update({name: _shown(item.name, value) for name, value in zip(names, item.values, strict=True)})
+        row: dict[str, Any] = {"Field": f"{_SECTIONS[item.section]}: {plain(label)}"}
+        row.update({plain(name): _shown(item.name, value) for name, value in zip(names, item.values, strict=True)})
         rows.append(row)
     return pd.DataFrame(rows).set_index("Field")
 
 
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, str) and (name.endswith(("hash", "fingerprint", "revision"))) and value:
-        return f"`{value[:12]}`"
+        return code(value[:12])
     if name == "code_dirty":
         return {True: "with changes", False: "clean"}.get(value, "unknown")
-    return value_text(value)
+    return plain(value_text(value))
 
 
 def _charts(groups: Sequence[Group]) -> None:
@@ -271,7 +306,7 @@ def _charts(groups: Sequence[Group]) -> None:
 
 def _pooled(group: Group) -> dict[str, list[float]]:
     pooled: dict[str, list[float]] = {"TTFT": [], "TPOT": [], "ITL": [], "E2E": []}
-    for run in group.runs:
+    for run in group.counted or group.runs[:1]:
         for name, values in latencies(run).items():
             pooled[name] += values
     return pooled

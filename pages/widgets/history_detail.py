@@ -27,22 +27,28 @@ from pages.widgets.history_charts import (
 )
 from pages.widgets.history_values import (
     HEADLINES,
+    QUALITY,
     STATUS_COLORS,
     changed_knobs,
     code_text,
+    disturbance_lines,
     known_knobs,
     metric_info,
     metric_text,
     moment_text,
     number_text,
+    reference_text,
     run_name,
     setting_words,
+    status_words,
 )
 from pages.widgets.messages import bytes_text, value_text
+from pages.widgets.text import badge_label, code, plain
 from storage import RunRow, Store
 
 _TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
 _TIMELINE_MOST = 400
+_DISTURBANCES_SHOWN = 5
 
 
 def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
@@ -60,10 +66,11 @@ def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
 
 def _heading(store: Store, row: RunRow, run: RunResult) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        st.subheader(run_name(run), anchor=False, width="content")
-        st.badge(run.status, color=STATUS_COLORS.get(run.status, "gray"))  # type: ignore[arg-type]
+        st.subheader(plain(run_name(run)), anchor=False, width="content")
+        for words in status_words(row):
+            st.badge(badge_label(words), color=STATUS_COLORS.get(words, "gray"))  # type: ignore[arg-type]
         for words in setting_words(run.provenance.config):
-            st.badge(words, color="gray")
+            st.badge(badge_label(words), color="gray")
         with st.popover("Rename", icon=":material/edit:", type="tertiary"):
             key = f"history-label-{run.run_id}"
             st.text_input("Label", run.label, key=key, max_chars=200)
@@ -77,24 +84,37 @@ def _heading(store: Store, row: RunRow, run: RunResult) -> None:
             show_problem(key)
     facts = [
         moment_text(run.started_unix_s),
-        run.provenance.model,
-        f"workload {row.workload_name}" if row.workload_name else "",
+        plain(run.provenance.model),
+        f"workload {plain(row.workload_name)}" if row.workload_name else "",
         f"{run.duration_s:,.1f} s" if run.duration_s else "",
         f"code {code_text(run.provenance.code_revision, run.provenance.code_dirty)}",
     ]
-    st.caption(" · ".join(fact for fact in facts if fact))
+    st.caption(" · ".join(plain(fact) for fact in facts if fact))
 
 
 def _outcome(store: Store, row: RunRow, run: RunResult) -> None:
     """What a reader must know before any figure of a run that did not complete."""
     if run.status == "failed":
-        st.error(f"This run failed: {run.error or 'no reason was recorded.'}", icon=":material/error:")
+        st.error(f"This run failed: {plain(run.error or 'no reason was recorded.')}", icon=":material/error:")
     elif run.status == "cancelled":
         done = sum(request.finish_reason in ("stop", "length") for request in run.requests)
-        text = f"This run was cancelled after {done} of {len(run.requests)} requests. {run.error or ''}"
+        text = f"This run was cancelled after {done} of {len(run.requests)} requests. {plain(run.error or '')}"
         st.warning(text, icon=":material/cancel:")
     elif run.status == "running":
         _running(store, row)
+    if run.disturbed:
+        _disturbances(run)
+
+
+def _disturbances(run: RunResult) -> None:
+    lines = disturbance_lines(run)
+    shown = "".join(f"\n- {line}" for line in lines[:_DISTURBANCES_SHOWN])
+    more = f"\n- and {len(lines) - _DISTURBANCES_SHOWN} more" if len(lines) > _DISTURBANCES_SHOWN else ""
+    st.warning(
+        "This run was disturbed: its figures are not those of its setting alone, and it is left out of every average "
+        f"and comparison.{shown}{more}",
+        icon=":material/tsunami:",
+    )
 
 
 def _running(store: Store, row: RunRow) -> None:
@@ -156,7 +176,10 @@ def _events(run: RunResult) -> None:
     if not run.events:
         return
     with st.expander(f"Events ({len(run.events)})", icon=":material/flag:"):
-        rows = [{"Second": f"{event.t_s:.2f}", "Kind": event.kind, "Event": event.summary} for event in run.events]
+        rows = [
+            {"Second": f"{event.t_s:.2f}", "Kind": plain(event.kind), "Event": plain(event.summary)}
+            for event in run.events
+        ]
         st.table(pd.DataFrame(rows).set_index("Second"), border="horizontal")
 
 
@@ -230,15 +253,22 @@ def _all_metrics(run: RunResult) -> None:
         _metric_table(measured)
     st.markdown("**Everything else**")
     rest = (name for name in run.metrics if name not in ENERGY_METRICS and not name.startswith(tuple(_LATENCIES)))
-    _metric_table({name: run.metrics[name] for name in rest})
+    _metric_table({name: run.metrics[name] for name in rest}, reference_text(run))
 
 
-def _metric_table(metrics: Mapping[str, float | None]) -> None:
-    rows = [
-        {"Metric": info.label, "Value": metric_text(name, value), "What it is": info.definition}
-        for name, value in metrics.items()
-        if (info := metric_info(name))
-    ]
+def _metric_table(metrics: Mapping[str, float | None], reference: str = "") -> None:
+    """A line a metric; ``reference`` stands beside every figure of quality."""
+    rows = []
+    for name, value in metrics.items():
+        info = metric_info(name)
+        aside = f" **{plain(reference)}**" if reference and name in QUALITY else ""
+        rows.append(
+            {
+                "Metric": plain(info.label),
+                "Value": plain(metric_text(name, value)),
+                "What it is": f"{info.definition}{aside}",
+            }
+        )
     st.table(pd.DataFrame(rows).set_index("Metric"), border="horizontal")
 
 
@@ -261,7 +291,7 @@ def _provenance(run: RunResult) -> None:
     provenance = run.provenance
     left, right = st.columns(2, gap="large")
     with left:
-        _facts("Identity", _identity(run))
+        _facts("Identity", _identity(run), is_markdown=True)
         _facts("Path that ran", provenance.path)
         _facts("Workload", _flat(provenance.workload))
     with right:
@@ -271,20 +301,23 @@ def _provenance(run: RunResult) -> None:
     _repeat(run)
 
 
-def _identity(run: RunResult) -> dict[str, Any]:
+def _identity(run: RunResult) -> dict[str, str]:
+    """Which run this is, as Markdown."""
     provenance = run.provenance
     dirty = {True: "yes: the tree had changes", False: "no", None: "unknown"}[provenance.code_dirty]
-    return {
-        "Run": f"`{run.run_id}`",
-        "Model": provenance.model,
-        "Model fingerprint": f"`{provenance.model_fingerprint}`" if provenance.model_fingerprint else "–",
-        "Config hash": f"`{provenance.config_hash}`" if provenance.config_hash else "–",
-        "Workload hash": f"`{provenance.workload_hash}`" if provenance.workload_hash else "–",
-        "Seed": provenance.seed,
-        "Code revision": f"`{provenance.code_revision}`" if provenance.code_revision else "–",
+    facts = {
+        "Run": code(run.run_id),
+        "Model": plain(provenance.model),
+        "Model fingerprint": code(provenance.model_fingerprint) or "–",
+        "Config hash": code(provenance.config_hash) or "–",
+        "Workload hash": code(provenance.workload_hash) or "–",
+        "Seed": str(provenance.seed),
+        "Code revision": code(provenance.code_revision) or "–",
         "Code changed": dirty,
-        **({"Comparison": f"`{run.comparison_id}`, arm {run.arm}"} if run.comparison_id else {}),
     }
+    if run.comparison_id:
+        facts["Comparison"] = f"{code(run.comparison_id)}, arm {plain(str(run.arm))}"
+    return facts
 
 
 def _hardware(hardware: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,12 +345,13 @@ def _nested(items: list[Any]) -> bool:
     return any(isinstance(item, Mapping) for item in items)
 
 
-def _facts(title: str, facts: Mapping[str, Any]) -> None:
+def _facts(title: str, facts: Mapping[str, Any], *, is_markdown: bool = False) -> None:
     st.markdown(f"**{title}**")
     if not facts:
         st.caption("Not recorded.")
         return
-    words = {name.replace("_", " "): _fact_text(value) for name, value in facts.items()}
+    shown = str if is_markdown else plain
+    words = {shown(name.replace("_", " ")): shown(_fact_text(value)) for name, value in facts.items()}
     st.table(words, border="horizontal", hide_header=True)
 
 
@@ -337,12 +371,14 @@ def _knob_table(config: Mapping[str, Any]) -> None:
         return
     labels = known_knobs().labels
     rows = {
-        f"{'**' if name in changed else ''}{labels.get(name, name)}{'**' if name in changed else ''}": (
-            f"**{value_text(value)}**" if name in changed else value_text(value)
-        )
+        _marked(labels.get(name, name), name in changed): _marked(value_text(value), name in changed)
         for name, value in config.items()
     }
     st.table(rows, border="horizontal", hide_header=True)
+
+
+def _marked(text: str, bold: bool) -> str:
+    return f"**{plain(text)}**" if bold else plain(text)
 
 
 def _repeat(run: RunResult) -> None:

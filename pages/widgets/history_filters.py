@@ -12,6 +12,7 @@ import streamlit as st
 from pages.widgets.history_values import reader_timezone, setting_words
 from storage import Facets, RunFilter, RunRow
 
+_DISTURBED_HELP = "Runs during which a knob was changed by force or other requests came: left out of every average."
 _KINDS = {"bench": "single runs", "compare": "runs of a comparison"}
 
 
@@ -53,6 +54,9 @@ def filter_bar(facets: Facets, settings: Sequence[str]) -> Choice:
         kinds = st.multiselect(
             "Kind", facets.kinds, key="history-kind", placeholder="Any", format_func=lambda kind: _KINDS.get(kind, kind)
         )
+        disturbed = st.multiselect(
+            "Disturbed", ["yes", "no"], key="history-disturbed", placeholder="Any", help=_DISTURBED_HELP
+        )
         config_hash = st.text_input("Config hash", key="history-config-hash", placeholder="Exactly this one")
         st.button("Clear all filters", icon=":material/filter_alt_off:", on_click=_clear, width="stretch")
     since, until = _moments(days)
@@ -66,6 +70,7 @@ def filter_bar(facets: Facets, settings: Sequence[str]) -> Choice:
         until_unix_s=until,
         config_hash=(config_hash or "").strip() or None,
         comparison_id=st.query_params.get("comparison"),
+        disturbed=disturbed == ["yes"] if len(disturbed) == 1 else None,
     )
     return Choice(where, tuple(chosen))
 
@@ -73,7 +78,7 @@ def filter_bar(facets: Facets, settings: Sequence[str]) -> Choice:
 def _clear() -> None:
     for name in ("text", "config-hash"):
         st.session_state[f"history-{name}"] = ""
-    for name in ("status", "workload", "settings", "model", "kind"):
+    for name in ("status", "workload", "settings", "model", "kind", "disturbed"):
         st.session_state[f"history-{name}"] = []
     st.session_state["history-days"] = ()
     st.query_params.pop("comparison", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,15 @@ import pandas as pd
 import streamlit as st
 
 from engine.measure.metrics import METRICS
-from pages.widgets.history_values import RATIOS, STATUS_COLORS, code_text, reader_timezone, setting_words
+from pages.widgets.history_values import (
+    RATIOS,
+    STATUS_COLORS,
+    code_text,
+    reader_timezone,
+    run_name,
+    setting_words,
+    status_words,
+)
 from storage import RunRow
 
 _SHOWN_METRICS = ("output_tokens_s", "ttft_ms_p50", "tpot_ms_mean", "itl_ms_p99", "e2e_ms_p50")
@@ -35,7 +44,7 @@ def runs_table(rows: Sequence[RunRow]) -> list[str]:
         hide_index=True,
         placeholder="–",
         column_order=_SHOWN,
-        column_config=_columns(),
+        column_config=_columns(95 if all(len(status_words(row)) == 1 for row in rows) else 170),
         on_select="rerun",
         selection_mode="multi-row",
         selection_default={"selection": {"rows": [run_ids.index(run_id) for run_id in remembered]}},
@@ -54,12 +63,13 @@ def select_runs(run_ids: Sequence[str]) -> None:
 
 def table_of(rows: Sequence[RunRow]) -> pd.DataFrame:
     """One line a run: what identifies it, its setting as chips, and every metric in a column of its own name."""
-    started = pd.to_datetime([row.started_unix_s for row in rows], unit="s", utc=True)
+    moments = [math.nan if row.unshowable else row.started_unix_s for row in rows]
+    started = pd.to_datetime(moments, unit="s", utc=True)
     zone = reader_timezone()
     table = {
         "Started": started.tz_convert(zone) if zone is not None else started,
-        "Label": [row.label for row in rows],
-        "Status": [[row.status] for row in rows],
+        "Label": [row.label if row.unshowable is None else f"{run_name(row)}: {row.unshowable}" for row in rows],
+        "Status": [status_words(row) for row in rows],
         "Model": [row.model for row in rows],
         "Workload": [row.workload_name for row in rows],
         "Setting": [setting_words(row.provenance.config) for row in rows],
@@ -77,13 +87,13 @@ def table_of(rows: Sequence[RunRow]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def _columns() -> dict[str, Any]:
+def _columns(status_width: int) -> dict[str, Any]:
     number = st.column_config.NumberColumn
     columns: dict[str, Any] = {
         "Started": st.column_config.DatetimeColumn(format="D MMM, HH:mm:ss", width=115),
         "Label": st.column_config.TextColumn(width=170),
         "Status": st.column_config.MultiselectColumn(
-            options=list(STATUS_COLORS), color=list(STATUS_COLORS.values()), width=95
+            options=list(STATUS_COLORS), color=list(STATUS_COLORS.values()), width=status_width
         ),
         "Workload": st.column_config.TextColumn(width=90),
         "Setting": st.column_config.ListColumn(width=190, help="Knobs that are not at their default."),

@@ -15,11 +15,21 @@ from engine.config import knobs
 from engine.measure.metrics import METRICS, MetricInfo
 from engine.measure.results import RunResult
 from pages.widgets.messages import bytes_text, value_text
+from pages.widgets.text import plain
 from storage import RunRow
 
 HEADLINES = ("output_tokens_s", "ttft_ms_p50", "tpot_ms_mean", "itl_ms_p99", "e2e_ms_p50", "resident_bytes_peak")
+QUALITY = ("perplexity", "perplexity_se", "kl_mean_nats", "kl_p99_nats", "same_top_percent")
 RATIOS = ("slo_attainment", "acceptance_rate", "prefix_hit_rate")
-STATUS_COLORS = {"completed": "green", "running": "blue", "cancelled": "orange", "failed": "red"}
+DISTURBED, UNSHOWABLE = "disturbed", "cannot be shown"
+STATUS_COLORS = {
+    "completed": "green",
+    "running": "blue",
+    "cancelled": "orange",
+    "failed": "red",
+    DISTURBED: "orange",
+    UNSHOWABLE: "red",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +73,13 @@ def metric_text(name: str, value: float | None) -> str:
     return f"{number_text(value)} {unit}".rstrip()
 
 
+def reference_text(run: RunRow | RunResult) -> str:
+    """What the figures of quality are measured against; "" where none was measured."""
+    if not any(run.metrics.get(name) is not None for name in QUALITY):
+        return ""
+    return f"reference: {run.quality_reference or 'not recorded'}"
+
+
 def number_text(value: float) -> str:
     """A number with three to four telling digits; a whole number as it is.
 
@@ -85,8 +102,23 @@ def setting_words(config: Mapping[str, Any]) -> list[str]:
     return [f"{name.replace('_', ' ')} {value_text(value)}" for name, value in changed_knobs(config).items()]
 
 
+def status_words(run: RunRow) -> list[str]:
+    """How a run ended, and whether something else happened meanwhile: chips of its row."""
+    if run.unshowable is not None:
+        return [UNSHOWABLE]
+    return [run.status, DISTURBED] if run.disturbed else [run.status]
+
+
+def disturbance_lines(run: RunRow | RunResult) -> list[str]:
+    """What disturbed a run, each with its second of the run, as Markdown."""
+    entries = sorted(run.disturbed, key=lambda entry: entry["time_unix_s"])
+    return [f"after {entry['time_unix_s'] - run.started_unix_s:,.1f} s: {plain(entry['what'])}" for entry in entries]
+
+
 def run_name(run: RunRow | RunResult) -> str:
     """A run in a few words, for headings and lists."""
+    if isinstance(run, RunRow) and run.unshowable is not None:
+        return run.label or f"run {run.run_id[:12]}"
     arm = f"{run.arm}{'' if run.repeat is None else run.repeat + 1}" if run.arm else ""
     words = [run.label or str(run.provenance.workload.get("name", "")) or "run", arm]
     return " · ".join(word for word in words if word)

@@ -14,6 +14,8 @@ from engine.config import EngineConfig, Knob, Tier
 from pages.background.feed import Snapshot
 from pages.services import Services
 from pages.widgets.messages import error_text, value_text
+from pages.widgets.quality_reference import reference_note
+from pages.widgets.text import plain
 
 _TIER_COLORS = {Tier.LIVE: "green", Tier.SWAP: "violet", Tier.RELOAD: "gray"}
 _TIER_WORDS = {
@@ -97,7 +99,7 @@ def knob_panel(services: Services, knobs: Iterable[Knob], config: Mapping[str, A
     shown = [knob for knob in knobs if knob.tier is not Tier.RELOAD and not _single_choice(knob)]
     with st.container():  # always there: what stands below keeps its place, and with it its state in the browser
         if pending is not None:
-            names = ", ".join(f"{name} → {value_text(value)}" for name, value in pending.changes.items())
+            names = ", ".join(plain(f"{name} → {value_text(value)}") for name, value in pending.changes.items())
             st.info(f"Applying {names} … {time.monotonic() - pending.started:.0f} s", icon=":material/sync:")
     for group in dict.fromkeys(knob.group for knob in shown):
         with st.container(border=True, gap="small"):
@@ -123,9 +125,37 @@ def _live_control(services: Services, knob: Knob, config: Mapping[str, Any], pen
     if key not in st.session_state:
         st.session_state[key] = drawn.value
     control(knob, key, disabled=pending is not None, on_change=_apply, args=(services, knob, key))
+    if knob.name == "weights" and drawn.value != knob.default:
+        st.caption(plain(stored_note(services)))
     refusal = st.session_state.get("knob_errors", {}).get(knob.name)
     if refusal:
         st.error(refusal)
+        _offer_force(services, knob)
+
+
+def stored_note(services: Services) -> str:
+    """What a loss of the loaded model's quality is counted from, see :func:`reference_note`."""
+    engine = services.feed.latest().engine
+    return reference_note(str(engine.model.get("stored_as", ""))) if engine is not None else ""
+
+
+def _offer_force(services: Services, knob: Knob) -> None:
+    """A button that makes the refused change all the same, where only a run in progress stands against it."""
+    changes = st.session_state.get("disturbing_change", {})
+    if knob.name in changes:
+        words = f"Change to {plain(value_text(changes[knob.name]))} anyway (marks the run)"
+        st.button(
+            words,
+            key=f"force-{knob.name}",
+            icon=":material/flag:",
+            on_click=_send,
+            args=(services, knob, changes, True),
+        )
+
+
+def _is_run_in_progress(problem: BaseException) -> bool:
+    """True for a refusal that says: a run is being recorded, and this would disturb it."""
+    return getattr(problem, "status_code", None) == 409 and getattr(problem, "field", None) == "run"
 
 
 @dataclasses.dataclass
@@ -174,8 +204,14 @@ def _apply(services: Services, knob: Knob, key: str) -> None:
     # The control is drawn disabled next, and of a disabled control Streamlit drops what came from the browser in the
     # same pass: it would show the old value while the engine takes the new one. A value that is set stays.
     st.session_state[key] = value
+    _send(services, knob, {knob.name: value})
+
+
+def _send(services: Services, knob: Knob, changes: dict[str, Any], force: bool = False) -> None:
+    """Send a change of a knob to the engine; with ``force`` also at the cost of a run in progress (a callback too)."""
     st.session_state["knob_errors"] = {}
-    pending = PendingChange({knob.name: value}, services.change({knob.name: value}))
+    st.session_state["disturbing_change"] = {}
+    pending = PendingChange(changes, services.change(changes, force=force))
     st.session_state["pending_change"] = pending
     if knob.tier is Tier.LIVE:
         concurrent.futures.wait([pending.future], timeout=_LIVE_WAIT_S)
@@ -195,6 +231,7 @@ def settle_change(services: Services) -> bool:
         name = getattr(problem, "field", None)
         name = name if name in pending.changes else next(iter(pending.changes))
         st.session_state["knob_errors"] = {name: error_text(problem)}
+        st.session_state["disturbing_change"] = pending.changes if _is_run_in_progress(problem) else {}
     else:
         result = pending.future.result()
         st.session_state.setdefault("toasts", []).append(change_text(result))
@@ -206,13 +243,14 @@ def settle_change(services: Services) -> bool:
 def change_text(result: Any) -> str:
     """The outcome of a reconfiguration in a sentence or two."""
     changed = ", ".join(
-        f"{name}: {value_text(old)} → **{value_text(new)}**" for name, (old, new) in dict(result.changed).items()
+        f"{plain(name)}: {plain(value_text(old))} → **{plain(value_text(new))}**"
+        for name, (old, new) in dict(result.changed).items()
     )
     if not changed:
         return "Nothing changed: that setting was already in force."
     prepared = f", prepared in {result.prepare_ms:.0f} ms beside it" if result.prepare_ms >= 1 else ""
     flight = f" {result.requests_in_flight} requests in flight went on." if result.requests_in_flight else ""
-    notes = "".join(f"\n\n{note}" for note in result.notes)
+    notes = "".join(f"\n\n{plain(note)}" for note in result.notes)
     return f"{changed}. The engine paused {result.pause_ms:.1f} ms{prepared}.{flight}{notes}"
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
 
+from pages.widgets.text import plain
+
 
 def error_text(problem: BaseException) -> str:
-    """An error for people: the field in bold, what is wrong, the remedy."""
+    """An error for people, as Markdown: the field in bold, what is wrong, the remedy."""
     field, message = getattr(problem, "field", None), getattr(problem, "message", None)
     remedy = getattr(problem, "remedy", None)
     text = message or str(problem) or type(problem).__name__
-    return f"{f'**{field}**: ' if field else ''}{text}{f' {remedy}' if remedy else ''}"
+    return f"{f'**{plain(field)}**: ' if field else ''}{plain(text)}{f' {plain(remedy)}' if remedy else ''}"
 
 
 def show_error(problem: BaseException) -> None:

@@ -11,6 +11,7 @@ from engine.capacity import Deployment, OperatingPoint, Plan, Remedy
 from engine.capacity.deployment import warnings_of
 from engine.capacity.words import gib
 from pages.widgets.plan_inputs import apply_changes, key, size_text
+from pages.widgets.text import plain
 
 
 def fleet(plan: Plan) -> str:
@@ -26,24 +27,25 @@ def requests_text(count: int) -> str:
 
 
 def sentence(answer: Deployment) -> str:
-    """The answer in one sentence.
+    """The answer in one sentence, as Markdown.
 
     For example "4 × H100 SXM 80GB hold Llama-3.1-70B with 32 concurrent requests of 8,192 tokens: TTFT p95 390 ms, 28
     ms a token, $1.23 per million output tokens, 41 % headroom."
     """
     plan, asked = answer.plan, answer.plan.request
     several = asked.gpus > 1
-    goal = f"{asked.spec.name} with {requests_text(asked.concurrency)} of {asked.context:,} tokens"
+    model, hardware = plain(asked.spec.name), plain(fleet(plan))
+    goal = f"{model} with {requests_text(asked.concurrency)} of {asked.context:,} tokens"
     if not plan.fits:
         each = " on each" if several else ""
-        return f"{fleet(plan)} cannot hold {goal}: {gib(plan.shortfall)} are missing{each}."
+        return f"{hardware} cannot hold {goal}: {gib(plan.shortfall)} are missing{each}."
     if answer.rate is not None:
-        goal = f"{asked.spec.name}"
+        goal = model
         if answer.point is not None and not answer.point.stable:
             most = answer.serving.capacity() if answer.serving else 0.0
-            return f"{fleet(plan)} cannot serve {answer.rate:,.2f} requests a second of {goal}: at most {most:,.2f}."
+            return f"{hardware} cannot serve {answer.rate:,.2f} requests a second of {goal}: at most {most:,.2f}."
         goal += f" at {answer.rate:,.2f} requests a second"
-    return f"{fleet(plan)} {'hold' if several else 'holds'} {goal}{_quality(answer)}."
+    return f"{hardware} {'hold' if several else 'holds'} {goal}{_quality(answer)}."
 
 
 def _quality(answer: Deployment) -> str:
@@ -88,7 +90,7 @@ def answer(found: Deployment) -> None:
 
 def _warnings(lines: Sequence[str]) -> None:
     for line in lines:
-        st.caption(f":orange[:material/warning:] {line}")
+        st.caption(f":orange[:material/warning:] {plain(line)}")
 
 
 def _load_figures(found: Deployment, point: OperatingPoint) -> None:
@@ -202,7 +204,7 @@ def remedies(plan: Plan, found: Sequence[Remedy]) -> None:
 
 def _remedy(index: int, remedy: Remedy) -> None:
     text, spare, button = st.columns([5, 2, 1], vertical_alignment="center")
-    text.markdown(f"{index + 1}. **{remedy.title}** :gray[– {remedy.cost}]")
+    text.markdown(f"{index + 1}. **{plain(remedy.title)}** :gray[– {plain(remedy.cost)}]")
     spare.markdown(f":gray[leaves {gib(remedy.spare_bytes)}]")
     button.button(
         "Apply",

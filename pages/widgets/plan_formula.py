@@ -7,6 +7,7 @@ import streamlit as st
 from engine.capacity import Plan, compare_kv_formulas
 from engine.capacity.kv import Factor, KVFormula
 from engine.capacity.words import gib
+from pages.widgets.text import plain
 
 
 def formulas(plan: Plan) -> None:
@@ -18,7 +19,7 @@ def formulas(plan: Plan) -> None:
         asked.block_size,
         asked.kv_dtype,
         asked.tp,
-        frees_windows=asked.profile.frees_windows,
+        frees_windows=asked.profile.frees_windows_of(asked.spec),
     )
     st.markdown(f"**KV cache of one request of {asked.context:,} tokens**")
     left, right = st.columns(2, gap="small")
@@ -28,7 +29,7 @@ def formulas(plan: Plan) -> None:
         st.markdown(f"As commonly published {badge}")
         _formula(both.published)
         for error in both.errors:
-            st.markdown(f":red[:material/close:] {error}")
+            st.markdown(f":red[:material/close:] {plain(error)}")
     with right, st.container(border=True, height="stretch"):
         each = f" on each of {asked.tp} GPUs" if asked.tp > 1 else ""
         st.markdown(f"As it is{each} :green-badge[used for this plan]")

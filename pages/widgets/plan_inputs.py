@@ -26,10 +26,12 @@ from engine.capacity.families import FAMILIES
 from engine.errors import ConfigError, HeadroomError
 from pages.widgets.messages import show_error
 from pages.widgets.plan_machine import PREFIX, machine_gpus
+from pages.widgets.plan_shape import entered_shape
 
 NGRAM = "n-gram look-up"
 EXPERTS = {"split": "split like the rest", "whole": "whole, spread over the GPUs"}
 UPLOAD = "Another model: upload its config.json"
+SHAPE = "Another model: enter its shape"
 WEIGHTS = {
     "bf16": "BF16",
     "fp8": "FP8",
@@ -139,21 +141,25 @@ def apply_changes(changes: dict[str, Any]) -> None:
         st.session_state[key(names.get(field, field))] = value.name if isinstance(value, Gpu) else value
 
 
-def read_config(data: bytes, name: str) -> ModelSpec:
-    """The model that an uploaded ``config.json`` describes.
+def read_config(data: bytes, name: str, quantization: bytes | None = None) -> ModelSpec:
+    """The model that an uploaded ``config.json`` describes, with the ``hf_quant_config.json`` beside it, if any.
 
     Raises:
         ConfigError: naming what is wrong and the remedy.
     """
+    beside = None if quantization is None else _json(quantization, "hf_quant_config.json", "hf_quant_config.json")
+    return ModelSpec.from_hf_config(_json(data, name, "config.json"), name.removesuffix(".json"), beside)
+
+
+def _json(data: bytes, name: str, field: str) -> Any:
     try:
-        config = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError) as problem:
         raise ConfigError(
             f"{name} is not JSON ({str(problem)[:80]}).",
-            field="config.json",
+            field=field,
             remedy="Download the file again from the model's repository, and upload it unchanged.",
         ) from None
-    return ModelSpec.from_hf_config(config, name.removesuffix(".json"))
 
 
 def _state(name: str) -> Any:
@@ -183,13 +189,14 @@ def _model() -> ModelSpec | None:
     names = sorted(model_names(), key=str.lower)
     chosen = st.selectbox(
         "Model",
-        [*names, UPLOAD],
+        [*names, UPLOAD, SHAPE],
         index=names.index(DEFAULTS["model"]),
         help="Real configurations of published models. Type to search. Instruct and chat versions have the same sizes.",
         **_widget("model"),
     )
     try:
-        spec = _uploaded() if chosen == UPLOAD else model_spec(str(chosen))
+        own = {UPLOAD: _uploaded, SHAPE: entered_shape}.get(str(chosen))
+        spec = model_spec(str(chosen)) if own is None else own()
     except HeadroomError as problem:
         show_error(problem)
         return None
@@ -207,9 +214,19 @@ def _uploaded() -> ModelSpec | None:
         key=key("config"),
     )
     if file is None:
-        st.caption(f"Families known: {', '.join(sorted({family.model_type for family in FAMILIES}))}.")
+        st.caption(
+            f"Families known: {', '.join(sorted({family.model_type for family in FAMILIES}))}. Of any other, enter the "
+            "shape."
+        )
         return None
-    return read_config(file.getvalue(), file.name)
+    beside = st.file_uploader(
+        "hf_quant_config.json (if the repository has one)",
+        type="json",
+        max_upload_size=_LARGEST_UPLOAD_MB,
+        help="NVIDIA ModelOpt writes how a checkpoint is quantized into this file.",
+        key=key("quantization"),
+    )
+    return read_config(file.getvalue(), file.name, None if beside is None else beside.getvalue())
 
 
 def _describe(spec: ModelSpec) -> str:

@@ -19,8 +19,10 @@ from engine.capacity import (
     launch_commands,
     plan_document,
 )
-from engine.paths import headroom_home
+from engine.paths import headroom_home, private_dir
+from kernels.trust import private_file
 from pages.widgets.plan_inputs import DEFAULTS, key
+from pages.widgets.text import plain
 
 _LONGEST_NAME = 60
 
@@ -29,10 +31,10 @@ def launch(found: Deployment) -> None:
     """Commands that start one copy of the plan."""
     with st.expander("Start it: vLLM, SGLang, Headroom", icon=":material/terminal:"):
         for item in launch_commands(found.plan.request, found.workload):
-            st.markdown(f"**{item.engine}**")
+            st.markdown(f"**{plain(item.engine)}**")
             st.code(item.command, language="bash", wrap_lines=True)
             for remark in item.remarks:
-                st.caption(f":orange[:material/warning:] {remark}")
+                st.caption(f":orange[:material/warning:] {plain(remark)}")
 
 
 def save_and_compare(found: Deployment) -> None:
@@ -72,9 +74,8 @@ def _downloads(document: dict[str, Any]) -> None:
 
 def save_plan(document: dict[str, Any]) -> None:
     """Keep a plan under its name; a plan of the same name is replaced."""
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{_slug(document['name'])}.json").write_text(as_json(document), encoding="utf-8")
+    file = private_file(private_dir(_folder()) / f"{_slug(document['name'])}.json")
+    file.write_text(as_json(document), encoding="utf-8")
 
 
 def saved_plans() -> dict[str, dict[str, Any]]:

@@ -12,12 +12,18 @@ from pages.background.recorder import Job
 from pages.services import Services, WorkerView
 from pages.widgets.actions import act, show_problem
 from pages.widgets.messages import seconds_text
+from pages.widgets.text import badge_label, plain
 
 _INTERVAL_S = {"loading": 0.5, "ready": 2.0, "failed": 5.0, "dead": None}
 
 
 def status_strip(services: Services) -> None:
-    """Draw the strip; it polls fast while something changes and not at all once the worker is dead."""
+    """Draw the strip; it polls fast while something changes and not at all once the worker is dead.
+
+    It is also what wakes a page that stands still: one that sets ``drawn_version`` is drawn anew when the feed has
+    another one (see :attr:`pages.background.feed.Snapshot.version`), so that it needs no poll of its own.
+    """
+    st.session_state["drawn_version"] = None
     phase = services.view().phase
     st.session_state["worker_phase"] = phase
     st.fragment(_strip, run_every=_INTERVAL_S[phase])(services)
@@ -41,7 +47,7 @@ def _strip(services: Services) -> None:
 
 
 def _loading(view: WorkerView) -> None:
-    text = f"Loading **{view.model}**: {view.stage}"
+    text = f"Loading **{plain(view.model)}**: {plain(view.stage)}"
     if view.progress is None:
         st.progress(0.0, text=text)
     else:
@@ -49,36 +55,37 @@ def _loading(view: WorkerView) -> None:
 
 
 def _ready(services: Services) -> None:
-    snapshot = services.feed.read(max_age_s=3.0)
+    snapshot = services.feed.read(max_age_s=1.5, samples=False)
+    drawn = st.session_state.get("drawn_version")
+    if drawn is not None and drawn != snapshot.version and not snapshot.error:
+        st.rerun()  # a page that stands still while nothing happens has something new to draw
     engine = snapshot.engine
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         if engine is None:
             st.badge("Not answering", icon=":material/hourglass_empty:", color="orange")
-            st.caption(snapshot.error or "waiting for the engine")
+            st.caption(plain(snapshot.error or "waiting for the engine"))
             return
         st.badge("Ready", icon=":material/check_circle:", color="green")
         st.caption(_ready_line(engine), width="content")
         job = services.recorder.active()
         if job is not None:
-            st.badge(_job_line(job), icon=":material/science:", color="blue")
+            st.badge(badge_label(_job_line(job)), icon=":material/science:", color="blue")
 
 
 def _former_model(view: WorkerView) -> None:
     """While another model is being loaded beside the one that serves, and after that has failed."""
     if view.progress is not None and view.progress < 1.0:
-        st.progress(min(max(float(view.progress), 0.0), 1.0), text=view.stage)
+        st.progress(min(max(float(view.progress), 0.0), 1.0), text=plain(view.stage))
     if view.error:
-        st.warning(
-            f"The last load failed: {view.error.rstrip('.')}. {view.remedy or ''} **{view.model}** serves on.",
-            icon=":material/warning:",
-        )
+        told = plain(f"The last load failed: {view.error.rstrip('.')}. {view.remedy or ''}")
+        st.warning(f"{told} **{plain(view.model)}** serves on.", icon=":material/warning:")
 
 
 def _ready_line(engine: EngineStatus) -> str:
     path = engine.path
-    facts = [f"**{engine.model.get('name', '?')}**"]
-    facts += [str(path[name]) for name in ("device", "dtype") if path.get(name)]
-    facts.append(f"weights {engine.config.get('weights')}")
+    facts = [f"**{plain(engine.model.get('name', '?'))}**"]
+    facts += [plain(path[name]) for name in ("device", "dtype") if path.get(name)]
+    facts.append(f"weights {plain(engine.config.get('weights'))}")
     facts.append(f"{engine.running} running, {engine.waiting} waiting")
     return " · ".join(facts)
 
@@ -92,7 +99,7 @@ def _job_line(job: Job) -> str:
 def _failed(view: WorkerView) -> None:
     reason = (view.error or "unknown reason").rstrip(".")
     st.error(
-        f"**{view.model}** could not be loaded: {reason}. {view.remedy or ''} "
+        f"**{plain(view.model)}** could not be loaded: {plain(reason)}. {plain(view.remedy or '')} "
         "Choose another model or other limits under *Load model* on the Live page.",
         icon=":material/error:",
     )
@@ -101,10 +108,10 @@ def _failed(view: WorkerView) -> None:
 
 def _dead(services: Services, view: WorkerView) -> None:
     left, right = st.columns([5, 1], vertical_alignment="center")
-    lost = ", ".join(f"**{job.title}**" for job in services.lost_jobs())
+    lost = ", ".join(f"**{plain(job.title)}**" for job in services.lost_jobs())
     told = f" The run in progress ({lost}) is recorded as failed." if lost else ""
     left.error(
-        f"The engine worker has stopped: {view.ending}.{told} Everything recorded before is intact.",
+        f"The engine worker has stopped: {plain(view.ending)}.{told} Everything recorded before is intact.",
         icon=":material/dangerous:",
     )
     right.button(
@@ -127,7 +134,7 @@ def _log(view: WorkerView) -> None:
 
 def _unrecorded(services: Services, job: Job) -> None:
     st.error(
-        f"**{job.title}** was measured but could not be recorded: {job.storage_error} "
+        f"**{plain(job.title)}** was measured but could not be recorded: {plain(job.storage_error)} "
         "Free some space or repair the database, then try again; or keep the result as a file.",
         icon=":material/save:",
     )

@@ -11,6 +11,7 @@ import streamlit as st
 from engine.telemetry_gpu import own_gpu
 from pages.widgets.live_charts import Chart, draw_charts
 from pages.widgets.messages import bytes_text
+from pages.widgets.text import plain
 
 Sample = Mapping[str, Any]
 
@@ -79,12 +80,12 @@ def headline(sample: Sample) -> str:
         system = sample["system"]
         machine = f"**Machine** · {system['cpu_count']} cores, {bytes_text(system['memory_total_bytes'])}"
         if not gpus:
-            return f"{machine} · no GPU reading: {sample.get('gpu_reason') or 'there is no NVIDIA GPU.'}"
-        return f"{machine} · the model is not on a GPU; {', '.join(map(_other_gpu, gpus))}"
-    words = [f"**{gpu['name'] or 'GPU'}** · GPU {gpu['index']} of NVML"]
+            return f"{machine} · no GPU reading: {plain(sample.get('gpu_reason') or 'there is no NVIDIA GPU.')}"
+        return f"{machine} · the model is not on a GPU; {plain(', '.join(map(_other_gpu, gpus)))}"
+    words = [f"**{plain(gpu['name'] or 'GPU')}** · GPU {gpu['index']} of NVML"]
     if gpu["error"]:
-        words.append(f":red-badge[cannot be read: {gpu['error']}]")
-    words += [f":orange-badge[clocks held back: {reason}]" for reason in gpu["throttle_reasons"] or ()]
+        words.append(f":red-badge[cannot be read: {plain(gpu['error'])}]")
+    words += [f":orange-badge[clocks held back: {plain(reason)}]" for reason in gpu["throttle_reasons"] or ()]
     return " ".join(words)
 
 

@@ -11,6 +11,7 @@ from pages.background.recorder import Job
 from pages.services import Services
 from pages.widgets.actions import act, show_problem
 from pages.widgets.messages import history_link, seconds_text, show_error
+from pages.widgets.text import plain
 
 _POLL_S = 1.0
 _HEADLINES = (
@@ -33,7 +34,7 @@ def workload_choice(services: Services, key: str) -> Mapping[str, Any] | None:
     if name is None:
         return None
     chosen = by_name[name]
-    st.caption(str(chosen.get("description", "")))
+    st.caption(plain(chosen.get("description", "")))
     return chosen
 
 
@@ -83,25 +84,26 @@ def _launch(services: Services) -> None:
 
 def job_card(services: Services, job: Job) -> None:
     """Progress of a job while it runs, its headline numbers or its error afterwards."""
+    title = plain(job.title)
     with st.container(border=True, gap="small"):
         if job.active:
             progress(services, job)
         elif job.state == "completed" and job.results:
-            st.markdown(f"**{job.title}** :green-badge[recorded]" if not job.unrecorded else f"**{job.title}**")
+            st.markdown(f"**{title}** :green-badge[recorded]" if not job.unrecorded else f"**{title}**")
             _headlines(job)
             history_link(run=job.results[-1].run_id)
         else:
             color = "red" if job.state == "failed" else "gray"
-            st.markdown(f"**{job.title}** :{color}-badge[{job.state}]")
+            st.markdown(f"**{title}** :{color}-badge[{job.state}]")
             if job.error:
-                st.caption(job.error)
+                st.caption(plain(job.error))
 
 
 def progress(services: Services, job: Job) -> None:
     """Progress bar, time left and the cancel button of a running job."""
     share = min(job.done / job.total, 1.0) if job.total else 0.0
     left = f", about {seconds_text(job.eta_s)} left" if job.eta_s is not None else ""
-    st.progress(share, text=f"**{job.title}**: {job.detail or 'starting'}{left}")
+    st.progress(share, text=f"**{plain(job.title)}**: {plain(job.detail or 'starting')}{left}")
     place = f"cancel-{job.job_id}"
     st.button("Cancel", icon=":material/cancel:", key=place, on_click=act, args=(place, services.recorder.cancel, job))
     show_problem(place)

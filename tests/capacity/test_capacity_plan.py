@@ -176,3 +176,11 @@ def test_limit_of_the_engine_below_that_of_memory_is_pointed_out():
     answer = plan(_request("Llama-3.1-8B", context=2048, max_num_seqs=16))
     assert answer.max_concurrency > 16
     assert any("raise max_num_seqs" in line for line in answer.warnings)
+
+
+def test_our_engine_keeps_a_window_where_every_layer_has_one_and_everything_where_one_sees_all():
+    def kept(model: str, context: int) -> int:
+        return plan(_request(model, profile="headroom", context=context)).kv_bytes_per_sequence
+
+    assert kept("Mistral-7B-v0.1", 16_384) == kept("Mistral-7B-v0.1", 4096) == 4096 * 131_072
+    assert kept("Gemma-3-4b", 16_384) == 4 * kept("Gemma-3-4b", 4096)

@@ -19,7 +19,8 @@ from engine.core import Engine
 from engine.errors import CapacityError
 from engine.layers.linear import Linear
 from engine.loop import EngineLoop
-from engine.models import load_model, loader, weight_exchange
+from engine.models import load_model, weight_exchange, weight_reader
+from engine.models.weight_making import CheckpointRows
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
 from engine.server.host import EngineHost
@@ -68,7 +69,7 @@ def expected(tiny_llama: Path) -> list[int]:
 
 
 # Where a swap can run out: making the first or a later layer's weights, or putting them in place.
-SWAP_POINTS: list[tuple[Any, str, int]] = [(weight_exchange, "_make", 1), (weight_exchange, "_make", 6)]
+SWAP_POINTS: list[tuple[Any, str, int]] = [(weight_exchange, "make_weight", 1), (weight_exchange, "make_weight", 6)]
 SWAP_POINTS += [(Linear, "exchange", 1), (Linear, "exchange", 5)]
 
 
@@ -133,7 +134,7 @@ def test_swap_that_runs_out_of_memory_in_a_served_engine_leaves_it_serving(
 
 def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[weakref.ref[Any]] = []
-    original = weight_exchange._make
+    original = weight_exchange.make_weight
 
     def remember(*arguments: Any) -> Any:
         if len(made) == 5:
@@ -143,7 +144,7 @@ def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, mon
         return format
 
     engine = make_engine(tiny_llama)
-    monkeypatch.setattr(weight_exchange, "_make", remember)
+    monkeypatch.setattr(weight_exchange, "make_weight", remember)
     with pytest.raises(CapacityError) as refusal:
         engine.reconfigure({"weights": "int8"})
     gc.collect()
@@ -153,8 +154,8 @@ def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, mon
 
 
 # Where a load can run out: reading a tensor, quantizing, allocating the cache.
-LOAD_POINTS = [(loader, "read_tensor", 1, "model"), (loader, "read_tensor", 9, "model")]
-LOAD_POINTS += [(weight_exchange, "_make", 3, "weights"), (core, "KVCache", 1, "memory_limit_gib")]
+LOAD_POINTS = [(CheckpointRows, "read", 1, "model"), (CheckpointRows, "read", 9, "model")]
+LOAD_POINTS += [(weight_reader, "make_weight", 3, "model"), (core, "KVCache", 1, "memory_limit_gib")]
 
 
 @pytest.mark.parametrize("problem", FAILURES, ids=lambda p: type(p).__name__)

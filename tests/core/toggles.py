@@ -12,6 +12,7 @@ from engine.config import EngineConfig, Tier, knobs
 VALUES: dict[str, list[Any]] = {
     "batching": ["continuous", "static"],
     "max_running": [16, 2],
+    "max_waiting": [1024, 64],
     "token_budget": [64, 7],
     "chunked_prefill": [True, False],
     "preemption": [True, False],
@@ -25,7 +26,7 @@ VALUES: dict[str, list[Any]] = {
     "execution": ["auto", "eager"],
     "sampling": ["auto", "torch"],
 }
-LIMITS = ("max_running", "token_budget")
+LIMITS = ("max_running", "max_waiting", "token_budget")
 LOSSLESS: list[dict[str, Any]] = [
     {name: value} for name, values in VALUES.items() if name not in LIMITS for value in values
 ] + [{"speculation": "ngram", "ngram_min": 1, "draft_length": 7}]

@@ -48,14 +48,17 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def page(browser, dashboard):
-    """A tab; a script error on any page, or a request that leaves this machine, fails the test."""
+    """A tab; a script error, a request that leaves this machine or that the content policy refuses fails the test."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
     opened = context.new_page()
     opened.set_default_timeout(_PATIENCE_MS)
     abroad: list[str] = []
     opened.on("request", lambda request: abroad.append(request.url) if is_abroad(request.url) else None)
+    refused: list[str] = []
+    opened.on("console", lambda said: refused.append(said.text) if "Content Security Policy" in said.text else None)
     yield opened
     assert not abroad
+    assert not refused
     assert opened.get_by_test_id("stException").count() == 0
     context.close()
 

@@ -62,20 +62,19 @@ class Dashboard:
 def running_dashboard(home: Path) -> Iterator[Dashboard]:
     """Start a dashboard on a free port with a HEADROOM_HOME of its own that shares the fetched models."""
     _share_models(home)
-    port = _free_port()
+    port = free_port()
     log = home / "dashboard.log"
     environment = {**os.environ, "HEADROOM_HOME": str(home), "HEADROOM_MODEL": "smollm2-135m"}
     environment.pop("HEADROOM_DB", None)
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    command += ["--server.address", "127.0.0.1", "--server.port", str(port)]
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_up(process, url, log)
+        wait_until_up(process, url, log)
         yield Dashboard(process, url, home, log)
     finally:
-        _stop(process)
+        stop(process)
 
 
 def _share_models(home: Path) -> None:
@@ -91,13 +90,15 @@ def _share_models(home: Path) -> None:
             (home / name).symlink_to(source)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Wait for the answer of a Streamlit server that was just started."""
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -108,7 +109,8 @@ def _wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> Non
     raise AssertionError(f"the dashboard did not start within {_START_S} s:\n{log.read_text()[-2000:]}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and what it has started."""
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGINT)
     try:

@@ -18,6 +18,7 @@ from engine.models.decoder import Decoder
 from engine.models.decoder_config import read_decoder_config
 from engine.models.families import family_of
 from engine.models.loader import LoadedModel
+from engine.models.weight_reader import WeightSource
 
 LLAMA_3_1_8B: dict[str, Any] = {
     "model_type": "llama",
@@ -126,7 +127,7 @@ def make(config: dict[str, Any], device: torch.device, dtype: torch.dtype, token
     return LoadedModel(
         name="random llama",
         spec=ModelSpec.from_hf_config(config),
-        decoder=Decoder(decoder_config, checkpoint.tensor),
+        decoder=Decoder(decoder_config, WeightSource(checkpoint, device, dtype)),
         tokenizer=tokenizer,
         eos_token_ids=(),
         max_position=decoder_config.max_position,

@@ -61,9 +61,12 @@ def test_loaded_model_describes_itself(folder):
     assert model.weights_path() == "model: bfloat16 matmul"
 
 
-def test_generation_settings_decide_where_a_generation_ends(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 256]}))
-    assert load_model(str(folder), device="cpu").eos_token_ids == (7, 256)
+def test_a_generation_ends_where_the_generation_settings_or_the_tokenizer_say(folder):
+    """A chat fine-tune keeps its base model's settings (end of text) beside its own tokenizer (end of turn)."""
+    settings = folder / "generation_config.json"
+    for stated, expected in (([7, 256], (7, 256)), (7, (7, 256)), ([True, -1, None, 9], (9, 256)), (None, (256,))):
+        settings.write_text(json.dumps({"eos_token_id": stated}))
+        assert load_model(str(folder), device="cpu").eos_token_ids == expected
 
 
 def test_fingerprint_follows_the_content(folder):

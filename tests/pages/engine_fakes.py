@@ -138,6 +138,7 @@ class FakeClient:
         self.loads: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.prefix_resets = 0
+        self.recording = ""
         self.job_polls = 3
         self.hold_after = 1 << 30
         self.release = threading.Event()
@@ -159,6 +160,7 @@ class FakeClient:
         engine = EngineStatus(
             model={
                 "name": "fake-135m", "family": "llama", "source": "gguf", "fingerprint": "f" * 64, "layers": 30,
+                "stored_as": "mostly Q4_1 (79 %, GGUF)",
                 "parameters": 134_515_008, "heads": 9, "kv_heads": 3, "head_dim": 64, "context_length": 2048,
             },
             config=self.config_now.to_dict(),
@@ -181,8 +183,11 @@ class FakeClient:
     def config(self) -> dict[str, Any]:
         return {"config": self.config_now.to_dict(), "hash": self.config_now.hash(), "knobs": engine_config.schema()}
 
-    def patch_config(self, changes: Mapping[str, Any]) -> ReconfigureResult:
+    def patch_config(self, changes: Mapping[str, Any], *, force: bool = False) -> ReconfigureResult:
         self._check()
+        if self.recording and not force:
+            message = f"{self.recording} is in progress, and this would disturb it."
+            raise FakeApiError(message, field="run", remedy="Wait for it.", status_code=409)
         self.patches.append(dict(changes))
         before, self.config_now = self.config_now, self.config_now.with_changes(changes)
         changed = before.difference(self.config_now)

@@ -8,7 +8,7 @@ import time
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from tests.pages.engine_fakes import PAGES
+from tests.pages.engine_fakes import PAGES, FakeApiError
 
 
 @pytest.fixture
@@ -227,3 +227,67 @@ def test_a_shape_that_could_not_be_prepared_is_shown_with_its_reason(page, clien
     page.run()
     assert not page.exception
     assert "2–2048 tokens stay eager: CppCompileError: no space left" in texts(page.warning)
+
+
+def test_a_change_during_a_run_is_refused_and_can_be_made_all_the_same(page, client):
+    client.recording = "run 4f2a"
+    page.run()
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    assert client.patches == []
+    assert "run 4f2a is in progress" in texts(page.error)
+    assert knob(page, "toggle", "prefix_cache").value is True
+    page.button(key="force-prefix_cache").click().run()
+    assert client.patches == [{"prefix_cache": False}]
+    assert knob(page, "toggle", "prefix_cache").value is False
+    assert not page.error
+    assert not [button for button in page.button if str(button.key).startswith("force-")]
+
+
+def test_another_refusal_offers_no_change_at_the_cost_of_a_run(page, client):
+    def refuse(changes, **_):
+        raise FakeApiError("too many", field="max_running", status_code=400)
+
+    client.patch_config = refuse
+    page.run()
+    knob(page, "toggle", "prefix_cache").set_value(False).run()
+    assert page.error
+    assert not [button for button in page.button if str(button.key).startswith("force-")]
+
+
+def test_beside_quantized_weights_stands_what_their_loss_is_counted_from(page, client):
+    page.run()
+    assert "Q4_1" not in texts(page.caption)
+    client.config_now = client.config_now.with_changes({"weights": "int4"})
+    time.sleep(0.5)  # the feed shares one reading for a moment
+    page.run()
+    assert "as the file stores them: mostly Q4_1 (79 %, GGUF)" in texts(page.caption)
+    assert "says nothing of other models" in texts(page.caption)
+
+
+@pytest.mark.parametrize(("happens", "times"), [("nothing", 1), ("a request", 2), ("a change", 2)])
+def test_a_page_that_stands_still_is_drawn_anew_when_something_happens(services, client, happens, times):
+    def page_with_strip():
+        import streamlit as st
+
+        from pages.services import get_services
+        from pages.widgets.status import _strip, status_strip
+
+        services = get_services()
+        status_strip(services)
+        st.session_state["drawn"] = st.session_state.get("drawn", 0) + 1
+        st.session_state["drawn_version"] = services.feed.latest().version
+        if st.session_state["drawn"] == 1:
+            services.happens()
+            _strip(services)  # as at its next poll
+
+    def happen():
+        if happens == "a request":
+            client.running = 1
+        elif happens == "a change":
+            client.patch_config({"prefix_cache": False})
+        services.feed.read(max_age_s=0.0)
+
+    services.happens = happen
+    page = AppTest.from_function(page_with_strip).run()
+    assert not page.exception
+    assert page.session_state["drawn"] == times

@@ -26,9 +26,10 @@ from engine.capacity import (
     sensitivity,
 )
 from engine.errors import HeadroomError
-from pages.widgets.plan_inputs import NGRAM, UPLOAD, key, read_config
+from pages.widgets.plan_inputs import NGRAM, SHAPE, UPLOAD, key, read_config
 from pages.widgets.plan_memory import segments
 from pages.widgets.plan_roofline import operator_table
+from pages.widgets.plan_shape import shape_key
 
 PAGE = Path(__file__).parents[2] / "pages" / "plan.py"
 
@@ -271,6 +272,39 @@ def test_uploaded_config_is_planned_under_the_name_of_its_file(page):
     assert not page.exception
     assert "my-model" in headline(page)
     assert "8.19 billion parameters" in texts(page.caption)
+
+
+def test_field_that_is_not_read_is_named_on_the_page(page):
+    upload(page, json.dumps(model_config("Qwen3-8B") | {"zz_latent_size": 64}).encode())
+    assert not page.exception
+    assert "Not read: zz_latent_size" in texts(page.caption)
+
+
+def test_quantization_file_beside_a_config_is_read(page):
+    upload(page, json.dumps(model_config("Llama-3.1-8B")).encode(), "my-model.json")
+    stated = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    page.file_uploader(key=key("quantization")).set_value(
+        ("q.json", json.dumps(stated).encode(), "application/json")
+    ).run()
+    assert not page.exception
+    assert "FP8 (as is)" in page.selectbox(key=key("weights")).options
+    page.file_uploader(key=key("quantization")).set_value(("q.json", b"[1", "application/json")).run()
+    assert "not JSON" in texts(page.error)
+
+
+def test_shape_entered_by_hand_is_planned_like_any_model(page):
+    page.run()
+    page.selectbox(key=key("model")).select(SHAPE).run()
+    assert not page.exception
+    assert not page.error
+    assert "8.03 billion parameters" in texts(page.caption)
+    page.number_input(key=shape_key("layers")).set_value(16).run()
+    page.number_input(key=shape_key("experts")).set_value(64).run()
+    assert not page.exception
+    assert "active" in texts(page.caption)
+    page.number_input(key=shape_key("kv_heads")).set_value(5).run()
+    assert not page.exception
+    assert "**kv_heads**: 5 key/value heads cannot be shared evenly" in texts(page.error)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import uvicorn
 from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.server.app import create_app
+from engine.server.limits import DoorSettings, ServerLimits
+from engine.server.protocol import server_options
 
 TOKEN = "the-admin-token-of-the-tests"
 KNOBS = {"device": "cpu", "dtype": "float32", "block_size": 4, "max_num_seqs": 16, "memory_limit_gib": 0.25}
@@ -28,13 +30,16 @@ class ServedApp:
         url: where it listens; app: the FastAPI application; client: an :class:`EngineClient` with the token.
     """
 
-    def __init__(self, config: EngineConfig | None) -> None:
-        self.app = create_app(config, admin_token=TOKEN)
+    def __init__(
+        self, config: EngineConfig | None, limits: ServerLimits | None = None, door: DoorSettings | None = None
+    ) -> None:
+        limits = limits or ServerLimits()
+        self.app = create_app(config, admin_token=TOKEN, limits=limits, door=door)
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        options: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": 2}
-        self._server = uvicorn.Server(uvicorn.Config(self.app, **options))
+        options = uvicorn.Config(self.app, timeout_graceful_shutdown=2, **server_options(limits))
+        self._server = uvicorn.Server(options)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
         wait_until(lambda: self._server.started)
@@ -62,6 +67,7 @@ class ServedApp:
     def close(self) -> None:
         """Stop serving."""
         self.client.close()
+        self.app.state.texts.close()
         self.app.state.host.close()
         self._server.should_exit = True
         self._thread.join(10)
@@ -109,12 +115,12 @@ def served(tiny_config: EngineConfig) -> Iterator[ServedApp]:
 
 
 @pytest.fixture
-def start_app() -> Iterator[Callable[[EngineConfig | None], ServedApp]]:
+def start_app() -> Iterator[Callable[..., ServedApp]]:
     """Start a worker of the test's own."""
     started: list[ServedApp] = []
 
-    def start(config: EngineConfig | None) -> ServedApp:
-        started.append(ServedApp(config))
+    def start(config: EngineConfig | None, **settings: Any) -> ServedApp:
+        started.append(ServedApp(config, **settings))
         return started[-1]
 
     yield start

@@ -55,7 +55,7 @@ results = st.builds(
     kind=st.sampled_from(["bench", "compare"]),
     status=st.sampled_from(["completed", "failed", "cancelled", "running"]),
     label=text,
-    started_unix_s=number,
+    started_unix_s=st.floats(0, 7_258_118_400),
     duration_s=number,
     provenance=provenances,
     metrics=st.dictionaries(text, st.none() | number, max_size=5),
@@ -93,6 +93,8 @@ results = st.builds(
     arm=st.none() | st.sampled_from("AB"),
     repeat=st.none() | count,
     error=st.none() | text,
+    disturbed=st.lists(st.fixed_dictionaries({"time_unix_s": st.floats(0, 7_258_118_400), "what": text}), max_size=2),
+    quality_reference=st.none() | text,
 )
 
 

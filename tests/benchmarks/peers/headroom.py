@@ -16,6 +16,7 @@ from engine.core import Engine
 from engine.provenance import versions
 from engine.sampling import SamplingParams
 from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
+from tests.benchmarks.settings import label, shared_knobs
 
 PREPARATION_TIMEOUT_S = 300.0
 
@@ -27,14 +28,8 @@ class Headroom:
     """
 
     def __init__(self, order: Order) -> None:
-        knobs = {
-            "model": order.gguf or order.checkpoint,
-            "device": order.device,
-            "threads": order.threads if order.device == "cpu" else None,
-            "max_num_seqs": 64,
-            "memory_limit_gib": 4.0 if order.device == "cpu" else None,
-        }
-        self.engine = Engine.load(EngineConfig.from_mapping(knobs | order.options))
+        self._shared = {"model": order.gguf or order.checkpoint} | shared_knobs(order.device, order.threads)
+        self.engine = Engine.load(EngineConfig.from_mapping(self._shared | order.options))
         self._indices: dict[str, int] = {}
         self._count = 0
 
@@ -42,7 +37,9 @@ class Headroom:
         return versions()
 
     def path(self) -> dict[str, str]:
-        return self.engine.path() | {"weights_bytes": str(self.engine.status().memory.weights)}
+        own = {name: value for name, value in self.engine.config.to_dict().items() if name not in self._shared}
+        size = self.engine.status().memory.weights
+        return self.engine.path() | {"weights_bytes": str(size), "knobs": label(own)}
 
     def warm_up(self, work: Work) -> None:
         """Run the warm-up requests with the execution mode ready; keep only a prefix that is meant to be kept."""

@@ -1,22 +1,24 @@
 """llama.cpp as a peer, through the low-level functions of llama-cpp-python.
 
 The binding's high-level class and server run one sequence at a time; ``llama_decode`` itself takes batches of several
-sequences, which is how llama.cpp's own server works. :class:`LlamaCpp` steps as that server does: one token of every
-sequence past its prompt, then as many prompt tokens as fit the batch.
+sequences, which is how llama.cpp's own server works. :class:`SteppedLlama` steps as that server does: one token of
+every sequence past its prompt, then as many prompt tokens as fit the batch.
 
-Options: unified (one KV buffer for all sequences instead of one each), flash_attention.
+Options: slots (sequences at once), unified (one KV buffer for all sequences instead of one each), flash_attention; and
+``weights``, which names what the file holds.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
 
 BATCH_TOKENS = 2048
 MICRO_BATCH_TOKENS = 512
+MAX_SLOTS = 64
 PREFIX_SLOT = 0
 """The sequence that holds a shared prefix; requests use the others."""
 
@@ -32,46 +34,54 @@ class _Sequence:
         self.next_token: int | None = None
 
 
-class LlamaCpp:
-    """A context with a slot for each sequence, stepped in batches."""
+class SteppedLlama:
+    """A context with a slot for each sequence, stepped in batches; what llama.cpp and its forks have in common.
 
-    def __init__(self, order: Order) -> None:
-        import llama_cpp
+    Args:
+        binding: module with the library's functions.
+    """
+
+    package: str
+    defaults: ClassVar[dict[str, Any]]
+
+    def __init__(self, order: Order, binding: Any) -> None:
         import numpy
 
-        self._lib: Any = llama_cpp
+        if not order.gguf:
+            raise UnsupportedError("it reads GGUF files, and there is none of this shape")
+        self._lib = binding
         self._numpy: Any = numpy
-        self.options = {"unified": False, "flash_attention": "auto", "slots": 65, "slot_tokens": 1024} | order.options
+        self.options = self.defaults | order.options
         self.threads = order.threads
-        llama_cpp.llama_backend_init()
-        model_parameters = llama_cpp.llama_model_default_params()
-        self.model = llama_cpp.llama_model_load_from_file(order.gguf.encode(), model_parameters)
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        binding.llama_backend_init()
+        self.model = self._load_model(order.gguf)
+        if not self.model:
+            raise RuntimeError(f"{order.gguf} cannot be loaded")
+        self.vocabulary = binding.llama_vocab_n_tokens(binding.llama_model_get_vocab(self.model))
         self.context: Any = None
         self._shape: tuple[int, int] | None = None
-        self.batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+        self.batch = binding.llama_batch_init(BATCH_TOKENS, 0, 1)
         self.waiting: deque[Request] = deque()
         self.running: list[_Sequence] = []
         self.prefix: list[int] = []
 
     def versions(self) -> dict[str, str]:
-        return {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
+        return {self.package: importlib.metadata.version(self.package)}
 
     def path(self) -> dict[str, str]:
-        system = self._lib.llama_print_system_info().decode()
-        size = self._lib.llama_model_size(self.model)
         options = {name: str(value) for name, value in self.options.items()}
-        return options | {"system": system.strip(), "threads": str(self.threads), "weights_bytes": str(size)}
+        known = {"system": self._system().strip(), "threads": str(self.threads)}
+        return options | known | {"weights_bytes": str(self._model_size())}
 
     def warm_up(self, work: Work) -> None:
         """A context as large as the workload needs, and the shared prefix in it where there is one."""
         tokens = max(
             len(request.prompt_token_ids) + request.output_tokens for request in (*work.requests, *work.warmup)
         )
-        slots = 1 if len(work.requests) == 1 or work.one_by_one else min(64, len(work.requests))
+        slots = 1 if work.one_by_one else min(self.options.get("slots", MAX_SLOTS), len(work.requests))
         self._open_context(slots + 1, tokens)
         drive(self, work.warmup, one_by_one=slots == 1)
-        self._lib.llama_memory_clear(self._memory(), True)
+        self._forget_all()
         self.prefix = shared_prefix(work)
         if self.prefix:
             self._compute_prefix()
@@ -130,30 +140,22 @@ class LlamaCpp:
         sequence.produced += 1
         if sequence.produced == sequence.request.output_tokens:
             self.running.remove(sequence)
-            self._lib.llama_memory_seq_rm(self._memory(), sequence.slot, -1, -1)
+            self._forget(sequence.slot)
         return sequence.request.index, 1
 
-    # -- llama.cpp ---------------------------------------------------------------------------------------------
+    # -- the library -------------------------------------------------------------------------------------------
 
     def _open_context(self, slots: int, tokens: int) -> None:
         if self._shape == (slots, tokens):
-            self._lib.llama_memory_clear(self._memory(), True)
+            self._forget_all()
             return
         if self.context is not None:
             self._lib.llama_free(self.context)
-        parameters = self._lib.llama_context_default_params()
-        parameters.n_ctx = slots * (-(-tokens // 256) * 256)
-        parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = BATCH_TOKENS, MICRO_BATCH_TOKENS, slots
-        parameters.n_threads = parameters.n_threads_batch = self.threads
-        parameters.kv_unified = self.options["unified"]
-        parameters.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[self.options["flash_attention"]]
+        parameters = self._context_parameters(slots, -(-tokens // 256) * 256)
         self.context = self._lib.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError(f"no context of {slots} sequences of {tokens} tokens")
         self._shape, self._slots = (slots, tokens), slots
-
-    def _memory(self) -> Any:
-        return self._lib.llama_get_memory(self.context)
 
     def _put(self, token: int, position: int, slot: int, wants_logits: bool) -> int:
         row, batch = self.batch.n_tokens, self.batch
@@ -179,8 +181,70 @@ class LlamaCpp:
         count = len(self.prefix)
         if not count or request.prompt_token_ids[:count] != self.prefix or count == len(request.prompt_token_ids):
             return 0
-        self._lib.llama_memory_seq_cp(self._memory(), PREFIX_SLOT, slot, -1, -1)
+        self._copy(PREFIX_SLOT, slot)
         return count
+
+    # -- what a fork may do otherwise --------------------------------------------------------------------------
+
+    def _load_model(self, path: str) -> Any:
+        raise NotImplementedError
+
+    def _context_parameters(self, slots: int, tokens: int) -> Any:
+        raise NotImplementedError
+
+    def _model_size(self) -> int:
+        raise NotImplementedError
+
+    def _system(self) -> str:
+        raise NotImplementedError
+
+    def _forget_all(self) -> None:
+        raise NotImplementedError
+
+    def _forget(self, slot: int) -> None:
+        raise NotImplementedError
+
+    def _copy(self, source: int, target: int) -> None:
+        raise NotImplementedError
+
+
+class LlamaCpp(SteppedLlama):
+    """llama.cpp itself."""
+
+    package = "llama-cpp-python"
+    defaults: ClassVar[dict[str, Any]] = {"unified": False, "flash_attention": "auto"}
+
+    def __init__(self, order: Order) -> None:
+        import llama_cpp
+
+        super().__init__(order, llama_cpp)
+
+    def _load_model(self, path: str) -> Any:
+        return self._lib.llama_model_load_from_file(path.encode(), self._lib.llama_model_default_params())
+
+    def _context_parameters(self, slots: int, tokens: int) -> Any:
+        parameters = self._lib.llama_context_default_params()
+        parameters.n_ctx = slots * tokens
+        parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = BATCH_TOKENS, MICRO_BATCH_TOKENS, slots
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.kv_unified = self.options["unified"]
+        parameters.flash_attn_type = {"auto": -1, "off": 0, "on": 1}[self.options["flash_attention"]]
+        return parameters
+
+    def _model_size(self) -> int:
+        return int(self._lib.llama_model_size(self.model))
+
+    def _system(self) -> str:
+        return str(self._lib.llama_print_system_info().decode())
+
+    def _forget_all(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self.context), True)
+
+    def _forget(self, slot: int) -> None:
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self.context), slot, -1, -1)
+
+    def _copy(self, source: int, target: int) -> None:
+        self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self.context), source, target, -1, -1)
 
 
 if __name__ == "__main__":

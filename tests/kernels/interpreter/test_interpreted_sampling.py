@@ -1,6 +1,8 @@
 """Sampling on the device, interpreted: the host's random numbers, the host's candidates, the host's tokens."""
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -85,10 +87,47 @@ def test_a_row_with_exactly_as_many_candidates_as_there_is_room_for_and_one_with
     assert 7 <= int(sample_triton(logits, asked, candidates=4)[0]) < 11
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_of_which_every_token_is_forbidden_gives_the_first(temperature):
-    asked = tensors_of([(temperature, 0, 0.9, 0.0)])
-    assert sample_triton(torch.full((1, 1500), -torch.inf), asked).tolist() == [0]
+def test_a_row_that_leaves_no_token_to_choose_gives_none_and_its_neighbours_theirs():
+    filters = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 40, 0.9, 0.0)]
+    unfit = [math.nan, math.inf, -math.inf, None]
+    rows, spoils = zip(*itertools.product(filters, unfit), strict=True)
+    logits = torch.randn(len(rows), 1100, generator=torch.Generator().manual_seed(0)) * 3
+    asked = tensors_of(rows)
+    expected = sample_reference(logits, asked).tolist()
+    for row, spoil in enumerate(spoils):
+        if spoil is not None:
+            logits[row, 1050 if spoil != -math.inf else slice(None)] = spoil
+    found = sample_triton(logits, asked).tolist()
+    assert found == sample_reference(logits, asked).tolist()
+    assert found == [token if spoil is None else -1 for token, spoil in zip(expected, spoils, strict=True)]
+
+
+@pytest.mark.parametrize("candidates", [1, 1024], ids=["whole row", "collected"])
+def test_neighbours_in_rank_that_change_places_are_drawn_all_the_same(candidates):
+    rows = [(1.0, *filters, 0.001) for filters in ((0, 0.97), (30, 1.0), (30, 0.97)) for _ in range(4)]
+    logits = torch.randn(12, 1000, generator=torch.Generator().manual_seed(2)) * 3
+    order = logits.argsort(dim=-1, descending=True)
+    pairs = [(order[:, first, None], order[:, first + 1, None]) for first in range(0, 12, 2)]
+    for one, other in pairs:  # far from the cut; apart by a hair
+        logits.scatter_(-1, other, logits.gather(-1, one) - 1e-6)
+    swapped = logits.clone()
+    for one, other in pairs:
+        swapped.scatter_(-1, one, logits.gather(-1, other))
+        swapped.scatter_(-1, other, logits.gather(-1, one))
+    asked = tensors_of(rows, 5)
+    before = sample_triton(logits, asked, candidates=candidates)
+    assert before.unique().numel() > 6
+    assert torch.equal(sample_triton(swapped, asked, candidates=candidates), before)
+    assert torch.equal(sample_reference(swapped, asked), before)
+
+
+@pytest.mark.parametrize("candidates", [1, 64], ids=["whole row", "collected"])
+def test_of_equals_at_the_cut_the_lowest_ids_are_kept(candidates):
+    logits = torch.full((24, 50), -4.0)
+    logits[:, 40], logits[:, [7, 9, 21, 33]] = 1.0, 0.5
+    asked = tensors_of([(1.0, 3, 1.0, 0.0)] * 12 + [(1.0, 0, 0.55, 0.0)] * 12, seed=1)
+    for tokens in (sample_triton(logits, asked, candidates=candidates), sample_reference(logits, asked)):
+        assert set(tokens[:12].tolist()) == set(tokens[12:].tolist()) == {7, 9, 40}
 
 
 def test_a_row_chooses_the_same_alone_and_in_company():
