@@ -43,7 +43,7 @@ from engine.outputs import (
 from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
-from engine.sampling import NO_TOKEN, SamplingParams, SamplingRow, get_sampler
+from engine.sampling import NO_TOKEN, SamplingParams, SamplingRow, get_sampler, warm_up_sampler
 from engine.speculation.draft_control import DraftControl
 from engine.speculation.proposers import Proposer, make_proposer
 from engine.speculation.statistics import DraftStatistics
@@ -154,6 +154,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_model_len=longest,
             add_event=self.add_event,
+            warm_up_sampler=lambda logits: warm_up_sampler(logits, self._sampling_path),
         )
         self._runner = Runner(self.model, cache, self._executor)
 

@@ -16,7 +16,7 @@ import torch
 # Bytes; every array of a packed buffer begins at a multiple: Triton would compile a kernel anew for an address that is
 # none of 16.
 _WORD = 16
-_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32, np.float64: torch.float64}
+_DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
 _BFLOAT16_CAPABILITY = (8, 0)
 _GRAPH_WARM_UP_RUNS = 2  # allocations and kernel compilation must not fall into the capture
 
@@ -168,7 +168,7 @@ def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.
     ``torch.tensor(numbers, device=…)``, or a list as an index, waits until the copy is done.
 
     Args:
-        arrays: int32, int64, float32 or float64.
+        arrays: int32, int64 or float32.
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]

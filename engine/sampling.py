@@ -216,6 +216,18 @@ def get_sampler(name: str, device: torch.device) -> tuple[Sampler, str]:
     return sample, choice.path
 
 
+def warm_up_sampler(logits: torch.Tensor, path: str) -> None:
+    """Have the sampler's kernels compiled, where it has any, for logits [1, vocab] like these.
+
+    Args:
+        path: as :func:`get_sampler` gave it.
+    """
+    if path.startswith("triton"):
+        from engine.sampling_device import warm_up
+
+        warm_up(logits)
+
+
 # Up to this k the k largest logits are selected instead of sorting the whole vocabulary.
 _TOPK_WITHOUT_SORT = 256
 

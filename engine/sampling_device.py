@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from engine.device import to_device
 from engine.outputs import TokenLogprob
-from engine.sampling import SamplingRow, logprobs_of, sample
+from engine.sampling import SamplingParams, SamplingRow, logprobs_of, sample
 from kernels.sampling import SamplingTensors, sample_triton
 
 # A probability that the likeliest of any vocabulary exceeds: below it top-p keeps that one alone, and float32 would
@@ -26,6 +27,13 @@ def sample_on_device(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple
         return sample(logits, rows)
     tokens: list[int] = sample_triton(logits, _tensors(logits, rows)).tolist()
     return tokens, logprobs_of(logits, rows, tokens)
+
+
+def warm_up(logits: torch.Tensor) -> None:
+    """Launch the kernels in each of the ways that rows can ask for, for logits [1, vocab]. Nothing is read back."""
+    for penalty, forbidden in itertools.product((1.0, 2.0), ((), (0,))):
+        params = SamplingParams(temperature=1.0, repetition_penalty=penalty)
+        sample_triton(logits, _tensors(logits, [SamplingRow(params, 0, 0, (0,), forbidden)]))
 
 
 def _takes_the_largest(row: SamplingRow) -> bool:

@@ -48,6 +48,7 @@ class Executor:
         max_num_seqs: the largest decode batch.
         max_model_len: the longest context.
         add_event: writes into the engine's event log.
+        warm_up_sampler: has the kernels compiled that choose a token from logits [1, vocab].
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Executor:
         max_num_seqs: int,
         max_model_len: int,
         add_event: AddEvent,
+        warm_up_sampler: Callable[[torch.Tensor], None] = lambda _: None,
     ) -> None:
         self.decoder, self.cache, self.device = decoder, cache, device
         scales = [decoder.attention_scale(layer) for layer in range(decoder.num_layers)]
@@ -67,7 +69,7 @@ class Executor:
         self.dispatcher = Dispatcher()
         self.last = Answer("eager", None, "asked for")
         self._max_tokens, self._max_num_seqs, self._max_model_len = max_tokens, max_num_seqs, max_model_len
-        self._add_event = add_event
+        self._add_event, self._warm_up_sampler = add_event, warm_up_sampler
         self._eager = EagerExecution(decoder)
         self._weights = WeightsWatch(decoder)
         self._attention: AttentionBackend | None = None
@@ -263,7 +265,11 @@ class Executor:
         try:
             with torch.inference_mode():
                 step = warm_up_step(size, self.cache, self.context, self._attention, self.device)
-                self._direct.forward(step)
+                hidden = self._direct.forward(step)
+                # The head over as many rows as tokens are chosen in a step of that size: of a prompt one.
+                logits = self.decoder.logits(hidden if step.pure_decode else hidden[-1:])
+                if logits.shape[0] == 1:
+                    self._warm_up_sampler(logits)
         except Exception as problem:  # requests go on, and what fails for them is told there
             self._to_warm_up = []
             words = f"{type(problem).__name__}: {problem}"

@@ -3,7 +3,7 @@
 Which kernels a step launches, and with which constants, follows from how many sequences and tokens it has. A few sizes
 meet all of them: decodes of 1, 2, 4, … sequences, one long context (its chunks are shared among programs), and prompts
 of 2, 4, 8, … tokens up to where larger ones launch nothing else. All of them read and write the *scratch block*, the
-one that pads graphs (:mod:`engine.execution.graphs`).
+one that pads graphs (:mod:`engine.execution.graphs`). The head and the sampler follow; every mode has the same.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ refused or waited for is seen on the way:
   the device knows, a copy to the host, or one from the host that is not asynchronous;
 * a **copy** is an asynchronous one from pinned memory; the memory must not change before the next wait;
 * fresh memory is filled with NaN, or with large numbers, so that what no kernel wrote shows;
-* while a graph is captured, waits and copies from the host raise (:class:`CaptureRefused`).
+* while a graph is captured, waits and copies from the host raise (:class:`CaptureError`).
 
 What it does not see: time, races between streams, numerics of CUDA's own kernels, memory that runs out.
 """
@@ -72,7 +72,7 @@ class GpuMistake(BaseException):
     """What a GPU would have refused, or what the rehearsal does not allow. No handler of the engine may swallow it."""
 
 
-class CaptureRefused(RuntimeError):
+class CaptureError(RuntimeError):
     """What cannot be done while a graph is captured; an engine goes on without the graph."""
 
 
@@ -198,7 +198,7 @@ class Simulation(TorchDispatchMode):
     def note(self, kind: str, what: str) -> None:
         """Write an event into the ledger."""
         if self.capturing and kind in ("wait", "copy"):
-            raise CaptureRefused(f"{_site()}: {what}, while a graph is captured")
+            raise CaptureError(f"{_site()}: {what}, while a graph is captured")
         self.events.append(Event(kind, what, _site()))
 
     def wait(self, what: str) -> None:

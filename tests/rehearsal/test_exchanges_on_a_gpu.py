@@ -10,7 +10,7 @@ from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
 from engine.models.loader import resolve_device, resolve_dtype
 from engine.telemetry_gpu import gpu_uuid
-from tests.rehearsal.rehearsal import add, check_step, load, on_the_cpu, rehearse, requests, serve, take
+from tests.rehearsal.rehearsal import add, check_step, load, on_the_cpu, rehearse, requests, serve, take, warmed_up
 
 FORMATS = ["int8", "w4a8", "fp8", "int4", "w8a8", "model"]
 
@@ -66,9 +66,7 @@ def test_memory_that_torch_keeps_in_reserve_counts_as_free(tiny_llama, runtime, 
 
 
 def test_every_bucket_is_captured_and_serves_with_padding(tiny_llama, runtime, simulation):
-    engine = load(tiny_llama, execution="graphs", max_num_seqs=6)
-    while engine.status().execution["preparing"]:
-        pass
+    engine = warmed_up(load(tiny_llama, execution="graphs", max_num_seqs=6))
     assert engine.status().execution["failed"] == []
     simulation.taken()
     asked = requests(["greedy", "top-k", "greedy"])
@@ -78,36 +76,36 @@ def test_every_bucket_is_captured_and_serves_with_padding(tiny_llama, runtime, s
 
 def test_what_reads_back_cannot_be_captured_and_serves_eagerly(folders, runtime, simulation):
     """Quantized experts: one product for each, their counts known on the host."""
-    engine = load(folders["mixtral"], execution="graphs", weights="int8", max_num_seqs=2)
-    while engine.status().execution["preparing"]:
-        pass
+    engine = warmed_up(load(folders["mixtral"], execution="graphs", weights="int8", max_num_seqs=2))
     failed = engine.status().execution["failed"]
     assert failed
     assert all("while a graph is captured" in row["error"] for row in failed)
     rehearse(engine, simulation, requests(["greedy"]), ["forward"])
 
 
-def test_after_the_warm_up_only_the_sampler_and_the_head_are_compiled(tiny_llama, runtime, simulation):
-    engine = load(tiny_llama, execution="fused", weights="int8", max_model_len=96)
-    while engine.status().execution["preparing"]:
-        pass
+@pytest.mark.parametrize("head_weights", ["model", "int8"])
+def test_after_the_warm_up_nothing_is_compiled_the_sampler_and_the_head_included(
+    head_weights, tiny_llama, runtime, simulation
+):
+    engine = warmed_up(load(tiny_llama, execution="fused", weights="w8a8", head_weights=head_weights, max_model_len=96))
     assert engine.events[-1].summary.startswith("kernels ready")
     warm = set(runtime.compiled)
-    rehearse(engine, simulation, requests(["greedy", "top-k", "penalty", "greedy"]))
-    late = {kernel for kernel, *_ in runtime.compiled - warm}
-    assert late <= {"_adjust_kernel", "_survey_kernel", "_sample_kernel"}
+    assert {"_adjust_kernel", "_survey_kernel", "_sample_kernel"} <= {kernel for kernel, *_ in warm}
+    for kinds in (["greedy", "top-k"], ["penalty", "no end before", "min-p"], ["penalty, sampled"]):
+        rehearse(engine, simulation, requests(kinds))
+    assert {kernel for kernel, *_ in runtime.compiled - warm} == set()
 
 
 def test_a_second_round_of_other_sizes_compiles_nothing(folders, runtime, simulation):
     kinds = ["greedy", "top-k", "penalty", "no end before"]
-    engine = load(folders["gemma3"], execution="fused", weights="w8a8", head_weights="int8", max_model_len=128)
-    while engine.status().execution["preparing"]:
-        pass
-    for count in range(1, 5):
+    engine = warmed_up(
+        load(folders["gemma3"], execution="fused", weights="w8a8", head_weights="int8", max_model_len=128)
+    )
+    for count in (1, 2, 4):
         serve(engine, requests(kinds[:count]))
     known = set(runtime.compiled)
-    for count in range(4, 0, -1):
-        serve(engine, requests(kinds[-count:], max_tokens=9))
+    for count in (3, 1):
+        serve(engine, requests(kinds[-count:], max_tokens=7))
     assert runtime.compiled - known == set()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.family_cases import FALLBACKS, FAMILIES
 from tests.rehearsal.rehearsal import KINDS, NAMED_WAITS, TORCH_SAMPLER, load, on_the_cpu, rehearse, requests
@@ -125,6 +126,13 @@ def test_a_prefix_inside_a_block_is_copied_on_the_device(tiny_llama, runtime, si
     rehearse(engine, simulation, asked)
     assert rehearse(engine, simulation, again) == on_the_cpu(tiny_llama, again)
     assert engine.totals["prefix_hit_tokens"] == 30
+
+
+def test_the_logits_of_a_text_are_those_of_the_cpu(tiny_llama, runtime, simulation):
+    text = list(range(20))
+    expected = load(tiny_llama, device="cpu", attention="sdpa", linear="torch").prompt_logits(text)
+    torch.testing.assert_close(load(tiny_llama, execution="fused").prompt_logits(text).cpu(), expected)
+    assert simulation.made_on == {1}
 
 
 def test_a_chunk_without_tokens_waits_for_nothing(tiny_llama, runtime, simulation):
