@@ -10,6 +10,7 @@ clean end, no acknowledged run lost, and ``/health`` answered within 250 ms thro
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -25,34 +26,52 @@ import torch
 
 from tests.attack import file_attack, http_attack, import_attack, kill_attack, stream_attack
 from tests.attack.outcome import Tally, markdown
-from tests.attack.target import ROOT
+from tests.attack.target import ROOT, make_home
 from tests.conftest import save_tiny_llama
 
 HEALTH_LIMIT_MS = 250.0
-Attack = Callable[[int, Path, Path, float, float], Tally]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the classes share: the tiny checkpoint, a HEADROOM_HOME, and the share of the demanded kinds to try."""
+
+    seed: int
+    model: Path
+    home: Path
+    share: float
+
+    def of(self, demanded: int) -> int:
+        """So many of those demanded."""
+        return max(1, round(self.share * demanded))
+
+
+Attack = Callable[[Setup, Path, float], Tally]
 
 
 def _files(kind: str) -> Attack:
-    def attack(seed: int, model: Path, folder: Path, end: float, share: float) -> Tally:
-        return file_attack.attack(kind, seed, folder, end, round(share * file_attack.DEMANDED[kind]))
+    def attack(setup: Setup, folder: Path, end: float) -> Tally:
+        count = setup.of(file_attack.DEMANDED[kind])
+        return file_attack.attack(kind, setup.seed, folder, setup.home, end, count)
 
     return attack
 
 
-def _http(seed: int, model: Path, folder: Path, end: float, share: float) -> Tally:
-    return http_attack.attack(seed, model, folder, end, None if share >= 1 else round(share * http_attack.DEMANDED))
+def _http(setup: Setup, folder: Path, end: float) -> Tally:
+    count = None if setup.share >= 1 else setup.of(http_attack.DEMANDED)
+    return http_attack.attack(setup.seed, setup.model, folder, setup.home, end, count)
 
 
-def _imports(seed: int, model: Path, folder: Path, end: float, share: float) -> Tally:
-    return import_attack.attack(seed, folder, end, round(share * import_attack.DEMANDED))
+def _imports(setup: Setup, folder: Path, end: float) -> Tally:
+    return import_attack.attack(setup.seed, folder, end, setup.of(import_attack.DEMANDED))
 
 
-def _kills(seed: int, model: Path, folder: Path, end: float, share: float) -> Tally:
-    return kill_attack.attack(seed, model, folder, end, round(share * kill_attack.DEMANDED))
+def _kills(setup: Setup, folder: Path, end: float) -> Tally:
+    return kill_attack.attack(setup.seed, setup.model, folder, setup.home, end, setup.of(kill_attack.DEMANDED))
 
 
-def _streams(seed: int, model: Path, folder: Path, end: float, share: float) -> Tally:
-    return stream_attack.attack(seed, model, folder, end, round(share * stream_attack.DEMANDED))
+def _streams(setup: Setup, folder: Path, end: float) -> Tally:
+    return stream_attack.attack(setup.seed, setup.model, folder, setup.home, end, setup.of(stream_attack.DEMANDED))
 
 
 # In this order, each with its share of the minutes; what a class does not need, the next ones have.
@@ -81,6 +100,7 @@ def run(names: list[str], seed: int, minutes: float, share: float = 1.0) -> list
         model = Path(scratch) / "model"
         model.mkdir()
         save_tiny_llama(model)
+        setup = Setup(seed, model, make_home(Path(scratch) / "home"), share)
         for name in names:
             folder = Path(scratch) / name
             folder.mkdir()
@@ -88,16 +108,16 @@ def run(names: list[str], seed: int, minutes: float, share: float = 1.0) -> list
             later = sum(value for other, value in shares.items() if names.index(other) >= names.index(name))
             class_began = time.monotonic()
             end = class_began + left * shares[name] / later
-            tally = _attempt(name, seed, model, folder, end, share)
+            tally = _attempt(name, setup, folder, end)
             tally.seconds = time.monotonic() - class_began
             print(f"{name}: {tally.tried} tried in {tally.seconds:.0f} s", file=sys.stderr, flush=True)
             tallies.append(tally)
     return tallies
 
 
-def _attempt(name: str, seed: int, model: Path, folder: Path, end: float, share: float) -> Tally:
+def _attempt(name: str, setup: Setup, folder: Path, end: float) -> Tally:
     try:
-        return CLASSES[name][0](seed, model, folder, end, share)
+        return CLASSES[name][0](setup, folder, end)
     except Exception as problem:  # the attack itself cannot go on: the other classes are tried all the same
         tally = Tally(name, "", 1)
         tally.add("failed", "the attack itself", f"{type(problem).__name__}: {problem}")

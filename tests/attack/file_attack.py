@@ -29,19 +29,20 @@ PLANNED = 0.5
 """Share of the configurations that go to the planner; the others lie in checkpoints that are loaded."""
 
 
-def attack(kind: str, seed: int, folder: Path, end: float, count: int | None = None) -> Tally:
+def attack(kind: str, seed: int, folder: Path, home: Path, end: float, count: int | None = None) -> Tally:
     """Try every mutation of one kind.
 
     Args:
         kind: a key of :data:`DEMANDED`.
         folder: scratch.
+        home: see :func:`tests.attack.target.make_home`.
         end: ``time.monotonic()`` after which no further one is begun.
         count: so many instead of those demanded.
     """
     count = DEMANDED[kind] if count is None else count
     tally = Tally(kind, "files", count)
     log = folder / f"{kind}.log"
-    with Victim(log, tally) as victim:
+    with Victim(log, home, tally) as victim:
         for what, order in _orders(kind, seed, count, folder):
             if time.monotonic() > end:
                 break
@@ -86,8 +87,8 @@ def _plans(seed: int, count: int, file: Path) -> Iterator[tuple[str, dict[str, A
 class Victim:
     """The process of :mod:`.loader`, started again after each death."""
 
-    def __init__(self, log: Path, tally: Tally) -> None:
-        self._log, self._tally = log, tally
+    def __init__(self, log: Path, home: Path, tally: Tally) -> None:
+        self._log, self._home, self._tally = log, home, tally
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Victim:
@@ -127,7 +128,7 @@ class Victim:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env={**os.environ, "HEADROOM_HOME": str(self._log.parent / "home"), "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "HEADROOM_HOME": str(self._home), "OMP_NUM_THREADS": "1"},
                 )
             self._patience_s = 3 * PATIENCE_S  # it also starts
         return self._process

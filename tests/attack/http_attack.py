@@ -28,17 +28,18 @@ RACE_CHANGES: tuple[dict[str, str], ...] = (
 RACES = 40
 
 
-def attack(seed: int, model: Path, folder: Path, end: float, count: int | None = None) -> Tally:
+def attack(seed: int, model: Path, folder: Path, home: Path, end: float, count: int | None = None) -> Tally:
     """Run it.
 
     Args:
         model: the tiny checkpoint.
         folder: scratch.
+        home: see :func:`tests.attack.target.make_home`.
         end: ``time.monotonic()`` after which no further case is begun.
         count: about so many cases instead of all.
     """
     tally = Tally("HTTP", "requests", DEMANDED if count is None else count)
-    with Target(model, folder, tally) as target:
+    with Target(model, folder, home, tally) as target:
         former = target.client.config()["config"]
         canary = Canary(target, tally)
         found = cases(seed, target.port, folder / "nowhere")

@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,24 +35,31 @@ ASKED: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
 LONG = {**ASKED, "max_tokens": 480, "n": 8}
 
 
-def attack(seed: int, model: Path, folder: Path, end: float, count: int = DEMANDED) -> Tally:
+def attack(seed: int, model: Path, folder: Path, home: Path, end: float, count: int = DEMANDED) -> Tally:
     """Kill ``count`` times, the recorder more often than the worker, since that starts more quickly."""
     tally = Tally("SIGKILL", "kills", count)
     draw = random.Random(f"kill/{seed}")
     of_the_worker = max(1, round(OF_THE_WORKER * count))
-    home = os.environ.get("HEADROOM_HOME")
-    os.environ["HEADROOM_HOME"] = str(folder / "home")  # logs of the supervisor, the worker's caches
-    try:
-        with ThreadPoolExecutor(1) as beside:
-            recorded = beside.submit(_kill_recorders, draw.randrange(10**6), folder, count - of_the_worker, tally, end)
-            _kill_workers(draw, model, of_the_worker, tally, end)
-            recorded.result()
-    finally:
-        if home is None:
-            del os.environ["HEADROOM_HOME"]
-        else:
-            os.environ["HEADROOM_HOME"] = home
+    with _environment(HEADROOM_HOME=str(home)), ThreadPoolExecutor(1) as beside:  # the supervisor reads it
+        recorded = beside.submit(_kill_recorders, draw.randrange(10**6), folder, count - of_the_worker, tally, end)
+        _kill_workers(draw, model, of_the_worker, tally, end)
+        recorded.result()
     return tally
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Variables set for a while."""
+    former = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # -- the recorder -----------------------------------------------------------------------------------------------------

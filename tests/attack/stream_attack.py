@@ -23,11 +23,11 @@ END_S = 40.0
 Manner = Literal["whole", "cut", "slow"]
 
 
-def attack(seed: int, model: Path, folder: Path, end: float, count: int = DEMANDED) -> Tally:
+def attack(seed: int, model: Path, folder: Path, home: Path, end: float, count: int = DEMANDED) -> Tally:
     """Open ``count`` streams, the last third of them shortly before SIGTERM."""
     tally = Tally("streams", "streams", count)
     draw = random.Random(f"streams/{seed}")
-    with Target(model, folder, tally) as target:
+    with Target(model, folder, home, tally) as target:
         drained = max(1, round(DRAINED * count))
         asyncio.run(_many(target, tally, [_manner(draw) for _ in range(count - drained)], draw, terminate=False))
         target.note_death("after the streams")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 
 from engine.client import EngineClient
+from engine.paths import headroom_home
+from kernels.cpu.build import why_not
 from tests.attack.outcome import Tally
 from tests.attack.wire import get
 
@@ -24,22 +27,37 @@ START_TIMEOUT_S = 120.0
 TRACEBACK = b"Traceback (most recent call last)"
 
 
+def make_home(home: Path) -> Path:
+    """A HEADROOM_HOME of the attack's own, in which the CPU kernels are built already: compiling them takes a minute.
+
+    Args:
+        home: a folder that does not exist yet.
+    """
+    home.mkdir(mode=0o700, parents=True)
+    why_not()  # builds them under the user's own HEADROOM_HOME, unless they are there
+    built = headroom_home() / "cache" / "native"
+    if built.is_dir():
+        (home / "cache").mkdir(mode=0o700)
+        shutil.copytree(built, home / "cache" / "native")
+    return home
+
+
 class Target:
     """A worker process; ``with Target(model, folder, tally) as target`` ends it and reads its log.
 
     Args:
         model: folder of the checkpoint.
-        folder: for its ready file, log and HEADROOM_HOME.
+        folder: for its ready file and log.
+        home: see :func:`make_home`.
         tally: gets its death, the tracebacks in its log, and its slowest ``/health``.
-        knobs: ``--set`` assignments besides the usual ones.
 
     Attributes:
         port: where it listens.
         died: it ended without being asked to.
     """
 
-    def __init__(self, model: Path, folder: Path, tally: Tally, knobs: tuple[str, ...] = ()) -> None:
-        self._model, self._folder, self._tally, self._knobs = model, folder, tally, knobs
+    def __init__(self, model: Path, folder: Path, home: Path, tally: Tally) -> None:
+        self._model, self._folder, self._home, self._tally = model, folder, home, tally
         self.log = folder / "worker.log"
         self.port = 0
         self._asked_to_end = False
@@ -49,11 +67,11 @@ class Target:
     def __enter__(self) -> Target:
         ready = self._folder / "ready.json"
         ready.unlink(missing_ok=True)
-        environment = {**os.environ, "HEADROOM_ADMIN_TOKEN": TOKEN, "HEADROOM_HOME": str(self._folder / "home")}
+        environment = {**os.environ, "HEADROOM_ADMIN_TOKEN": TOKEN, "HEADROOM_HOME": str(self._home)}
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "engine", "serve", "--model", str(self._model), "--port", "0"]
         command += ["--ready-file", str(ready)]
-        for knob in (*KNOBS, *self._knobs):
+        for knob in KNOBS:
             command += ["--set", knob]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
