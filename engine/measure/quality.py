@@ -245,8 +245,8 @@ def describe_reference(model: Any) -> str:
         model: an :class:`engine.models.LoadedModel`.
 
     Returns:
-        ``"weights as stored, Q4_1 (GGUF)"``, ``"weights as stored, mostly Q4_K (78 %) (GGUF)"`` … by share of the
-        parameters.
+        ``"weights as stored, Q4_1 (GGUF)"``; where they are stored in several ways
+        ``"weights as stored, mostly Q4_K (GGUF, 78 % of the parameters)"``.
     """
     checkpoint = getattr(model, "checkpoint", None)
     if checkpoint is None:
@@ -258,8 +258,9 @@ def describe_reference(model: Any) -> str:
     counts = _stored_elements(checkpoint)
     dtype = max(counts, key=lambda name: counts[name])
     share = counts[dtype] / sum(counts.values())
-    words = dtype if share >= _NEARLY_ALL else f"mostly {dtype} ({100 * share:.0f} %)"
-    return f"weights as stored, {words} ({container})"
+    if share >= _NEARLY_ALL:
+        return f"weights as stored, {dtype} ({container})"
+    return f"weights as stored, mostly {dtype} ({container}, {100 * share:.0f} % of the parameters)"
 
 
 def _stored_elements(checkpoint: Checkpoint) -> Mapping[str, int]:
