@@ -125,6 +125,11 @@ def check(document: Any, record_type: type, *, strict: bool) -> None:
     _checker(record_type, _ANYTHING, strict)(document)
 
 
+def is_moment(value: Any) -> bool:
+    """True for seconds since 1970 that dates in tables and charts can hold."""
+    return isinstance(value, (int, float)) and _MOMENT.low <= value <= _MOMENT.high
+
+
 def shown(value: Any) -> str:
     """A value in an error: as JSON, at most 60 characters."""
     if isinstance(value, Unreadable):
