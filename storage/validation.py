@@ -195,9 +195,9 @@ def _disturbance_checker(strict: bool) -> Check:
     checks: dict[str, Check] = {"time_unix_s": moment, "what": _text_checker(_ANYTHING, strict)}
 
     def check_disturbance(value: Any) -> None:
-        if not isinstance(value, Mapping) or set(value) != set(checks):
+        if not isinstance(value, Mapping) or not set(checks) <= set(value) or (strict and len(value) > len(checks)):
             raise UnfitError(f"is {shown(value)}, which is not an object of time_unix_s and what")
-        _each(value, lambda name: checks[name])
+        _each({name: value[name] for name in checks}, lambda name: checks[name])
 
     return check_disturbance
 
