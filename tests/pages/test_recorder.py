@@ -59,9 +59,12 @@ def test_a_worker_restarted_between_two_looks_fails_the_run(services, store, cli
     assert "restarted" in store.get_run(job.run_ids[0]).error
 
 
-def test_a_full_disk_is_told_with_the_remedy_and_loses_nothing(client, worker, store, monkeypatch, wait_until):
+def test_a_full_disk_is_told_with_the_remedy_and_loses_nothing(
+    client, worker, store, monkeypatch, wait_until, tmp_path
+):
     from pages import services as services_module
 
+    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path / "home"))
     full = FullStore(store)
     services = Services(worker, lambda: client, lambda: full, "fake-135m")
     monkeypatch.setattr(services_module, "_services", services)
