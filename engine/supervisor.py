@@ -140,7 +140,13 @@ class Worker:
         # The token travels in the environment: arguments are readable by every user of the machine.
         environment = {**os.environ, "HEADROOM_ADMIN_TOKEN": self._token, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
-            command, cwd=_PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=_PROJECT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            umask=0o077,  # what the worker writes is this user's alone
         )
 
     def _port(self) -> int | None:

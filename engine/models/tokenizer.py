@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import ModelLoadError
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, read_json
 from engine.paths import cache_dir, private_dir
-from kernels.trust import PRIVATE_FILE, tighten
+from kernels.trust import tighten
 
 _REMEDY = "The folder needs the tokenizer's files, usually tokenizer.json and tokenizer_config.json."
 
@@ -97,7 +97,7 @@ def _keep(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(temporary)
         for file in temporary.rglob("*"):
-            tighten(file, PRIVATE_FILE)
+            tighten(file)
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # full disk, or another process was first
