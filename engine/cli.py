@@ -349,6 +349,12 @@ app.command(name="plan")(plan)
 # -- bench ---------------------------------------------------------------------------------------------------
 
 
+_RECORD_HELP = (
+    "SQLAlchemy URL of the database to put the run on record in. Other users of this machine can read a command line: "
+    "for a URL with a password, give --json, pipe into `python -m storage record`, and set HEADROOM_DB there."
+)
+
+
 @app.command()
 def bench(
     workload: Annotated[str, typer.Option("--workload", "-w", help="Name of a workload, or path of a JSON file.")],
@@ -359,9 +365,7 @@ def bench(
     settings: Settings = None,
     dtype: ComputeDtype = None,
     label: Annotated[str, typer.Option(help="Free text on the record of the run.")] = "",
-    record: Annotated[
-        str | None, typer.Option(metavar="URL", help="SQLAlchemy URL of the database to put the run on record in.")
-    ] = None,
+    record: Annotated[str | None, typer.Option(metavar="URL", help=_RECORD_HELP)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a workload and measure it. Interrupting it ends the run; what was measured until then is kept."""

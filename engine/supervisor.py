@@ -148,7 +148,13 @@ class Worker:
         # user of the machine.
         environment = {**os.environ, "HEADROOM_ADMIN_TOKEN": self._token, "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(
-            command, cwd=_PROJECT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=_PROJECT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            umask=0o077,  # what the worker writes is this user's alone
         )
 
     def _port(self) -> int | None:

@@ -15,6 +15,7 @@ import stat
 from pathlib import Path
 
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -28,8 +29,8 @@ def private_dir(folder: Path, home: Path) -> Path:
 
     Args:
         folder: may be there already.
-        home: it and the folders between it and ``folder`` are tightened to 0700 where they were there before and are
-            this user's. A folder outside of it is the user's own choice and stays as it is.
+        home: it and the folders between it and ``folder`` lose what permissions others have, where they were there
+            before and are this user's. A folder outside of it is the user's own choice and stays as it is.
 
     Raises:
         OSError: if it cannot be made.
@@ -40,7 +41,7 @@ def private_dir(folder: Path, home: Path) -> Path:
         path.chmod(PRIVATE_FOLDER)  # the umask may have taken more away
     for path in (folder, *folder.parents):
         if path.is_relative_to(home):
-            tighten(path, PRIVATE_FOLDER)
+            tighten(path)
     if not folder.is_dir():
         raise NotADirectoryError(20, "is not a folder", str(folder))
     return folder
@@ -52,19 +53,24 @@ def private_file(file: Path) -> Path:
     Raises:
         OSError: if it cannot be made.
     """
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_FILE))
-    tighten(file, PRIVATE_FILE)
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE_FILE)
+    except FileExistsError:
+        tighten(file)
+        return file
+    os.fchmod(descriptor, PRIVATE_FILE)  # the umask may have taken more away
+    os.close(descriptor)
     return file
 
 
-def tighten(path: Path, mode: int) -> None:
-    """Set the mode of what is this user's own: no link, no shared folder like /tmp, not the home directory."""
+def tighten(path: Path) -> None:
+    """Take every permission from others on what is this user's own, if it is there: no link, no shared folder like
+    /tmp, not the home directory."""
     with contextlib.suppress(OSError):  # not there, or a file system without modes: its mount options decide
         found = path.lstat()
         kept = stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_ISVTX or path in (Path.home(), Path("/"))
-        if found.st_uid == os.geteuid() and not kept and stat.S_IMODE(found.st_mode) != mode:
-            path.chmod(mode)
+        if found.st_uid == os.geteuid() and not kept and found.st_mode & _OTHERS:
+            path.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS)
 
 
 def why_not_trusted(path: Path) -> str | None:

@@ -16,6 +16,7 @@ from pages.widgets.compare_setup import setup_form
 from pages.widgets.messages import show_error
 from pages.widgets.text import plain
 from pages.widgets.workloads import progress
+from storage import StorageError, UnshowableRun
 
 _POLL_S = 1.0
 
@@ -122,11 +123,16 @@ def _ending(job: Job) -> None:
 
 
 def _read(services: Services, run_ids: Sequence[str]) -> list[RunResult]:
+    """The runs that can be shown; a message about each other one."""
     try:
-        return list(services.store().get_runs(run_ids))
+        found = services.store().read_runs(run_ids)
     except Exception as problem:
         show_error(problem)
         return []
+    for run in found:
+        if isinstance(run, UnshowableRun):
+            show_error(StorageError(f"run {run.run_id} cannot be shown: {run.reason}.", remedy="Delete it in History."))
+    return [run for run in found if isinstance(run, RunResult)]
 
 
 def _empty() -> None:

@@ -11,6 +11,7 @@ from engine.measure.results import Provenance
 from storage.owner import Owner
 from storage.records import METRICS, RUNS, printable, read_metrics, run_document, table, why_unshowable
 from storage.tables import Request
+from storage.validation import is_moment
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ def select_comparisons(connection: Connection) -> list[ComparisonRow]:
     query = select(*columns).where(c.comparison_id.is_not(None)).order_by(c.repeat, c.started_unix_s)
     groups: dict[str, list[Any]] = {}
     for row in connection.execute(query):
-        if not isinstance(row.started_unix_s, (int, float)):
+        if not is_moment(row.started_unix_s):
             continue  # its run is listed as one that cannot be shown
         groups.setdefault(row.comparison_id, []).append(row)
     comparisons = [_comparison_row(comparison_id, rows) for comparison_id, rows in groups.items()]

@@ -5,7 +5,7 @@ may have to grow: on a full disk neither can be done, and no run could be delete
 
     headroom.db            INCREMENTAL auto-vacuum: free pages at its end can be cut off
     headroom.db-wal        copied into the file every 256 pages, so that it stays small
-    headroom.db-reserve    allocated and never written: given up when the disk is full
+    headroom.db-reserve    holds nothing but space: given up when the disk is full
 
 A deletion on a full disk gives up the reserve, deletes run by run, cuts off the pages that became free, and only then
 empties the log, which then no longer asks the file to grow. The reserve is made again where there is room.
@@ -32,6 +32,7 @@ CHECKPOINT_PAGES = 256
 _LARGEST, _SMALLEST = 4 * 2**20, 256 * 2**10
 _SLICES = (1024, 64, 8)  # pages cut off at a time: the larger the quicker, the smaller the less log is needed
 _AUTO_VACUUM_INCREMENTAL = 2
+_PATIENCE_MS = 500
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -54,12 +55,11 @@ def keep_reserve(engine: Engine) -> None:
     except OSError:  # a folder that only holds what is there: then its files do not grow either
         return
     try:
-        os.fchmod(descriptor, PRIVATE_FILE)
-        os.posix_fallocate(descriptor, 0, size)
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(descriptor, PRIVATE_FILE)
+            stream.write(os.urandom(size))  # a hole, or zeros on a disk that compresses, would hold nothing back
     except OSError:
         path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 def give_up_reserve(engine: Engine) -> None:
@@ -114,11 +114,15 @@ def _reserve(engine: Engine) -> Path | None:
 
 @contextlib.contextmanager
 def _connection(engine: Engine) -> Iterator[Any]:
-    """A connection outside of a transaction."""
+    """A connection outside of a transaction, which does not wait long for those who read."""
     connection = engine.raw_connection()
+    cursor = connection.cursor()
+    patience = _number(cursor, "busy_timeout")
     try:
-        yield connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={min(patience, _PATIENCE_MS)}").fetchall()
+        yield cursor
     finally:
+        cursor.execute(f"PRAGMA busy_timeout={patience}").fetchall()
         connection.close()
 
 

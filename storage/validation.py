@@ -125,6 +125,11 @@ def check(document: Any, record_type: type, *, strict: bool) -> None:
     _checker(record_type, _ANYTHING, strict)(document)
 
 
+def is_moment(value: Any) -> bool:
+    """True for seconds since 1970 that dates in tables and charts can hold."""
+    return isinstance(value, (int, float)) and _MOMENT.low <= value <= _MOMENT.high
+
+
 def shown(value: Any) -> str:
     """A value in an error: as JSON, at most 60 characters."""
     if isinstance(value, Unreadable):
@@ -190,9 +195,9 @@ def _disturbance_checker(strict: bool) -> Check:
     checks: dict[str, Check] = {"time_unix_s": moment, "what": _text_checker(_ANYTHING, strict)}
 
     def check_disturbance(value: Any) -> None:
-        if not isinstance(value, Mapping) or set(value) != set(checks):
+        if not isinstance(value, Mapping) or not set(checks) <= set(value) or (strict and len(value) > len(checks)):
             raise UnfitError(f"is {shown(value)}, which is not an object of time_unix_s and what")
-        _each(value, lambda name: checks[name])
+        _each({name: value[name] for name in checks}, lambda name: checks[name])
 
     return check_disturbance
 

@@ -124,11 +124,11 @@ def disturbed_words(count: int) -> str:
     """How many runs are left out because they were disturbed, in words.
 
     >>> disturbed_words(1)
-    '1 disturbed run left out: something else changed or used the engine while it was measured'
+    '1 disturbed run left out of averages: something else changed or used the engine while it was measured'
     """
     runs = "run" if count == 1 else "runs"
     happened = "it was measured" if count == 1 else "they were measured"
-    return f"{count} disturbed {runs} left out: something else changed or used the engine while {happened}"
+    return f"{count} disturbed {runs} left out of averages: something else changed or used the engine while {happened}"
 
 
 def compare_all(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult]) -> list[MetricComparison]:

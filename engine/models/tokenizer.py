@@ -13,7 +13,7 @@ from engine.errors import ModelLoadError
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, read_json
 from engine.models.gguf_pretokenizers import pre_tokenizer_of, set_pre_tokenizer
 from engine.paths import cache_dir, private_dir
-from kernels.trust import PRIVATE_FILE, tighten
+from kernels.trust import tighten
 
 _CONVERSION = 2
 """Counts the ways in which tokenizers of GGUF files were converted: what another way made is not used any more."""
@@ -152,7 +152,7 @@ def _keep(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(temporary)
         for file in temporary.rglob("*"):
-            tighten(file, PRIVATE_FILE)
+            tighten(file)
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # full disk, or another process was first

@@ -296,7 +296,8 @@ def _charts(groups: Sequence[Group]) -> None:
             values: Mapping[str, Sequence[float]] = {name: found[kind or kinds[0]] for name, found in pooled.items()}
             st.altair_chart(distribution_curves(values), width="stretch", key="history-distribution")
     with right:
-        tables = {group.name: samples_table(group.runs[0].samples) for group in groups if group.runs[0].samples}
+        first = {group.name: (group.counted or group.runs)[0] for group in groups}
+        tables = {name: samples_table(run.samples) for name, run in first.items() if run.samples}
         if tables:
             several = any(len(group.runs) > 1 for group in groups)
             st.markdown(f"**Throughput** :small[:gray[tokens/s{', first run of each setting' if several else ''}]]")

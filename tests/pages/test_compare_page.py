@@ -101,6 +101,48 @@ def test_a_lossy_setting_shows_its_quality_cost_beside_its_speed(page, store):
     assert "91 %" in shown
 
 
+def test_a_quality_cost_names_what_it_is_measured_against(page, store):
+    for arm in "AB":
+        run = fake_run(f"{arm}0", arm=arm, repeat=0, comparison_id="c1")
+        run.metrics |= {"perplexity": 12.5, "kl_mean_nats": 0.1, "same_top_percent": 91.0}
+        run.quality_reference = "weights as stored, Q4_1 (GGUF)"
+        store.save_run(run)
+    page.run()
+    assert not page.exception
+    for shown in page.table[0].value["Measured against"]:
+        assert shown.replace("\\", "") == "reference: weights as stored, Q4_1 (GGUF)"
+
+
+def test_a_disturbed_run_is_named_and_counts_in_no_figure(page, store):
+    for repeat in range(3):
+        for arm, speed in (("A", 100.0), ("B", 100.0)):
+            run = fake_run(f"{arm}{repeat}", arm=arm, repeat=repeat, comparison_id="c1", speed=speed + repeat)
+            if (arm, repeat) == ("B", 1):
+                run.disturbed = [{"time_unix_s": run.started_unix_s + 1.0, "what": "max_running: 64 → 1, forced"}]
+                run.metrics["output_tokens_s"] = 1.0
+            store.save_run(run)
+    page.run()
+    assert not page.exception
+    told = page.warning[0].value
+    assert told.startswith("1 disturbed run left out")
+    assert "B, repeat 2, after 1.0 s" in told
+    figures = {item.label: (item.value, item.delta) for item in page.metric}
+    assert all("101.0 tokens/s" in value for value, _ in figures.values())
+    assert sum("2 runs" in str(delta) for _, delta in figures.values()) == 1
+
+
+def test_a_run_that_cannot_be_shown_leaves_the_comparison_to_the_others(page, store):
+    for repeat in range(3):
+        for arm in "AB":
+            store.save_run(fake_run(f"{arm}{repeat}", arm=arm, repeat=repeat, comparison_id="c1"))
+    with store._writing() as connection:
+        connection.exec_driver_sql("UPDATE runs SET metric_names = '7' WHERE arm = 'A' AND repeat = 1")
+    page.run()
+    assert not page.exception
+    assert "cannot be shown: metrics" in page.error[0].value
+    assert page.metric
+
+
 def test_an_earlier_comparison_is_reopened_while_the_worker_is_dead(page, store, worker):
     for repeat in range(2):
         for arm in "AB":

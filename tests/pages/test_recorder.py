@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from streamlit.testing.v1 import AppTest
 
+from engine.measure.results import from_json
 from pages.services import Services, describe_exit
+from storage import StorageError
 from tests.pages.engine_fakes import PAGES, FullStore
 
 STRIP = """
@@ -57,9 +59,12 @@ def test_a_worker_restarted_between_two_looks_fails_the_run(services, store, cli
     assert "restarted" in store.get_run(job.run_ids[0]).error
 
 
-def test_a_full_disk_is_told_with_the_remedy_and_loses_nothing(client, worker, store, monkeypatch, wait_until):
+def test_a_full_disk_is_told_with_the_remedy_and_loses_nothing(
+    client, worker, store, monkeypatch, wait_until, tmp_path
+):
     from pages import services as services_module
 
+    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path / "home"))
     full = FullStore(store)
     services = Services(worker, lambda: client, lambda: full, "fake-135m")
     monkeypatch.setattr(services_module, "_services", services)
@@ -76,6 +81,23 @@ def test_a_full_disk_is_told_with_the_remedy_and_loses_nothing(client, worker, s
     page.button(key=f"retry-{job.job_id}").click().run()
     assert not page.error
     assert [row.status for row in store.list_runs()] == ["completed"]
+
+
+def test_a_run_whose_database_cannot_even_be_opened_is_kept_under_the_home(
+    client, worker, monkeypatch, wait_until, tmp_path
+):
+    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path / "home"))
+
+    def closed():
+        raise StorageError("the database file cannot be opened.", field="record.db", remedy="Check the folder.")
+
+    services = Services(worker, lambda: client, closed, "fake-135m")
+    job = launch(services)
+    wait_until(lambda: not job.active)
+    kept = tmp_path / "home" / "unsaved" / f"headroom-run-{job.run_ids[0]}.json"
+    assert from_json(kept.read_text()) == job.unrecorded[0]
+    assert str(kept) in job.storage_error
+    assert "cannot be opened" in job.storage_error
 
 
 def test_the_strip_tells_how_the_worker_died_and_restarts_it(services, worker):

@@ -63,6 +63,13 @@ def test_a_home_that_was_open_to_others_is_closed_and_folders_outside_stay_as_th
     assert (modes["outside"], modes["outside/record.db"]) == (0o755, 0o600)
 
 
+def test_a_record_that_may_only_be_read_stays_so(home):
+    open_store().close()
+    (home / "headroom.db").chmod(0o444)
+    trust.private_file(home / "headroom.db")
+    assert _modes(home)["home/headroom.db"] == 0o400
+
+
 def test_what_others_share_is_never_tightened(tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from storage import StorageError, UnshowableRun
 from storage.cli import app
-from tests.storage.run_examples import make_run
+from tests.storage.run_examples import make_comparison, make_run
 
 BAD, GOOD = make_run(1, label="from elsewhere").run_id, make_run(2).run_id
 SPOILT = {
@@ -97,6 +97,17 @@ def test_the_command_line_lists_a_bad_row_in_a_line_and_deletes_it(sqlite_store,
     assert json.loads(CliRunner().invoke(app, ["list", "--json", "--db", database]).stdout)[0]["unshowable"]
     assert json.loads(CliRunner().invoke(app, ["delete", "--run", BAD, "--db", database]).stdout) == {"deleted": 1}
     assert BAD not in CliRunner().invoke(app, ["list", "--db", database]).stdout
+
+
+def test_a_comparison_with_a_bad_run_is_listed_with_the_others(store):
+    for run in make_comparison(20, {"weights": "int4"}, repeats=2):
+        store.save_run(run)
+    bad = make_comparison(20, {"weights": "int4"}, repeats=2)[0].run_id
+    with store._writing() as connection:
+        connection.exec_driver_sql(f"UPDATE runs SET started_unix_s = 1e308 WHERE run_id = '{bad}'")
+    [comparison] = store.list_comparisons()
+    assert comparison.started_unix_s < 1e10
+    assert bad not in [run_id for run_ids in comparison.run_ids.values() for run_id in run_ids]
 
 
 def test_an_owner_that_is_none_is_no_reason_to_close_the_record(sqlite_store):
