@@ -219,8 +219,8 @@ def read_extra(config: Mapping[str, Any], family: Family) -> tuple[Tensor, ...]:
     """Tensors beside embedding, layers and head: Gemma 4's of each layer, DeepSeek-V4's mixing of streams."""
     if family.layout == "deepseek_v4":
         streams = positive(config, "hc_mult", 4, 64)
-        wide = Tensor("norms", "hyper", streams, streams * positive(config, "hidden_size"))
-        return (wide, Tensor("norms", "hyper", 1, streams + 1))
+        mixing = Tensor("norms", "hyper", streams, streams * positive(config, "hidden_size"))
+        return (mixing, Tensor("norms", "hyper", 1, streams + 1))
     if family.layout != "gemma4":
         return ()
     width = whole(config, "hidden_size_per_layer_input", 256)
