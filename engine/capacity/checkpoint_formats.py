@@ -116,8 +116,21 @@ def checkpoint_quantization(
         remark = _UNKNOWN.replace("is not understood", f"is not understood{what}")
         known = found.kv_dtype if found else None
         return Quantization(kv_dtype=known, remarks=(remark,)), []
+    found = _with_experts(found, stated.get("expert_dtype", config.get("expert_dtype")))
     stated.mark("quant_method", "quantization_status", "version", "backend", "producer", "sparsity_config", *_LOOSE)
     return found, stated.unread()
+
+
+def _with_experts(found: Quantization, stated: object) -> Quantization:
+    """The same with routed experts in a format of their own (DeepSeek-V4: FP4 in groups of 32)."""
+    if stated in (None, "", "fp8"):
+        return found
+    if stated not in ("fp4", "mxfp4"):
+        remark = f"Not read: expert_dtype ({shown(stated)}): experts are planned as the other matrices."
+        return dataclasses.replace(found, remarks=(*found.remarks, remark))
+    form = WeightFormat("mxfp4", 4, 32, scale_bytes=1)
+    rule = _Rule(_Roles(["expert_up", "expert_down"]), form)
+    return dataclasses.replace(found, rules=(*found.rules, rule))
 
 
 #: What of a quantization changes neither bytes nor which matrices are quantized: how it was made, how it is computed.

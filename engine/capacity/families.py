@@ -478,6 +478,20 @@ FAMILIES: tuple[Family, ...] = (
         unused=_LATENT_UNUSED,
     ),
     Family(
+        "deepseek_v4",
+        "DeepseekV4ForCausalLM",
+        layout="deepseek_v4",
+        max_position=1048576,
+        experts=_DEEPSEEK3_EXPERTS,
+        unused=(
+            "num_key_value_heads",
+            "hc_eps",
+            "hc_sinkhorn_iters",
+            "compress_rope_theta",
+            "qk_rope_head_dim",
+        ),
+    ),
+    Family(
         "glm_moe_dsa",
         "GlmMoeDsaForCausalLM",
         layout="indexed",

@@ -91,6 +91,7 @@ def kv_bytes_per_sequence(
     for layer, count in _attending(spec, stage or whole_model(spec), grouped):
         kept = _kept(context, layer.window if frees_windows else None)
         total += count * blocks_for(kept, block_size) * block_size * _layer_bytes(spec, layer, kv_dtype, tp)
+        total += count * blocks_for(context, block_size) * block_size * layer.index_bytes
     return ceil(total)
 
 
@@ -154,14 +155,15 @@ def grouped_layers(counts: tuple[int, ...]) -> tuple[int, ...]:
 
 def _layer_bytes(spec: ModelSpec, layer: Layer, kv_dtype: str, tp: int) -> Fraction:
     vectors, width = layer.mixer.cached_heads(tp)
-    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width) + layer.index_bytes
+    return vectors * kv_format(kv_dtype, spec.torch_dtype).bytes_per_head(width)
 
 
 def _exact_bytes_per_token(
     spec: ModelSpec, kv_dtype: str, tp: int, stage: Stage | None, grouped: bool = False
 ) -> Fraction:
     layers = _attending(spec, stage or whole_model(spec), grouped)
-    return sum((count * _layer_bytes(spec, layer, kv_dtype, tp) for layer, count in layers), Fraction(0))
+    sizes = (count * (_layer_bytes(spec, layer, kv_dtype, tp) + layer.index_bytes) for layer, count in layers)
+    return sum(sizes, Fraction(0))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

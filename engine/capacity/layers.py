@@ -197,6 +197,31 @@ class LatentAttention:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CompressedAttention(LatentAttention):
+    """Attention of DeepSeek-V4: one vector of kv_rank + rope_dim is key and value of all heads, within a window; what
+    is farther is kept compressed (the layer's index). The output goes through ``groups`` matrices of ``output_rank``
+    rows.
+    """
+
+    groups: int = 1
+    output_rank: int = 1
+
+    def tensors(self, hidden: int, tp: int) -> Iterator[Tensor]:
+        """Down projections are on every GPU, what belongs to heads is split."""
+        heads, groups = share(self.num_heads, tp), share(self.groups, tp)
+        width, rank = self.kv_rank + self.rope_dim, self.query_rank or hidden
+        yield Tensor("attention", "query_down", rank, hidden, linear=True)
+        yield Tensor("attention", "query_up", heads * width, rank, linear=True)
+        yield Tensor("attention", "kv_down", width, hidden, linear=True)
+        inputs = self.num_heads * width // self.groups
+        yield Tensor("attention", "output_down", groups * self.output_rank, inputs, linear=True)
+        yield Tensor("attention", "attention_output", hidden, groups * self.output_rank, linear=True)
+        yield Tensor("attention", "sinks", 1, heads)
+        yield Tensor("norms", "norm", 1, rank)
+        yield Tensor("norms", "norm", 1, width)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class GatedDeltaNet:
     """Linear attention with a gated delta rule (arXiv:2412.06464), as in Qwen3-Next: constant state, no cache."""
 
@@ -389,8 +414,9 @@ class Layer:
     """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
 
     ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most. ``extra``:
-    tensors beside mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index of a sparse
-    layer, on every GPU; ``reads``: how many tokens it then attends to, None for all that the window holds.
+    tensors beside mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index (or the
+    compressed cache) of a sparse layer, on every GPU and whatever its window; ``reads``: how many tokens it then
+    attends to, None for all that the window holds.
     """
 
     mixer: AnyMixer

@@ -13,7 +13,11 @@ from engine.capacity.words import shown
 _PATHS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj",
             "self_attention.query_key_value", "mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
-    "attention_output": ("self_attn.o_proj", "self_attn.dense", "self_attention.dense", "mixer.o_proj"),
+    "attention_output": ("self_attn.o_proj", "self_attn.dense", "self_attention.dense", "mixer.o_proj",
+                         "self_attn.o_b_proj"),
+    "output_down": ("self_attn.o_a_proj",),
+    "compress_values": ("self_attn.compressor.kv_proj",),
+    "compress_gates": ("self_attn.compressor.gate_proj",),
     "query": ("self_attn.q_proj",),
     "query_down": ("self_attn.q_a_proj", "self_attn.fused_qkv_a_proj"),
     "query_up": ("self_attn.q_b_proj",),

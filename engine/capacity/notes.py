@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.capacity.formats import DTYPE_BYTES, INT8_PRODUCTS
+from engine.capacity.layers import CompressedAttention
 from engine.capacity.profiles import peak_activation_bytes
 from engine.capacity.request import CompleteRequest
 from engine.capacity.words import gib
@@ -57,7 +58,8 @@ def warnings_of(request: CompleteRequest, max_concurrency: int) -> tuple[str, ..
         warnings.append(
             "Recurrent layers: vLLM enlarges its blocks until they hold a state, so it reports fewer, larger blocks."
         )
-    if request.spec.is_latent and request.profile.expands_latent:
+    expands = request.profile.expands_latent and not isinstance(spec.attention, CompressedAttention)
+    if spec.is_latent and expands:
         warnings.append("transformers caches full keys and values of latent attention, not the latent.")
     if max_concurrency > request.max_num_seqs and not request.profile.caps_cache:
         warnings.append(

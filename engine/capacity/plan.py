@@ -18,7 +18,7 @@ from engine.capacity.kv import (
     kv_bytes_per_token,
     state_bytes_per_sequence,
 )
-from engine.capacity.layers import Attention, LatentAttention, share
+from engine.capacity.layers import Attention, CompressedAttention, LatentAttention, share
 from engine.capacity.notes import assumptions_of, warnings_of
 from engine.capacity.parallel import Stage, pipeline_stages
 from engine.capacity.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
@@ -349,7 +349,7 @@ def expanded(spec: ModelSpec) -> ModelSpec:
     kinds = []
     for kind in spec.kinds:
         mixer = kind.mixer
-        if isinstance(mixer, LatentAttention):
+        if isinstance(mixer, LatentAttention) and not isinstance(mixer, CompressedAttention):
             width = mixer.nope_dim + mixer.rope_dim + mixer.value_dim
             mixer = Attention(mixer.num_heads, mixer.num_heads, -(-width // 2))
         kinds.append(dataclasses.replace(kind, mixer=mixer))

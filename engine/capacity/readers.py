@@ -33,7 +33,7 @@ from engine.capacity.layers import (
     NoMixer,
     Tensor,
 )
-from engine.capacity.recent_readers import blocks, gemma4, mimo, minimax_m3, step
+from engine.capacity.recent_readers import blocks, deepseek_v4, gemma4, mimo, minimax_m3, step
 from engine.capacity.words import shown
 from engine.errors import ConfigError
 
@@ -283,4 +283,5 @@ _LAYOUTS: dict[str, Callable[[Mapping[str, Any], Family], tuple[Layer, ...]]] = 
     "blocks": blocks,
     "minimax_m3": minimax_m3,
     "step": step,
+    "deepseek_v4": deepseek_v4,
 }

@@ -26,6 +26,7 @@ from engine.capacity.layers import (
     AnyMixer,
     AnyMLP,
     Attention,
+    CompressedAttention,
     DenseMLP,
     Layer,
     MixtureMLP,
@@ -125,8 +126,101 @@ def _gemma4_extra(config: Mapping[str, Any], hidden: int) -> tuple[tuple[Tensor,
     return tuple(tensors), (1 if width else 0) + (3 if experts else 0)
 
 
+_V4_KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+_V4_RATES = {0: _V4_KINDS[0], 4: _V4_KINDS[1], 128: _V4_KINDS[2]}
+
+
+def deepseek_v4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+    """DeepSeek-V4: a window, and beyond it keys compressed 4 to 1 with an index, or 128 to 1; residual streams that are
+    mixed before and after each block."""
+    layers, hidden = layer_count(config), positive(config, "hidden_size")
+    width = positive(config, "head_dim", 512)
+    heads, groups = positive(config, "num_attention_heads", 64), positive(config, "o_groups", 8, 65_536)
+    turned = max(1, int(width * number(config, "partial_rotary_factor", 0.125, 0.0, 1.0)))
+    if heads * width % groups or turned >= width:
+        raise ConfigError(f"{heads:,} heads of {width:,} are no {groups:,} groups.", field="o_groups", remedy=REMEDY)
+    mixer = CompressedAttention(
+        num_heads=heads,
+        query_rank=positive(config, "q_lora_rank", 1024),
+        kv_rank=width - turned,
+        nope_dim=width - turned,
+        rope_dim=turned,
+        value_dim=width,
+        window=positive(config, "sliding_window", 128),
+        groups=groups,
+        output_rank=positive(config, "o_lora_rank", 1024),
+    )
+    streams = positive(config, "hc_mult", 4, 64)
+    mixing = (2 + streams) * streams
+    hyper = (
+        Tensor("norms", "hyper", mixing, streams * hidden, 2),
+        Tensor("norms", "hyper", 1, mixing + 3, 2),
+    )
+    made = {kind: _v4_compressed(config, kind, hidden, width) for kind in _V4_KINDS}
+    with_bias = mixture_of(config, family)
+    by_hash = dataclasses.replace(with_bias, correction=False)
+    mlps = [by_hash if kind == "hash_moe" else with_bias for kind in _v4_mlps(config, layers)]
+    return tuple(
+        Layer(mixer, mlp, extra=(*hyper, *made[kind][0]), index_bytes=made[kind][1])
+        for kind, mlp in zip(_v4_kinds(config, layers), mlps, strict=True)
+    )
+
+
+def _v4_kinds(config: Mapping[str, Any], layers: int) -> list[str]:
+    kinds = names(config, "layer_types", _V4_KINDS, layers)
+    ratios = config.get("compress_ratios")
+    if kinds is None and isinstance(ratios, list | tuple):
+        known = [_V4_RATES.get(ratio) if type(ratio) is int else None for ratio in ratios[:layers]]
+        kinds = [kind for kind in known if kind is not None]
+        if len(kinds) != layers:
+            raise ConfigError(
+                f"must be 0, 4 or 128 for each of {layers:,} layers.", field="compress_ratios", remedy=REMEDY
+            )
+    return kinds or [_V4_KINDS[1] if index > 1 and index % 2 else _V4_KINDS[2] for index in range(layers)]
+
+
+def _v4_mlps(config: Mapping[str, Any], layers: int) -> list[str]:
+    hashed = whole(config, "num_hash_layers", 3, MAX_LAYERS)
+    kinds = names(config, "mlp_layer_types", ("hash_moe", "moe"), layers)
+    return kinds or ["hash_moe" if index < hashed else "moe" for index in range(layers)]
+
+
+def _v4_compressed(config: Mapping[str, Any], kind: str, hidden: int, width: int) -> tuple[tuple[Tensor, ...], int]:
+    """(the compressor's tensors, bytes that a token adds to the compressed cache), in 16 bits."""
+    stated = config.get("compress_rates")
+    rates = stated if isinstance(stated, Mapping) else {}
+    if kind == _V4_KINDS[0]:
+        return (), 0
+    if kind == _V4_KINDS[2]:
+        rate = positive(rates, kind, positive(config, "compress_rate_hca", 128))
+        return _v4_compressor(hidden, width, width, rate), -(-2 * width // rate)
+    rate = positive(rates, kind, positive(config, "compress_rate_csa", 4))
+    heads, index = positive(config, "index_n_heads", 64, 65_536), positive(config, "index_head_dim", 128)
+    seen(config, "index_topk")
+    tensors = (
+        *_v4_compressor(hidden, 2 * width, width, rate),
+        *_v4_compressor(hidden, 2 * index, index, rate),
+        Tensor("attention", "index_query", heads * index, positive(config, "q_lora_rank", 1024), linear=True),
+        Tensor("attention", "index_weights", heads, hidden),
+    )
+    return tensors, -(-(2 * width + index + 4 * -(-index // 128)) // rate)
+
+
+def _v4_compressor(hidden: int, rows: int, width: int, rate: int) -> tuple[Tensor, ...]:
+    return (
+        Tensor("attention", "compress_values", rows, hidden, linear=True),
+        Tensor("attention", "compress_gates", rows, hidden, linear=True),
+        Tensor("attention", "compress_positions", rate, rows),
+        Tensor("norms", "norm", 1, width),
+    )
+
+
 def read_extra(config: Mapping[str, Any], family: Family) -> tuple[Tensor, ...]:
-    """Tensors beside embedding, layers and head: Gemma 4's embeddings of each layer."""
+    """Tensors beside embedding, layers and head: Gemma 4's of each layer, DeepSeek-V4's mixing of streams."""
+    if family.layout == "deepseek_v4":
+        streams = positive(config, "hc_mult", 4, 64)
+        mixing = Tensor("norms", "hyper", streams, streams * positive(config, "hidden_size"))
+        return (mixing, Tensor("norms", "hyper", 1, streams + 1))
     if family.layout != "gemma4":
         return ()
     width = whole(config, "hidden_size_per_layer_input", 256)

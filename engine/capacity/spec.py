@@ -93,7 +93,7 @@ class ModelSpec:
         stated = Stated(config)
         outer = family_of(stated)
         family, inner, notes = _language_model(stated, outer)
-        quantized, unread_of_it = checkpoint_quantization(config, quantization)
+        quantized, unread_of_it = checkpoint_quantization(stated, quantization)
         kinds, pattern = _distinct(quantized.apply(read_layers(inner, family)))
         encoder, unread_of_encoder = encoder_parameters(stated, outer.model_type, positive(inner, "hidden_size"))
         notes += _encoder_notes(stated, encoder) if outer.text else []

@@ -50,6 +50,7 @@ BY_DEFAULT = {
     "qwen3_5_moe_text": 4,
     "minimax_m2": 3,
     "deepseek_v32": 5,
+    "deepseek_v4": 6,
     "glm_moe_dsa": 6,
     "glm4_moe_lite": 4,
     "mimo_v2_flash": 7,

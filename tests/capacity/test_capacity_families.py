@@ -12,6 +12,7 @@ from engine.capacity import (
     PlanRequest,
     compare_kv_formulas,
     find_gpu,
+    kv_bytes_per_sequence,
     kv_bytes_per_token,
     model_config,
     model_spec,
@@ -82,6 +83,23 @@ def test_each_layer_of_a_searched_architecture_is_its_own():
     for broken in (None, [], [{}, {}], BLOCKS[:1], [{"attention": {"n_heads_in_group": 3}, "ffn": {}}] * 2):
         with pytest.raises(ConfigError):
             ModelSpec.from_hf_config(NAS | {"block_configs": broken})
+
+
+def test_compressed_cache_grows_beyond_the_window_and_experts_may_have_a_format_of_their_own():
+    config = default_config("deepseek_v4", 6)
+    spec = ModelSpec.from_hf_config(config)
+    # Of six layers two are compressed 4 to 1 with an index, four 128 to 1; all keep 128 tokens of 512 values.
+    growth = kv_bytes_per_sequence(spec, 65536, 16, "bf16") - kv_bytes_per_sequence(spec, 32768, 16, "bf16")
+    assert growth == 32768 * (2 * (2 * 512 + 128 + 4) // 4 + 4 * 2 * 512 // 128)
+    assert kv_bytes_per_sequence(spec, 128, 16, "bf16") == 128 * kv_bytes_per_token(spec, "bf16")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    stored = ModelSpec.from_hf_config(config | {"quantization_config": fp8 | {"expert_dtype": "fp4"}})
+    plain = ModelSpec.from_hf_config(config | {"quantization_config": fp8})
+    experts = parameter_count(spec).experts
+    saved = weight_bytes(plain, "fp8-block") - weight_bytes(stored, "fp8-block")
+    assert saved == pytest.approx(experts * (1 - 4.25 / 8), rel=0.001)
+    odd = ModelSpec.from_hf_config(config | {"quantization_config": fp8 | {"expert_dtype": "int3"}})
+    assert "expert_dtype" in " ".join(odd.notes)
 
 
 def test_image_encoder_takes_memory_but_is_no_parameter_of_the_language_model():
