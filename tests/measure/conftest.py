@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.admission import Admission
 from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.loop import EngineLoop
@@ -72,6 +73,8 @@ class ScriptedEngine:
         self.steps: Ring[StepStats] = Ring(8192)
         self.events: Ring[EngineEvent] = Ring(1024)
         self.history: list[dict[str, Any]] = []
+        self.admission = Admission(253, SimpleNamespace(max_model_len=2048), 100_000)  # type: ignore[arg-type]
+        self.fruitless_steps = 0
         self.prefix_resets = 0
         self.batch_sizes: list[int] = []
         self.submitted: list[list[int]] = []
@@ -79,7 +82,7 @@ class ScriptedEngine:
         self._step_s, self._fail_at, self._reject = step_s, fail_at_step, reject
         self._index = 0
 
-    def validate_request(self, prompt: Sequence[int], params: Any) -> None:
+    def validate_request(self, prompt: Sequence[int], params: Any, priority: int = 0) -> None:
         if self._reject(prompt):
             raise RequestError(f"{len(prompt)} tokens are refused.", field="prompt", remedy="Send others.")
 
@@ -89,6 +92,9 @@ class ScriptedEngine:
 
     def abort(self, request_id: str) -> RequestOutput | None:
         return self._end(request_id, "abort") if request_id in self._jobs else None
+
+    def fail(self, request_id: str, reason: str) -> RequestOutput | None:
+        return dataclasses.replace(self._end(request_id, "error"), error=reason) if request_id in self._jobs else None
 
     def fail_all(self, message: str) -> list[RequestOutput]:
         return [dataclasses.replace(self._end(name, "error"), error=message) for name in list(self._jobs)]
