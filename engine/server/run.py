@@ -34,7 +34,7 @@ SHUTDOWN_GRACE_S = 3
 
 def longest_shutdown_s(limits: ServerLimits) -> float:
     """Seconds after SIGTERM within which the process has ended, whatever hangs in it."""
-    return limits.drain_seconds + 2 * SHUTDOWN_GRACE_S + 1
+    return limits.drain_seconds + 2 * SHUTDOWN_GRACE_S + 2
 
 
 def door_settings(
@@ -120,7 +120,10 @@ def serve(
         server.run(sockets=[listener])
     finally:
         forget()
-    if not server.ended:  # a thread deep in torch: an orderly end of the interpreter under it could crash or hang
+    if server.should_exit or not server.ended:
+        # Everything of ours has been closed. What an orderly end of the interpreter would wait for is threads of others
+        # and, where one is deep in torch, it could crash or hang.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
@@ -179,7 +182,7 @@ class WorkerServer(uvicorn.Server):
             os._exit(0)
 
         threading.Thread(target=force, name="shutdown-deadline", daemon=True).start()
-        faulthandler.dump_traceback_later(seconds + 1, exit=True)
+        faulthandler.dump_traceback_later(seconds + 3, exit=True)
 
 
 def _listen(host: str, port: int) -> socket.socket:

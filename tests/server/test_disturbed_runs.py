@@ -25,13 +25,13 @@ LABEL = "the run to keep"
 def start(served: ServedApp, **request: Any) -> str:
     """A run that is under way."""
     job_id = str(served.client.start_run({"workload": WORKLOAD, "label": LABEL, **request})["job_id"])
-    wait_until(lambda: served.client.run_status(job_id)["progress"]["done"] >= 1)
+    wait_until(lambda: served.client.run_status(job_id)["progress"]["done"] >= 1, 120)
     return job_id
 
 
 def finish(served: ServedApp, job_id: str) -> list[RunResult]:
     """Its records."""
-    wait_until(lambda: served.client.run_status(job_id)["status"] != "running", 60)
+    wait_until(lambda: served.client.run_status(job_id)["status"] != "running", 120)
     job = served.client.run_status(job_id)
     assert job["status"] == "completed", job["error"]
     return [from_json(result) for result in job["results"]]
@@ -87,10 +87,11 @@ def test_requests_of_others_mark_the_run(served: ServedApp):
 
 def test_arms_of_a_comparison_do_not_disturb_it_and_a_forced_change_marks_what_follows(served: ServedApp):
     arms = {"arm_a": {"batching": "static"}, "arm_b": {"batching": "continuous"}, "repeats": 1}
-    assert [run.disturbed for run in finish(served, start(served, comparison=arms))] == [[], []]
+    short = {**WORKLOAD, "num_requests": 3, "output_tokens": 8}
+    assert [run.disturbed for run in finish(served, start(served, workload=short, comparison=arms))] == [[], []]
     with slowed(served, 0.03):
-        job_id = start(served, comparison=arms)
-        wait_until(lambda: len(served.client.run_status(job_id)["run_ids"]) == 2, 60)
+        job_id = start(served, workload=short, comparison=arms)
+        wait_until(lambda: len(served.client.run_status(job_id)["run_ids"]) == 2, 120)
         served.client.patch_config({"draft_length": 7}, force=True)
         first, second = finish(served, job_id)
     served.client.patch_config({"draft_length": 4})

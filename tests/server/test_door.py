@@ -127,9 +127,8 @@ def test_model_is_served_under_its_names(guarded: ServedApp):
 
 
 def test_supervised_worker_has_the_key_but_not_among_its_arguments_nor_do_its_children(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_worker: Callable[[Worker], Worker]
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, start_worker: Callable[[Worker], Worker]
 ):
-    monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
     monkeypatch.setenv("HEADROOM_API_KEY", KEY)
     monkeypatch.setenv("HEADROOM_MAX_CHOICES", "3")
     worker = start_worker(Worker(str(tiny_llama), EngineConfig.from_mapping({"memory_limit_gib": 0.25})))
