@@ -7,13 +7,15 @@ the first page is opened, and ends with it.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.middleware import Middleware
 from streamlit.starlette import App
 
-from pages.door import Door
+from engine.errors import ConfigError
+from pages.door import Door, check_environment
 from pages.services import close_services, get_services
 
 
@@ -27,4 +29,8 @@ async def lifespan(_: App) -> AsyncIterator[dict[str, Any]]:
         close_services()
 
 
+try:
+    check_environment()
+except ConfigError as problem:
+    sys.exit(str(problem))
 app = App("pages/frame.py", lifespan=lifespan, middleware=[Middleware(Door)])

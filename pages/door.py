@@ -68,6 +68,11 @@ def allowed_hosts(address: str | None, extra: str | None) -> frozenset[str]:
     return frozenset(map(_host_name, (*LOOPBACK_HOSTS, *bound, *named)))
 
 
+def check_environment() -> None:
+    """Raises ConfigError if ``HEADROOM_ALLOWED_HOSTS`` is wrong: at the start, not with the first request."""
+    allowed_hosts(None, os.environ.get(HOSTS_VARIABLE))
+
+
 def _host_name(text: str) -> str:
     """A name or address without its port, as it is compared."""
     bare = text.count(":") > 1 and not text.startswith("[")  # an IPv6 address needs brackets beside a port
