@@ -1,4 +1,4 @@
-"""Hostile checkpoints: a tiny model as a GGUF file and as a folder of safetensors, damaged in every way we can think of.
+"""Hostile checkpoints: a tiny model as a GGUF file and as a folder of safetensors, damaged in all ways we think of.
 
 Each generator is given a seed, a count and an empty folder, and yields (name of the damage, what was damaged). The same
 seed gives the same damages. Whatever reads them must load them or refuse them with a ``HeadroomError``: no other error,
@@ -126,7 +126,7 @@ def _hurt_config(chance: random.Random, config: dict[str, Any]) -> str:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """As ``config.json`` of a model folder; lone surrogates go in as escapes, NaN and infinity as Python writes them."""
+    """As ``config.json`` of a model folder; lone surrogates as escapes, NaN and infinity as Python writes them."""
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file's text is split as its ``tokenizer.ggml.pre`` says, begins with BOS where it should, and nothing is added."""
+"""Text is split as a GGUF file's ``tokenizer.ggml.pre`` says and begins with BOS where it should; nothing is added."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPECTED = {
     "stablelm2": [QWEN2],
     "gpt-2": [GPT2],
     "smollm": [r"\p{N}", GPT2],
-    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],  # noqa: RUF001
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
     "seed-coder": [QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+")],
 }
 MERGES = [

@@ -14,7 +14,7 @@ from tests.attack import checkpoints
 from tests.conftest import byte_tokenizer
 
 SEED = 7
-MOST_SECONDS = 8.0
+MOST_SECONDS = 30.0  # hundreds of times what it takes, for machines that do something else
 MOST_GROWTH_KIB = 400 << 10
 
 
@@ -26,16 +26,15 @@ def _home(tmp_path, monkeypatch):
 def survive(name: str, path: Path) -> str:
     """Load or refuse; what came of it."""
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    refusal: HeadroomError | None = None
     try:
         load_model(str(path), dtype="float32", device="cpu")
-        outcome = "loaded"
     except HeadroomError as error:
-        assert error.message, name
-        assert error.remedy, f"{name}: {error}"
-        outcome = "refused"
+        refusal = error
+    assert refusal is None or (refusal.message and refusal.remedy), f"{name}: {refusal}"
     assert time.perf_counter() - began < MOST_SECONDS, name
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_GROWTH_KIB, name
-    return outcome
+    return "loaded" if refusal is None else "refused"
 
 
 def test_undamaged_checkpoints_of_the_fuzzer_load(tmp_path):

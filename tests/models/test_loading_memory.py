@@ -1,4 +1,4 @@
-"""What loading takes at its peak: the weights as they stay, a tenth, and the largest weight; never the whole original."""
+"""What loading takes at its peak: the weights as they stay, a tenth, the largest weight; never the whole original."""
 
 from __future__ import annotations
 
