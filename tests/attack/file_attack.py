@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.attack.outcome import Tally
-from tests.attack.target import ROOT, TRACEBACK
+from tests.attack.target import ROOT
 from tests.conftest import byte_tokenizer
 
 PATIENCE_S = 30.0
@@ -48,7 +48,7 @@ def attack(kind: str, seed: int, folder: Path, home: Path, end: float, count: in
                 break
             verdict, reason = victim.ask(order)
             tally.add(verdict, what, reason)  # type: ignore[arg-type]
-    tally.tracebacks += log.read_bytes().count(TRACEBACK)
+    tally.read_log(log.read_text(encoding="utf-8", errors="replace"))
     return tally
 
 

@@ -19,7 +19,7 @@ from storage import RunFilter, StorageError, Store, open_store
 from storage.cli import _line
 from storage.tables import Run
 from tests.attack.outcome import Tally
-from tests.attack.target import ROOT, TRACEBACK
+from tests.attack.target import ROOT
 from tests.storage.run_examples import failed_run, make_run
 
 DEMANDED = 300
@@ -211,6 +211,6 @@ def _command_line(tally: Tally, url: str) -> None:
     for arguments in (("list",), ("export", "--format", "csv")):
         command = [sys.executable, "-m", "storage", *arguments, "--db", url]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
-        tally.tracebacks += done.stderr.count(TRACEBACK)
+        tally.read_log(done.stderr.decode(errors="replace"))
         if done.returncode != 0:
             tally.add("failed", f"storage {arguments[0]}", done.stderr[-300:].decode(errors="replace"))

@@ -24,7 +24,7 @@ from engine.config import EngineConfig
 from engine.supervisor import Worker
 from storage import open_store
 from tests.attack.outcome import Tally
-from tests.attack.target import KNOBS, ROOT, TRACEBACK
+from tests.attack.target import KNOBS, ROOT
 from tests.attack.wire import Answer, post
 
 DEMANDED = 50
@@ -75,7 +75,7 @@ def _kill_recorders(seed: int, folder: Path, count: int, tally: Tally, end: floa
         if time.monotonic() > end:
             return
         lines, errors = _record_until_killed(url, 1000 * seed + number, draw)
-        tally.tracebacks += errors.count(TRACEBACK)
+        tally.read_log(errors.decode(errors="replace"))
         saved |= {line[1] for line in lines if line[0] == "saved"}
         gone |= {line[1] for line in lines if line[0] == "deleting"}
         fault = _fault_in_record(path, url, saved - gone, {line[1] for line in lines if line[0] == "deleted"})
@@ -177,7 +177,7 @@ def _kill(worker: Worker, flights: list[Future[Answer]], tally: Tally, what: str
         tally.add("lost", what, f"{len(hanging)} clients were left hanging")
     else:
         tally.add("served", what)
-    tally.tracebacks += sum(TRACEBACK.decode() in line for line in state.log)
+    tally.read_log("\n".join(state.log))
 
 
 def _tokens_of(worker: Worker) -> list[int] | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 Verdict = Literal["refused", "served", "failed", "lost"]
 EXAMPLES_KEPT = 40
+TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclasses.dataclass
@@ -55,6 +56,21 @@ class Tally:
                 self.kinds[reason.partition("\n")[0][:90]] += 1
                 if len(self.examples) < EXAMPLES_KEPT:
                     self.examples.append(f"{verdict}: {what[:200]}: {reason[:600]}")
+
+    def read_log(self, text: str) -> None:
+        """Count the tracebacks in a process's log, by the error that each ends with and the place it was raised at."""
+        place, inside = "", False
+        for line in text.splitlines():
+            if TRACEBACK in line:
+                self.tracebacks += 1
+                place, inside = "", True
+            elif inside and line.lstrip().startswith("File "):
+                place = line.strip()
+            elif inside and line and line[0] not in " |+" and "Error" in line.partition(":")[0]:
+                self.kinds[f"traceback: {line[:90]}"] += 1
+                if len(self.examples) < EXAMPLES_KEPT:
+                    self.examples.append(f"traceback: {line[:300]} ({place[-160:]})")
+                inside = False
 
     def died(self, what: str, reason: str) -> None:
         """Count the end of an engine that nobody asked to end."""

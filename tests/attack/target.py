@@ -24,7 +24,6 @@ TOKEN = "the-admin-token-of-the-attack"
 ROOT = Path(__file__).resolve().parents[2]
 KNOBS = ("dtype=float32", "memory_limit_gib=0.25", "max_num_seqs=64", "block_size=8", "threads=1")
 START_TIMEOUT_S = 120.0
-TRACEBACK = b"Traceback (most recent call last)"
 
 
 def make_home(home: Path) -> Path:
@@ -97,7 +96,7 @@ class Target:
             self._tally.add("failed", "SIGTERM", "the worker had not ended 30 s after it")
             self._process.kill()
             self._process.wait()
-        self._tally.tracebacks += self.log.read_bytes().count(TRACEBACK)
+        self._tally.read_log(self.log.read_text(encoding="utf-8", errors="replace"))
         self._tally.health_ms = max(self._tally.health_ms or 0.0, self._slowest_health_ms())
 
     @property

@@ -60,6 +60,15 @@ def test_a_stream_that_breaks_off_is_lost():
     assert judge_stream(b"", "whole")[0] == "lost"
 
 
+def test_a_traceback_in_a_log_counts_and_is_named():
+    tally = Tally("x", "requests", 0)
+    tally.read_log(
+        'INFO fine\nTraceback (most recent call last):\n  File "a.py", line 1, in f\nValueError: no\nINFO fine\n'
+    )
+    assert (tally.tracebacks, dict(tally.kinds)) == (1, {"traceback: ValueError: no": 1})
+    assert tally.holds(250) == ["1 tracebacks"]
+
+
 def test_a_class_holds_only_if_nothing_of_it_failed():
     tally = Tally("x", "requests", 2)
     tally.add("refused", "a")
