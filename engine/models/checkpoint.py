@@ -202,7 +202,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def _shard(self, name: str) -> Path:
         """The place of a file that the index names; it names none outside the folder."""
         parts = PurePosixPath(name.replace("\\", "/"))
-        if not name or parts.is_absolute() or ".." in parts.parts or "\0" in name or ":" in parts.parts[0]:
+        if not parts.parts or parts.is_absolute() or ".." in parts.parts or "\0" in name or ":" in parts.parts[0]:
             raise ModelLoadError(
                 f"{self.path / _INDEX} names {name[:200]!r}, which is not in its folder.",
                 field=_INDEX,

@@ -79,6 +79,10 @@ class RandomCheckpoint(Checkpoint):
         """As :meth:`Checkpoint.names`."""
         return frozenset(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As :meth:`Checkpoint.shape`."""
+        return self._shapes[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         """As :meth:`Checkpoint.tensor`, but on the device."""
         shape = self._shapes[name]
