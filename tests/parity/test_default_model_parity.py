@@ -127,6 +127,7 @@ TOGGLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"batching": "static"}, {"batching": "continuous"}),
     ({"batching": "continuous"}, {"batching": "static"}),
     ({"max_running": 16}, {"max_running": 2}),
+    ({"max_waiting": 1024}, {"max_waiting": 0}),
     ({"token_budget": 512}, {"token_budget": 5}),
     ({"chunked_prefill": True}, {"chunked_prefill": False}),
     ({"preemption": True}, {"preemption": False}),
