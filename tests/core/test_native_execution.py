@@ -54,6 +54,11 @@ def test_every_step_computes_what_eager_computes(name: str, tmp_path: Path, tiny
     """Chunks of prompts, mixed steps, decode of one to five tokens; past windows and past one tile of the cache."""
     folder = save_random_model(FAMILIES[name], tmp_path, tiny_llama)
     model = load_model(str(folder), dtype="float32", device="cpu")
+    odd = [name for name, linear, _ in model.decoder.linears() if linear.format.shape[0] % build.native().panel]
+    if odd:  # panels are wider where vectors are
+        with pytest.raises(ConfigError, match="outputs, which are no multiple of"):
+            make_engine(model, execution="native")
+        pytest.skip(f"{odd[0]} does not fill the panels of this processor")
     prompts = [random_prompt(length, seed=length) for length in (150, 3, 1, 40, 17)]
     native = hidden_states(make_engine(model, execution="native"), prompts, 16)
     eager = hidden_states(make_engine(model, execution="eager"), prompts, 16)
@@ -70,7 +75,8 @@ def test_quantized_weights_and_bfloat16_give_what_eager_gives(tiny_llama: Path, 
     native = hidden_states(make_engine(model, execution="native", **knobs), prompts, 4)
     eager = hidden_states(make_engine(model, execution="eager", **knobs), prompts, 4)
     # The last digit of an activation decides how it is rounded to 16 bits; eager rounds to bfloat16 everywhere.
-    bound = 3e-4 if dtype == "float32" else 0.1
+    # So it does for 8 bits, which a sum in another order may put on the other side of a half.
+    bound = {"float32": 5e-3 if weights == "w4a8" else 3e-4, "bfloat16": 0.1}[dtype]
     for ours, theirs in zip(native, eager, strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours.float() - theirs.float()).norm() < bound * theirs.float().norm()
