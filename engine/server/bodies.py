@@ -19,6 +19,7 @@ from engine.errors import HeadroomError, QueueFullError, RequestError
 from engine.server.limits import ServerLimits
 
 Model = TypeVar("Model", bound=BaseModel)
+T = TypeVar("T")
 
 # A body of this size is parsed in a millisecond or two; larger ones are parsed one after the other, beside the loop.
 _SMALL_BODY_BYTES = 65_536
@@ -57,7 +58,7 @@ class BodyReader:
         """A dependency: the body as a JSON object without numbers that are not finite."""
 
         async def read(request: Request) -> dict[str, Any]:
-            return await self._object(request)
+            return await self._object(request, dict)
 
         return read
 
@@ -65,7 +66,9 @@ class BodyReader:
         """A dependency: the body as ``kind``."""
 
         async def read(request: Request) -> Model:
-            document = await self._object(request)
+            return await self._object(request, validate)
+
+        def validate(document: dict[str, Any]) -> Model:
             try:
                 return kind.model_validate(document, context=self._limits)
             except ValidationError as problem:
@@ -73,15 +76,15 @@ class BodyReader:
 
         return read
 
-    async def _object(self, request: Request) -> dict[str, Any]:
+    async def _object(self, request: Request, make: Callable[[dict[str, Any]], T]) -> T:
         _check_media_type(request.headers.get("content-type"))
         content = bytearray()
         try:
             await self._read(request, content)
             if len(content) <= _SMALL_BODY_BYTES:
-                return parse_object(bytes(content))
+                return make(parse_object(bytes(content)))
             async with self._large:
-                return await asyncio.to_thread(parse_object, bytes(content))
+                return await asyncio.to_thread(lambda: make(parse_object(bytes(content))))
         finally:
             self._held_bytes -= len(content)
 

@@ -30,6 +30,8 @@ from engine.server.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
+_FEW_TOKENS = 16_384  # are checked in a millisecond
+
 Prompts = list[tuple[list[int], SamplingParams]]
 
 
@@ -82,6 +84,8 @@ class _Answer:
     def take_logprobs(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
         """The log-probabilities that go along with an output of a choice."""
         if index not in self.logprobs:
+            if output.logprobs is None:
+                return None
             self.logprobs[index] = ChoiceLogprobs(self.texts, chat=self.chat)
         return self.logprobs[index].take(output)
 
@@ -163,7 +167,7 @@ class _Service:
         encoded = [prompt for prompt in body.prompts if not isinstance(prompt, str)]
         if texts:
             encoded = await self._texts.encode(loop.engine.model.tokenizer, texts)
-        prompts = _with_params(loop, body, encoded, body.logprobs)
+        prompts = await _prompts(loop, body, encoded, body.logprobs)
         return await self._respond(self._answer(loop, body, chat=False), prompts, body, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -179,7 +183,7 @@ class _Service:
         self._check_characters(sum(len(message["content"]) for message in messages), "messages")
         logprobs = body.logprobs_wanted()
         token_ids = await self._texts.chat(tokenizer, messages)
-        prompts = _with_params(loop, body, [token_ids], logprobs)
+        prompts = await _prompts(loop, body, [token_ids], logprobs)
         return await self._respond(self._answer(loop, body, chat=True), prompts, body, request)
 
     def _served(self, loop: EngineLoop) -> tuple[str, ...]:
@@ -270,6 +274,15 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._submission.abort()
+
+
+async def _prompts(
+    loop: EngineLoop, body: CompletionRequest | ChatRequest, encoded: list[list[int]], logprobs: int | None
+) -> Prompts:
+    """As :func:`_with_params`; long prompts are looked through beside the event loop."""
+    if sum(map(len, encoded)) <= _FEW_TOKENS:
+        return _with_params(loop, body, encoded, logprobs)
+    return await asyncio.to_thread(_with_params, loop, body, encoded, logprobs)
 
 
 def _with_params(

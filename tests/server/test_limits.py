@@ -277,6 +277,16 @@ def in_a_thread(run: Callable[[], Any]) -> Any:
         return pool.submit(asyncio.run, run()).result()
 
 
+def test_answers_do_not_wait_for_the_clients_acknowledgement(small: ServedApp):
+    taken = []
+    with httpx.Client(base_url=small.url, trust_env=False) as client:
+        for _ in range(21):
+            began = time.perf_counter()
+            client.get("/health")
+            taken.append(time.perf_counter() - began)
+    assert sorted(taken)[10] < 0.03, taken  # 40 ms each if the head and the body of an answer go apart
+
+
 # -- health under attack -----------------------------------------------------------------------------------
 
 
