@@ -135,6 +135,9 @@ class EngineHost:
             resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
             self._unload()
             self._start(config)
+        except HeadroomError as problem:  # of the checkpoint or the configuration: all that is known is in the words
+            logger.error("loading %s failed: %s", config.model, problem)
+            error = _describe(problem)
         except Exception as problem:
             logger.exception("loading %s failed", config.model)
             error = _describe(problem)

@@ -140,10 +140,15 @@ class DoorSettings:
 
 
 def host_name(header: str) -> str:
-    """The name in a ``Host`` header: lower case, without port, brackets and the root's dot."""
+    """The name in a ``Host`` header: lower case, without port, brackets and the root's dot; "" if it is none.
+
+    >>> host_name("[::1]:8000"), host_name("Localhost.:80"), host_name("[::1].evil.example")
+    ('::1', 'localhost', '')
+    """
     text = header.strip().lower()
     if text.startswith("["):
-        return text[1:].partition("]")[0]
+        name, _, rest = text[1:].partition("]")
+        return name if not rest or (rest.startswith(":") and rest[1:].isdigit()) else ""
     name, colon, port = text.rpartition(":")
     return (name if colon and port.isdigit() else text).rstrip(".")
 

@@ -18,7 +18,7 @@ from engine.errors import HeadroomError, RequestError
 from engine.loop import EngineLoop
 from engine.outputs import RequestOutput
 from engine.sampling import SamplingParams
-from engine.server.answers import error_answer, error_body
+from engine.server.answers import error_answer, error_body, openai_error, status_of
 from engine.server.bodies import BodyReader, SafeJSONResponse, UnprocessableError, json_text, shorten
 from engine.server.host import EngineHost
 from engine.server.limits import DoorSettings, ServerLimits
@@ -127,6 +127,8 @@ class _Answer:
 
     def failure(self, output: RequestOutput) -> HeadroomError:
         """Why an output has failed."""
+        if output.refusal is not None:  # knobs were changed between the check of the request and its turn
+            return output.refusal
         message = output.error or "the engine failed"
         if self.loop.alive:
             return StepError(message)
@@ -334,8 +336,7 @@ async def _chunks(answer: _Answer, submission: Submission, request: Request) -> 
         begun.add(index)
         if output.finish_reason == "error":
             failure = answer.failure(output)
-            status = int(getattr(failure, "status", 500))
-            yield error_body(failure.message, "service_unavailable" if status == 503 else "server_error", None, status)
+            yield openai_error(failure, status_of(failure))
             break
         logprobs = answer.take_logprobs(index, output)
         if output.new_text or output.finished or logprobs or answer.return_token_ids:

@@ -60,6 +60,7 @@ def test_allowed_hosts_are_those_stated_and_a_public_address_is_warned_of():
     assert "--allowed-host" in warnings[0]
     assert DoorSettings(allowed_hosts=frozenset({"*"})).admits("evil.example")
     assert [host_name(text) for text in ("A.b:80", "[::1]:80", "x.")] == ["a.b", "::1", "x"]
+    assert not DoorSettings().admits("[::1].evil.example")
 
 
 @pytest.mark.parametrize(

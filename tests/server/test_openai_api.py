@@ -278,3 +278,25 @@ def test_stream_events_are_well_formed(server: Any):
     assert lines[-1] == "data: [DONE]"
     documents = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     assert documents[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_that_a_change_of_knobs_outruns_is_refused_and_not_failed(client, monkeypatch, stream):
+    """It was checked under the envelope of before; its client hears why, as if it had been refused at once."""
+    refusal = RequestError("12 tokens are more than the 8 a request may hold.", field="max_tokens", remedy="Ask less.")
+
+    def refuse(self, request_id, prompt_token_ids, params, priority=0, arrival=None):
+        raise refusal
+
+    monkeypatch.setattr(Engine, "add_request", refuse)
+    body = {"prompt": "hi", "max_tokens": 4, "stream": stream}
+    answer = client.post("/v1/completions", json=body)
+    if stream:
+        events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        error = json.loads(events[-2])["error"]
+    else:
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("max_tokens", 400)
+    assert "Ask less." in error["message"]
