@@ -76,7 +76,7 @@ def bodies() -> Iterator[tuple[str, str]]:
 def test_no_value_of_any_field_gives_a_500(served: ServedApp, http: httpx.Client):
     cases = list(bodies())
     assert len(cases) > 1200
-    for path, body in cases[::7]:  # all of them take a minute; every field and every value is met
+    for path, body in cases:
         check(http.post(path, content=body, headers=JSON), (path, body[:200]))
     assert http.post(PLAIN, json={"prompt": "hi", "max_tokens": 2}).status_code == 200
     assert served.idle()
