@@ -13,6 +13,8 @@ import httpx
 import openai
 import pytest
 
+from engine.core import Engine
+from engine.errors import RequestError
 from tests.server.conftest import wait_until
 
 PROMPT = [72, 101, 108, 108, 111]
@@ -281,16 +283,17 @@ def test_stream_events_are_well_formed(server: Any):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_request_that_a_change_of_knobs_outruns_is_refused_and_not_failed(client, monkeypatch, stream):
+def test_request_that_a_change_of_knobs_outruns_is_refused_and_not_failed(
+    server: Any, monkeypatch: pytest.MonkeyPatch, stream: bool
+):
     """It was checked under the envelope of before; its client hears why, as if it had been refused at once."""
     refusal = RequestError("12 tokens are more than the 8 a request may hold.", field="max_tokens", remedy="Ask less.")
 
-    def refuse(self, request_id, prompt_token_ids, params, priority=0, arrival=None):
+    def refuse(*arguments: Any) -> None:
         raise refusal
 
     monkeypatch.setattr(Engine, "add_request", refuse)
-    body = {"prompt": "hi", "max_tokens": 4, "stream": stream}
-    answer = client.post("/v1/completions", json=body)
+    answer = post(server, "/v1/completions", prompt="hi", max_tokens=4, stream=stream)
     if stream:
         events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
