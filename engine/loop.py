@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from engine.core import Engine, PreparedChange
+from engine.core import Engine
 from engine.errors import EngineDeadError, HeadroomError
 from engine.outputs import EngineEvent, EngineStatus, ReconfigureResult, RequestOutput, RequestTimes, StepStats
 from engine.sampling import SamplingParams
@@ -160,7 +160,7 @@ class EngineLoop:
         """
         with self._reconfiguring:  # two changes prepared at once could each undo the other
             prepared = self.engine.prepare(changes)
-            return self.call(lambda engine: self._apply(engine, prepared))
+            return self.change(lambda engine: engine.apply(prepared))
 
     def resize(self) -> ReconfigureResult:
         """Give the KV cache the memory that lighter weights have left; running requests are computed again.
@@ -169,14 +169,18 @@ class EngineLoop:
             CapacityError: if the machine does not have the memory after all; then nothing has changed.
             EngineDeadError: if the engine has stopped.
         """
+        with self._reconfiguring:
+            return self.change(Engine.resize)
 
-        def resize(engine: Engine) -> ReconfigureResult:
-            result = engine.resize()
+    def change(self, function: Callable[[Engine], T]) -> T:
+        """As :meth:`call`; whoever asks for the status afterwards is not shown the picture from before it."""
+
+        def run(engine: Engine) -> T:
+            result = function(engine)
             self._take_status(engine)
             return result
 
-        with self._reconfiguring:
-            return self.call(resize)
+        return self.call(run)
 
     def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
         """Run ``function`` in the stepping thread between two steps; its result, or the exception it raised."""
@@ -233,11 +237,6 @@ class EngineLoop:
         self._post(_Action(lambda: self.engine.add_event(kind, summary, detail), _report))
 
     # -- the stepping thread ---------------------------------------------------------------------------
-
-    def _apply(self, engine: Engine, prepared: PreparedChange) -> ReconfigureResult:
-        result = engine.apply(prepared)
-        self._take_status(engine)  # whoever asks after a change must not be shown the picture from before it
-        return result
 
     def _take_status(self, engine: Engine) -> EngineStatus:
         status = engine.status()

@@ -145,8 +145,8 @@ class SafetensorsCheckpoint(Checkpoint):
     @functools.cached_property
     def stored_elements(self) -> Mapping[str, int]:
         counts: Counter[str] = Counter()
-        for file in set(self._file_of.values()):
-            for tensor in file.tensors.values():
+        for file in dict.fromkeys(self._file_of.values()):
+            for _, tensor in sorted(file.tensors.items()):
                 counts[tensor.dtype] += math.prod(tensor.shape)
         return counts
 

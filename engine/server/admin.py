@@ -141,7 +141,7 @@ def _add_change_routes(router: APIRouter, host: EngineHost, jobs: JobRunner, bod
     @router.post("/reset_prefix_cache")
     def reset_prefix_cache(force: Force = False) -> dict[str, Any]:
         mark = jobs.permit("the prefix cache was reset", force=force)
-        blocks = host.loop.call(_reset_prefix_cache)
+        blocks = host.loop.change(_reset_prefix_cache)
         mark()
         return {"blocks": blocks}
 

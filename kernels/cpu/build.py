@@ -110,7 +110,11 @@ def build(progress: Progress) -> None:
 
 
 def _target(compiler: str) -> Path:
-    return private_dir(home() / "cache" / "native", home()) / f"native-{_digest(compiler)}.so"
+    return _folder() / f"native-{_digest(compiler)}.so"
+
+
+def _folder() -> Path:
+    return private_dir(home() / "cache" / "native", home())
 
 
 def _built() -> Path:

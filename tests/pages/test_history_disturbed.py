@@ -110,7 +110,7 @@ def test_a_row_that_cannot_be_shown_is_listed_as_such_and_can_be_deleted(store):
     table = page.dataframe[0].value.set_index("Run id")
     assert list(table.loc[bad.run_id]["Status"]) == ["cannot be shown"]
     assert "started_unix_s is 1e+308" in table.loc[bad.run_id]["Label"]
-    assert "cannot be shown: started\\_unix\\_s is 1e+308" in page.error[0].value
+    assert "cannot be shown: started_unix_s is 1e+308" in page.error[0].value
     both = _open(bad.run_id, good.run_id)
     assert "cannot be shown" in both.error[0].value
     assert any(metric.label == "Output throughput" for metric in both.metric)
@@ -149,7 +149,7 @@ def test_the_import_names_the_file_the_run_and_the_field(store):
     page.file_uploader(key="history-upload").upload("friend.json", document, "application/json").run()
     page.button(key="history-import").click().run()
     told = page.error[0].value
-    for part in ("friend.json", "runs[0].started_unix_s", make_run(1).run_id, "1e+308"):
+    for part in ("friend.json", "runs\\[0\\].started_unix_s", make_run(1).run_id, "1e+308"):
         assert part in told
     assert store.list_runs() == []
 

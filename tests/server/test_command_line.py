@@ -18,6 +18,7 @@ import pytest
 
 from engine import cli, console
 from engine.measure.metrics import METRICS
+from engine.server.limits import ServerLimits
 from tests.conftest import DEFAULT_MODEL
 from tests.server.conftest import TOKEN
 
@@ -314,10 +315,12 @@ def test_serve_hands_its_options_on_and_takes_the_token_from_the_environment(
     calls: list[tuple[Any, dict[str, Any]]] = []
     module = ModuleType("engine.server.run")
     module.serve = lambda config, **options: calls.append((config, options))  # type: ignore[attr-defined]
+    module.door_settings = lambda host, **options: (host, options)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "engine.server.run", module)
     monkeypatch.setenv("HEADROOM_ADMIN_TOKEN", "secret")
     ready = tmp_path / "ready.json"
     options = ("--port", 0, "--parent-pid", 77, "--ready-file", ready, "--set", "max_running=8")
+    options += ("--max-choices", 7, "--allowed-host", "gpu.lab")
     assert run("serve", "--model", "some.gguf", *options)[0] == 0
     config, given = calls[0]
     assert (config.model, config.max_running) == ("some.gguf", 8)
@@ -327,6 +330,8 @@ def test_serve_hands_its_options_on_and_takes_the_token_from_the_environment(
         "admin_token": "secret",
         "parent_pid": 77,
         "ready_file": ready,
+        "limits": ServerLimits(max_choices=7),
+        "door": ("127.0.0.1", {"hosts": ["gpu.lab"], "api_key": None, "cors_origins": (), "served_names": ()}),
     }
     monkeypatch.setenv("HEADROOM_ADMIN_TOKEN", "")
     run("serve")

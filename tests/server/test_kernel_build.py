@@ -11,6 +11,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.server import host
 from kernels.cpu import build
+from kernels.trust import private_dir
 from tests.server.conftest import ServedApp, wait_until
 
 # A compiler that takes its time and makes nothing that could be loaded.
@@ -31,7 +32,7 @@ def slow_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(build, "_folder", lambda: tmp_path / "native")
+    monkeypatch.setattr(build, "_folder", lambda: private_dir(tmp_path / "native", tmp_path))
     monkeypatch.setattr(build, "_EXPECTED_S", 3.0)
     return tmp_path / "native"
 
