@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +34,7 @@ def create_app(
     telemetry: TelemetrySampler | None = None,
     limits: ServerLimits | None = None,
     door: DoorSettings | None = None,
+    before_load: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The worker's ASGI application.
 
@@ -42,6 +44,7 @@ def create_app(
         telemetry: not yet started; sampled at its default interval if not given. It ends with the host.
         limits: how much is accepted from outside.
         door: who may come in.
+        before_load: called in the thread that loads, before each load.
 
     Returns:
         The application; its state has ``host``, ``jobs``, ``texts`` and ``gate``.
@@ -55,7 +58,7 @@ def create_app(
 
     telemetry = telemetry or TelemetrySampler()
     telemetry.start()
-    host = EngineHost(observe, telemetry, on_ready=lambda engine: texts.prepare(engine.model.tokenizer))
+    host = EngineHost(observe, telemetry, lambda engine: texts.prepare(engine.model.tokenizer), before_load)
     jobs, bodies = JobRunner(telemetry, traffic), BodyReader(limits)
     app = FastAPI(title="Headroom worker", docs_url=None, redoc_url=None, default_response_class=SafeJSONResponse)
     app.state.host, app.state.jobs, app.state.texts, app.state.gate = host, jobs, texts, gate

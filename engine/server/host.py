@@ -58,6 +58,7 @@ class EngineHost:
         on_finished: sees the last output of every request.
         telemetry: is told which GPU the model is on, and closed with the host.
         on_ready: is told of every engine before it serves.
+        before_load: called in the thread that loads, before each load.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class EngineHost:
         on_finished: Callable[[RequestOutput], None] | None = None,
         telemetry: TelemetrySampler | None = None,
         on_ready: Callable[[Engine], None] | None = None,
+        before_load: Callable[[], None] | None = None,
     ) -> None:
+        self._before_load = before_load
         self._on_finished = on_finished
         self._on_ready = on_ready
         self._telemetry = telemetry
@@ -132,6 +135,8 @@ class EngineHost:
         former = self._loop.engine.config if self._loop is not None else None
         error: dict[str, str | None] | None = None
         try:
+            if self._before_load is not None:
+                self._before_load()
             resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
             self._unload()
             self._start(config)
