@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to one weight in the format and layout that is wanted, slice by slice.
 
 Of the original there is never more in memory than a slice of rows: peak = the finished weight, once more its bytes
-while it is brought into another kernel's layout, and the slice's temporaries (some 50 MiB).
+while it is brought into another kernel's layout, and the slice's temporaries (less than 50 MiB).
 """
 
 from __future__ import annotations

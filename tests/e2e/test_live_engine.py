@@ -40,7 +40,7 @@ def test_a_control_that_is_used_while_the_page_draws_itself_anew_reaches_the_eng
     for turn in range(6):
         wanted = ("int4", "model")[turn % 2]
         before = totals(dashboard)["requests"]
-        ask(page, f"Count to {turn}.")
+        ask(page, f"Write a story of twenty long chapters about {turn + 2} lighthouses.")
         wait_until(page, lambda before=before: totals(dashboard)["requests"] > before)
         page.get_by_role("button", name="Stop").click()
         weights.get_by_role("radio", name=wanted).click()  # at once, as the stopped answer makes the page rerun
