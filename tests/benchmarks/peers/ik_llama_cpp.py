@@ -9,6 +9,8 @@ flash_attention ("on", "off"); and ``weights``, which names what the file holds.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.benchmarks.peers.llama_cpp import BATCH_TOKENS, MICRO_BATCH_TOKENS, SteppedLlama
@@ -23,6 +25,14 @@ _SEQUENCE_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 """Functions of the library that the binding does not declare: ``{name: (argument types, result type)}``."""
 
 
+def _preload() -> None:
+    """Load what its main library needs: built from source, that does not say that it lies beside it."""
+    found = importlib.util.find_spec("ik_llama_cpp")
+    if found is not None and found.origin is not None:
+        for library in Path(found.origin).parent.glob("lib/libggml*.so"):
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
 class IkLlamaCpp(SteppedLlama):
     """The fork's context, stepped in batches."""
 
@@ -30,6 +40,7 @@ class IkLlamaCpp(SteppedLlama):
     defaults: ClassVar[dict[str, Any]] = {"repack": False, "flash_attention": "off"}
 
     def __init__(self, order: Order) -> None:
+        _preload()
         from ik_llama_cpp import _ctypes_api as binding
 
         self._library: Any = binding._lib
