@@ -101,7 +101,8 @@ class Feed:
         it does not ask for the telemetry, which has something new every time; whoever asks next gets what was missed.
         """
         with self._lock:
-            if time.time() - self._snapshot.taken_unix_s < max_age_s:
+            lacks = samples and not self._snapshot.samples  # whoever read it last did not ask for any
+            if time.time() - self._snapshot.taken_unix_s < max_age_s and not lacks:
                 return self._snapshot
             if self._reading is None or self._reading.done():
                 self._reading = self._pool.submit(self._refresh, samples)

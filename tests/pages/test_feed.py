@@ -75,3 +75,10 @@ def test_telemetry_that_nobody_asked_for_is_there_when_somebody_does(client, ask
     assert feed.read(max_age_s=0.0, samples=False).samples == ()
     assert "telemetry" not in asked
     assert [sample["index"] for sample in feed.read(max_age_s=0.0).samples] == [0, 1]
+
+
+def test_a_young_reading_without_telemetry_is_not_enough_for_whoever_asks_for_it(client, asked):
+    client.samples = [{"index": 0}]
+    feed = Feed(lambda: client)
+    assert feed.read(max_age_s=0.0, samples=False).samples == ()
+    assert feed.read(max_age_s=60.0, patience_s=5.0).samples
