@@ -143,25 +143,29 @@ _OPTIONAL = ("seed", "logprobs")
 
 
 def _checked_stops(stop: object) -> tuple[str, ...]:
+    def fits(text: object) -> bool:
+        return isinstance(text, str) and 0 < len(text) <= MOST_STOP_CHARACTERS
+
     remedy = f"Give at most {MOST_STOPS} texts of 1 to {MOST_STOP_CHARACTERS:,} characters."
-    _require(isinstance(stop, tuple | list), "stop", stop, remedy)
-    texts: tuple[Any, ...] = tuple(stop)  # type: ignore[arg-type]
-    if len(texts) > MOST_STOPS:
-        raise RequestError(f"{len(texts):,} stop strings are too many.", field="stop", remedy=remedy)
-    for text in texts:
-        _require(isinstance(text, str) and 0 < len(text) <= MOST_STOP_CHARACTERS, "stop", text, remedy)
-    return texts
+    return _checked_list(stop, "stop", MOST_STOPS, fits, remedy)
 
 
 def _checked_stop_tokens(token_ids: object) -> tuple[int, ...]:
     remedy = f"Give at most {MOST_STOP_TOKENS:,} token ids."
-    _require(isinstance(token_ids, tuple | list), "stop_token_ids", token_ids, remedy)
-    ids: tuple[Any, ...] = tuple(token_ids)  # type: ignore[arg-type]
-    if len(ids) > MOST_STOP_TOKENS:
-        raise RequestError(f"{len(ids):,} stop tokens are too many.", field="stop_token_ids", remedy=remedy)
-    for token_id in ids:
-        _require(type(token_id) is int, "stop_token_ids", token_id, remedy)
-    return ids
+    return _checked_list(token_ids, "stop_token_ids", MOST_STOP_TOKENS, lambda token: type(token) is int, remedy)
+
+
+def _checked_list(
+    values: object, field: str, most: int, fits: Callable[[object], bool], remedy: str
+) -> tuple[Any, ...]:
+    """A list of at most ``most`` entries that fit, as a tuple."""
+    if not isinstance(values, tuple | list):
+        raise RequestError(f"{shown(values)} is out of range.", field=field, remedy=remedy)
+    if len(values) > most:
+        raise RequestError(f"{len(values):,} entries are too many.", field=field, remedy=remedy)
+    for value in values:
+        _require(fits(value), field, value, remedy)
+    return tuple(values)
 
 
 def _require(holds: bool, field: str, value: object, remedy: str) -> None:

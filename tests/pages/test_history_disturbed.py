@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import doctest
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -16,9 +15,9 @@ from pages.widgets import history_values
 from pages.widgets.history_compare import groups_by_run, groups_by_setting, metric_row
 from pages.widgets.history_table import table_of
 from storage import Store
+from tests.pages.history_steps import open_history
 from tests.storage.run_examples import make_comparison, make_run
 
-PAGE = str(Path(__file__).parents[2] / "pages" / "history.py")
 REFERENCE = "weights as stored, Q4_1 (GGUF)"
 QUALITY = {"perplexity": 14.1, "perplexity_se": 0.4, "kl_mean_nats": 0.03, "kl_p99_nats": 0.4, "same_top_percent": 92.0}
 
@@ -36,22 +35,11 @@ def _disturbed(run, what="weights: model → int4, forced"):
     return dataclasses.replace(run, disturbed=[{"time_unix_s": run.started_unix_s + 2.5, "what": what}])
 
 
-def _open(*run_ids, **parameters) -> AppTest:
-    page = AppTest.from_file(PAGE, default_timeout=30)
-    if run_ids:
-        page.query_params["run"] = list(run_ids)
-    for name, value in parameters.items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
-
-
 def test_a_disturbed_run_is_marked_in_its_row_and_can_be_filtered(store):
     disturbed, quiet = _disturbed(make_run(1)), make_run(2)
     store.save_run(disturbed)
     store.save_run(quiet)
-    page = _open()
+    page = open_history()
     table = page.dataframe[0].value.set_index("Run id")
     assert list(table.loc[disturbed.run_id]["Status"]) == ["completed", "disturbed"]
     assert list(table.loc[quiet.run_id]["Status"]) == ["completed"]
@@ -64,7 +52,7 @@ def test_a_disturbed_run_is_marked_in_its_row_and_can_be_filtered(store):
 
 def test_an_opened_run_says_what_disturbed_it_and_when(store):
     store.save_run(_disturbed(make_run(1), "max\\_running: 64 → [4](http://e)"))
-    warning = _open(make_run(1).run_id).warning[0].value
+    warning = open_history(make_run(1).run_id).warning[0].value
     assert "after 2.5 s" in warning
     assert "left out of every average" in warning
     assert "](http:" not in warning.replace("\\]", "").replace("http\\:", "")
@@ -87,7 +75,7 @@ def test_a_comparison_in_history_says_what_it_leaves_out(store):
     runs[1] = _disturbed(runs[1])
     for run in runs:
         store.save_run(run)
-    page = _open(comparison=runs[0].comparison_id)
+    page = open_history(comparison=runs[0].comparison_id)
     assert "1 disturbed run left out of averages" in page.warning[0].value
     assert page.table[0].value.shape[1] == 3
 
@@ -106,12 +94,12 @@ def test_a_row_that_cannot_be_shown_is_listed_as_such_and_can_be_deleted(store):
     store.save_run(good)
     with store._writing() as connection:
         connection.exec_driver_sql(f"UPDATE runs SET started_unix_s = 1e308 WHERE run_id = '{bad.run_id}'")
-    page = _open(bad.run_id)
+    page = open_history(bad.run_id)
     table = page.dataframe[0].value.set_index("Run id")
     assert list(table.loc[bad.run_id]["Status"]) == ["cannot be shown"]
     assert "started_unix_s is 1e+308" in table.loc[bad.run_id]["Label"]
     assert "cannot be shown: started_unix_s is 1e+308" in page.error[0].value
-    both = _open(bad.run_id, good.run_id)
+    both = open_history(bad.run_id, good.run_id)
     assert "cannot be shown" in both.error[0].value
     assert any(metric.label == "Output throughput" for metric in both.metric)
     page.button(key="history-delete").click().run()
@@ -127,13 +115,13 @@ def test_beside_every_figure_of_quality_stands_what_it_is_measured_against(store
     for item in (run, other):
         item.metrics.update(QUALITY)
         store.save_run(dataclasses.replace(item, quality_reference=REFERENCE))
-    page = _open(run.run_id)
+    page = open_history(run.run_id)
     page.session_state["history-tab"] = "All metrics"
     page.run()
     notes = page.table[-1].value["What it is"]
     for label in ("Perplexity", "KL divergence mean", "KL divergence p99", "Same top token"):
         assert REFERENCE in notes[label].replace("\\_", "_"), label
-    page = _open(run.run_id, other.run_id)
+    page = open_history(run.run_id, other.run_id)
     page.toggle(key="history-all-metrics").set_value(True).run()
     for value in page.table[0].value.loc["Quality measured against"]:
         assert REFERENCE in value.replace("\\_", "_")
@@ -144,7 +132,7 @@ def test_the_import_names_the_file_the_run_and_the_field(store):
 
     from engine.measure.results import to_json
 
-    page = _open()
+    page = open_history()
     document = json.dumps([to_json(make_run(1)) | {"started_unix_s": 1e308}]).encode()
     page.file_uploader(key="history-upload").upload("friend.json", document, "application/json").run()
     page.button(key="history-import").click().run()
@@ -158,7 +146,7 @@ def test_a_csv_for_excel_begins_with_a_byte_order_mark(store, monkeypatch):
     store.save_run(make_run(1))
     made = {}
     monkeypatch.setattr("streamlit.download_button", lambda label, data, **_: made.__setitem__(label, data))
-    page = _open()
+    page = open_history()
     assert made["CSV"]().startswith("run_id")
     page.checkbox(key="history-bom").check().run()
     assert made["CSV"]().startswith("\ufeffrun_id")

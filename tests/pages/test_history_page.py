@@ -10,7 +10,6 @@ import json
 import shlex
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta
-from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -27,9 +26,9 @@ from pages.widgets.history_compare import groups_by_run, groups_by_setting, metr
 from pages.widgets.history_detail import repeat_command
 from pages.widgets.history_values import changed_knobs
 from storage import StorageError, Store
+from tests.pages.history_steps import open_history
 from tests.storage.run_examples import failed_run, make_comparison, make_run, with_gpu_samples
 
-PAGE = str(Path(__file__).parents[2] / "pages" / "history.py")
 TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
 
 
@@ -68,17 +67,6 @@ def _cancelled(seed):
     return dataclasses.replace(run, requests=requests)
 
 
-def _open(*run_ids, **parameters) -> AppTest:
-    page = AppTest.from_file(PAGE, default_timeout=30)
-    if run_ids:
-        page.query_params["run"] = list(run_ids)
-    for name, value in parameters.items():
-        page.query_params[name] = value
-    page.run()
-    assert not page.exception
-    return page
-
-
 def _listed(page: AppTest) -> set[str]:
     return set(page.dataframe[0].value["Run id"])
 
@@ -91,7 +79,7 @@ def _texts(page: AppTest) -> str:
 
 
 def test_an_empty_record_tells_how_to_make_the_first_run(store):
-    page = _open()
+    page = open_history()
     assert "No runs yet" in page.subheader[0].value
     assert "python -m storage record" in page.code[0].value
     assert page.file_uploader(key="history-upload") is not None
@@ -99,7 +87,7 @@ def test_an_empty_record_tells_how_to_make_the_first_run(store):
 
 
 def test_every_run_is_listed_with_its_setting_and_figures(runs):
-    page = _open()
+    page = open_history()
     table = page.dataframe[0].value.set_index("Run id")
     assert set(table.index) == {run.run_id for run in runs.values()}
     int4 = table.loc[runs["int4"].run_id]
@@ -109,7 +97,7 @@ def test_every_run_is_listed_with_its_setting_and_figures(runs):
 
 
 def test_filters_narrow_the_list(runs):
-    page = _open()
+    page = open_history()
     assert _listed(page.text_input(key="history-text").input("INT4").run()) == {runs["int4"].run_id}
     page.text_input(key="history-text").input("").run()
     assert _listed(page.multiselect(key="history-status").select("failed").run()) == {runs["failed"].run_id}
@@ -128,13 +116,13 @@ def test_the_day_filter_includes_both_days_and_all_of_them(store):
     outside = [make_run(3, started_unix_s=midnight - 1), make_run(4, started_unix_s=midnight + 2 * 86_400)]
     for run in (*inside, *outside):
         store.save_run(run)
-    page = _open()
+    page = open_history()
     page.date_input(key="history-days").set_value((day, day + timedelta(days=1))).run()
     assert _listed(page) == {run.run_id for run in inside}
 
 
 def test_filters_that_match_nothing_say_so_and_can_be_cleared(runs):
-    page = _open()
+    page = open_history()
     page.text_input(key="history-text").input("no such run").run()
     assert "No run matches" in page.info[0].value
     next(button for button in page.button if button.label == "Clear all filters").click().run()
@@ -142,7 +130,7 @@ def test_filters_that_match_nothing_say_so_and_can_be_cleared(runs):
 
 
 def test_an_opened_run_shows_its_metrics_with_units(runs):
-    page = _open(runs["plain"].run_id)
+    page = open_history(runs["plain"].run_id)
     shown = {metric.label: metric.value for metric in page.metric}
     speed = runs["plain"].metrics["output_tokens_s"]
     assert shown["Output throughput"] == f"{speed:.1f} tokens/s"
@@ -155,7 +143,7 @@ def test_an_opened_run_shows_its_metrics_with_units(runs):
 
 
 def test_the_provenance_of_an_opened_run_is_complete(runs):
-    page = _open(runs["int4"].run_id)
+    page = open_history(runs["int4"].run_id)
     page.session_state["history-tab"] = "Provenance"
     text = _texts(page.run())
     provenance = runs["int4"].provenance
@@ -181,7 +169,7 @@ def test_the_provenance_of_an_opened_run_is_complete(runs):
 
 @pytest.mark.parametrize("name", ["plain", "failed", "cancelled", "lookup", "running"])
 def test_every_tab_of_every_kind_of_run_renders(runs, name):
-    page = _open(runs[name].run_id)
+    page = open_history(runs[name].run_id)
     for tab in TABS:
         page.session_state["history-tab"] = tab
         page.run()
@@ -189,18 +177,18 @@ def test_every_tab_of_every_kind_of_run_renders(runs, name):
 
 
 def test_a_failed_and_a_cancelled_run_say_what_happened(runs):
-    assert "signal SIGKILL" in _open(runs["failed"].run_id).error[0].value
-    assert "after 6 of 24 requests" in _open(runs["cancelled"].run_id).warning[0].value
+    assert "signal SIGKILL" in open_history(runs["failed"].run_id).error[0].value
+    assert "after 6 of 24 requests" in open_history(runs["cancelled"].run_id).warning[0].value
 
 
 def test_a_run_under_way_is_said_to_be_and_one_of_a_dead_owner_can_be_marked_failed(runs, store):
     run_id = runs["running"].run_id
-    page = _open(run_id)
+    page = open_history(run_id)
     assert "under way" in page.info[0].value
     assert "history-mark-failed" not in {button.key for button in page.button}
     with store._writing() as connection:
         connection.execute(sqlalchemy.text("UPDATE runs SET owner_host = 'elsewhere' WHERE status = 'running'"))
-    page = _open(run_id)
+    page = open_history(run_id)
     assert "another machine" in page.info[0].value
     page.button(key="history-mark-failed").click().run()
     assert store.get_run(run_id).status == "failed"
@@ -208,7 +196,7 @@ def test_a_run_under_way_is_said_to_be_and_one_of_a_dead_owner_can_be_marked_fai
 
 
 def test_selected_runs_stand_side_by_side_with_differences_and_their_causes(runs):
-    page = _open(runs["plain"].run_id, runs["int4"].run_id)
+    page = open_history(runs["plain"].run_id, runs["int4"].run_id)
     assert page.subheader[0].value == "2 runs side by side"
     metrics, causes = page.table[0].value, page.table[1].value
     plain, int4 = metrics.columns
@@ -220,14 +208,14 @@ def test_selected_runs_stand_side_by_side_with_differences_and_their_causes(runs
 
 
 def test_the_baseline_can_be_chosen(runs):
-    page = _open(runs["plain"].run_id, runs["int4"].run_id)
+    page = open_history(runs["plain"].run_id, runs["int4"].run_id)
     page.selectbox[0].select_index(1).run()
     assert "int4" in page.table[0].value.columns[0]
     assert ":red[" in page.table[0].value.loc["TPOT mean"].iloc[1]
 
 
 def test_runs_without_any_figure_can_be_compared_too(runs):
-    page = _open(runs["failed"].run_id, runs["running"].run_id)
+    page = open_history(runs["failed"].run_id, runs["running"].run_id)
     assert "measured anything" in _texts(page)
 
 
@@ -235,7 +223,7 @@ def test_a_linked_comparison_is_listed_alone_and_compared_by_setting(runs, store
     comparison = make_comparison(20, {"weights": "int4"}, repeats=3)
     for run in comparison:
         store.save_run(run)
-    page = _open(comparison=comparison[0].comparison_id)
+    page = open_history(comparison=comparison[0].comparison_id)
     assert _listed(page) == {run.run_id for run in comparison}
     table = page.table[0].value
     assert list(table.columns) == ["defaults", "weights int4", "Ratio, 95 % interval"]
@@ -247,7 +235,7 @@ def test_a_linked_comparison_is_listed_alone_and_compared_by_setting(runs, store
 
 def test_deletion_happens_only_after_confirmation(runs, store):
     run_id = runs["plain"].run_id
-    page = _open(run_id)
+    page = open_history(run_id)
     page.button(key="history-delete").click().run()
     assert any("cannot be undone" in text.value for text in page.markdown)
     page.button(key="history-delete-cancel").click().run()
@@ -264,7 +252,7 @@ def test_a_deletion_that_the_database_refuses_is_reported(runs, store, monkeypat
     def refuse(_run_ids):
         raise StorageError("the database is locked.", remedy="Close the other program.")
 
-    page = _open(runs["plain"].run_id)
+    page = open_history(runs["plain"].run_id)
     page.button(key="history-delete").click().run()
     monkeypatch.setattr(store, "delete_runs", refuse)
     page.button(key="history-delete-confirm").click().run()
@@ -273,17 +261,17 @@ def test_a_deletion_that_the_database_refuses_is_reported(runs, store, monkeypat
 
 
 def test_a_run_under_way_is_not_deleted(runs, store):
-    page = _open(runs["running"].run_id)
+    page = open_history(runs["running"].run_id)
     page.button(key="history-delete").click().run()
     assert page.button(key="history-delete-confirm").disabled
 
 
 def test_without_a_selection_nothing_can_be_deleted(runs):
-    assert _open().button(key="history-delete").disabled
+    assert open_history().button(key="history-delete").disabled
 
 
 def test_a_json_export_is_imported_and_a_broken_file_is_refused_with_the_reason(store):
-    page = _open()
+    page = open_history()
     page.file_uploader(key="history-upload").upload("runs.json", b"[{]", "application/json").run()
     page.button(key="history-import").click().run()
     assert "not JSON" in page.error[0].value
@@ -297,16 +285,16 @@ def test_a_json_export_is_imported_and_a_broken_file_is_refused_with_the_reason(
 def test_the_export_buttons_take_the_selection_or_else_the_whole_list(runs, store, monkeypatch):
     made = {}
     monkeypatch.setattr("streamlit.download_button", lambda label, data, **_: made.__setitem__(label, data))
-    _open(runs["int4"].run_id)
+    open_history(runs["int4"].run_id)
     assert [line["run_id"] for line in csv.DictReader(io.StringIO(made["CSV"]()))] == [runs["int4"].run_id]
     assert [document["run_id"] for document in json.loads(made["JSON"]())] == [runs["int4"].run_id]
     assert len(list(csv.DictReader(io.StringIO(made["Requests CSV"]())))) == len(runs["int4"].requests)
-    _open()
+    open_history()
     assert len(list(csv.DictReader(io.StringIO(made["CSV"]())))) == len(runs)
 
 
 def test_a_run_can_be_renamed(runs, store):
-    page = _open(runs["plain"].run_id)
+    page = open_history(runs["plain"].run_id)
     page.text_input(key=f"history-label-{runs['plain'].run_id}").input("the good one")
     page.button(key="history-label-save").click().run()
     assert store.get_run(runs["plain"].run_id).label == "the good one"
@@ -314,21 +302,21 @@ def test_a_run_can_be_renamed(runs, store):
 
 
 def test_the_selection_follows_the_run_when_newer_runs_arrive(runs, store):
-    page = _open(runs["plain"].run_id)
+    page = open_history(runs["plain"].run_id)
     store.save_run(make_run(50, label="newer"))
     page.run()
     assert page.subheader[0].value == "first try"
 
 
 def test_a_link_to_a_run_that_is_gone_shows_the_list(runs):
-    assert len(_listed(_open("nowhere"))) == len(runs)
+    assert len(_listed(open_history("nowhere"))) == len(runs)
 
 
 def test_a_damaged_record_is_an_error_with_a_remedy_not_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
     monkeypatch.delenv("HEADROOM_DB", raising=False)
     (tmp_path / "headroom.db").write_text("no database " * 100)
-    page = _open()
+    page = open_history()
     assert "not a database" in page.error[0].value
     assert "Move the file away" in page.error[0].value
     (tmp_path / "headroom.db").unlink()
@@ -348,7 +336,7 @@ def test_opening_the_record_fails_the_runs_of_a_dashboard_that_died(store):
 def test_energy_of_a_run_is_told_with_how_it_was_measured_and_drawn_over_time(store):
     run = with_gpu_samples(make_run(1))
     store.save_run(run)
-    page = _open(run.run_id)
+    page = open_history(run.run_id)
     per_token = next(item for item in page.metric if item.label == "Energy per output token")
     assert per_token.value.endswith("J/token")
     assert "**GPU power** :small[:gray[W]]" in _texts(page)
@@ -368,12 +356,12 @@ def test_run_without_a_power_reading_says_why(store):
     reason = EventRecord(0.0, "energy", summary, {"reason": "there is no NVIDIA driver on this machine"})
     store.save_run(make_run(1, events=[reason]))
     store.save_run(make_run(2))
-    page = _open(make_run(1).run_id)
+    page = open_history(make_run(1).run_id)
     assert "GPU power" not in _texts(page)
     page.session_state["history-tab"] = "All metrics"
     page.run()
     assert "Energy not measured: there is no NVIDIA driver on this machine." in _texts(page)
-    other = _open(make_run(2).run_id)
+    other = open_history(make_run(2).run_id)
     other.session_state["history-tab"] = "All metrics"
     other.run()
     assert "from a version that did not measure it" in _texts(other)
@@ -404,7 +392,7 @@ def test_named_workloads_are_recognised_from_the_record(store):
     run = make_run(1)
     run = dataclasses.replace(run, provenance=dataclasses.replace(run.provenance, workload=workload))
     store.save_run(run)
-    page = _open(run.run_id)
+    page = open_history(run.run_id)
     page.session_state["history-tab"] = "Provenance"
     assert "--workload quick" in page.run().code[0].value
 

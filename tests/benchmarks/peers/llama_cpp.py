@@ -10,6 +10,7 @@ Options: slots (sequences at once), unified (one KV buffer for all sequences ins
 
 from __future__ import annotations
 
+import abc
 import importlib.metadata
 from collections import deque
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ class _Sequence:
         self.next_token: int | None = None
 
 
-class SteppedLlama:
+class SteppedLlama(abc.ABC):
     """A context with a slot for each sequence, stepped in batches; what llama.cpp and its forks have in common.
 
     Args:
@@ -186,26 +187,33 @@ class SteppedLlama:
 
     # -- what a fork may do otherwise --------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _load_model(self, path: str) -> Any:
-        raise NotImplementedError
+        """Handle of the model in that GGUF file; null if it cannot be read."""
 
+    @abc.abstractmethod
     def _context_parameters(self, slots: int, tokens: int) -> Any:
-        raise NotImplementedError
+        """The library's parameters of a context for so many slots of so many tokens each."""
 
+    @abc.abstractmethod
     def _model_size(self) -> int:
-        raise NotImplementedError
+        """Bytes of the weights."""
 
+    @abc.abstractmethod
     def _system(self) -> str:
-        raise NotImplementedError
+        """Instruction sets, as the library names them."""
 
+    @abc.abstractmethod
     def _forget_all(self) -> None:
-        raise NotImplementedError
+        """Empty the cache."""
 
+    @abc.abstractmethod
     def _forget(self, slot: int) -> None:
-        raise NotImplementedError
+        """Drop what the cache holds of a slot."""
 
+    @abc.abstractmethod
     def _copy(self, source: int, target: int) -> None:
-        raise NotImplementedError
+        """Let a slot hold what another one does."""
 
 
 class LlamaCpp(SteppedLlama):
