@@ -138,7 +138,7 @@ class EngineHost:
             if self._before_load is not None:
                 self._before_load()
             resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
-            self._unload()
+            self._unload(config.model)
             self._start(config)
         except HeadroomError as problem:  # of the checkpoint or the configuration: all that is known is in the words
             logger.error("loading %s failed: %s", config.model, problem)
@@ -154,7 +154,8 @@ class EngineHost:
             with self._lock:
                 self._loading = False
 
-    def _start(self, config: EngineConfig) -> None:
+    def _start(self, config: EngineConfig, error: dict[str, str | None] | None = None) -> None:
+        """Load a model and serve it; ``error`` is what the load before this one failed of, to be read while it serves."""
         report = self._report(config.model)
         build_ahead(config, report)
         engine = Engine.load(config, report)
@@ -165,14 +166,16 @@ class EngineHost:
         loop.start()
         self._loop = loop
         self._tell_telemetry(gpu_uuid(engine.model.device))
-        self._state = LoadState("ready", config.model, "ready", 1.0, None)
+        self._state = LoadState("ready", config.model, "ready", 1.0, error)
 
     def _tell_telemetry(self, gpu: str | None) -> None:
         if self._telemetry is not None:
             self._telemetry.engine_gpu = gpu
 
-    def _unload(self) -> None:
+    def _unload(self, successor: str) -> None:
         if self._loop is not None:
+            # First of all: an engine that is stopped to be replaced is not one that has died.
+            self._state = LoadState("loading", successor, "stopping the previous model", 0.0, None)
             self._loop.stop()
             self._loop = None
             self._tell_telemetry(None)
@@ -188,8 +191,7 @@ class EngineHost:
             self._state = failed
             return
         try:
-            self._start(former)
-            self._state = dataclasses.replace(self._state, error=error)
+            self._start(former, error)
         except Exception:
             logger.exception("the former model could not be loaded again")
             self._state = failed

@@ -255,9 +255,15 @@ def test_failed_load_leaves_the_configuration_readable_and_another_model_loadabl
 def test_load_that_does_not_fit_keeps_the_former_model(start_app: Callable[..., ServedApp], tiny_config: EngineConfig):
     served = start_app(tiny_config)
     served.wait_ready()
+    host, phases, left = served.app.state.host, set(), False
     served.client.load({**tiny_config.to_dict(), "memory_limit_gib": 0.001})
-    wait_until(lambda: served.client.health()["error"])
-    wait_until(lambda: served.client.health()["status"] == "ready")
+    end = time.monotonic() + 30
+    while not (left and (state := host.state()).phase == "ready"):  # without a pause: no state in between is missed
+        assert time.monotonic() < end, phases
+        phases.add(host.state().phase)
+        left = left or "loading" in phases
+    assert phases <= {"loading", "ready"}, "a model that is replaced has not died"
+    assert state.error is not None, "ready again, and not a word of why"
     assert served.client.health()["error"]["field"] == "memory_limit_gib"
     assert served.client.config()["config"]["memory_limit_gib"] == 0.25
     assert served.client.complete("x", max_tokens=2)["choices"]
