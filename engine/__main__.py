@@ -1,8 +1,8 @@
-"""``python -m engine``: see :mod:`engine.cli`."""
+"""``python -m engine``: see :mod:`engine.cli.app`."""
 
 import sys
 
-from engine.cli import main
+from engine.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ the place that reads it (and it must be read where it acts, at each step, if its
 Tiers (see DESIGN: "Rules of the house"):
 
 * ``live``    takes effect at the next step.
-* ``swap``    the engine pauses between two steps, exchanges weights or cache format, and resumes.
+* ``swap``    the engine pauses between two steps, swaps weights or cache format, and resumes.
 * ``reload``  fixed while a model is loaded: changing it loads the model again.
 """
 

@@ -1,6 +1,6 @@
 """The engine: schedule → run → sample → commit, with reconfiguration between two steps.
 
-An :class:`Engine` is used from one thread. :class:`engine.loop.EngineLoop` gives it a thread of its own.
+An :class:`Engine` is used from one thread. :class:`engine.worker.loop.EngineLoop` gives it a thread of its own.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine import sizing
-from engine.admission import Admission
+from engine.attention.base import get_backend
+from engine.batching.admission import Admission
 from engine.batching.request import Request, RequestState
 from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
-from engine.detokenizer import Detokenizer, stream_table
 from engine.device import on_device
 from engine.errors import CapacityError, ConfigError, RequestError, shown
 from engine.execution import Executor
 from engine.isolation import Failure, Sampled, compute_apart, sample_apart, why_no_token
-from engine.layers.attention import get_backend
 from engine.models import load_model
+from engine.models.detokenizer import Detokenizer, stream_table
 from engine.outputs import (
     CacheOffer,
     EngineEvent,
@@ -43,12 +43,12 @@ from engine.outputs import (
 from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
-from engine.sampling import NO_TOKEN, SamplingParams, SamplingRow, get_sampler, warm_up_sampler
+from engine.sampling.params import NO_TOKEN, SamplingParams, SamplingRow, get_sampler, warm_up_sampler
 from engine.speculation.draft_control import DraftControl
 from engine.speculation.proposers import Proposer, make_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
-from kernels.dispatch import Op, cache_obstacle, choose
+from kernels.dispatch import Op, cache_unsupported_reason, choose
 from kernels.kv_formats import KV_FORMATS
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class PreparedChange:
 
     Attributes:
         changes: knob names and values.
-        weights: quantized weights ready to be exchanged; None if they stay.
+        weights: quantized weights ready to be swapped; None if they stay.
         shrinks_cache: the cache gives blocks back for heavier weights.
         prepare_ms: how long the preparation took.
     """
@@ -193,7 +193,7 @@ class Engine:
     # -- requests ----------------------------------------------------------------------------------------
 
     def validate_request(self, prompt_token_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> None:
-        """Refuse what could never finish under the knobs in force now; any thread, see :mod:`engine.admission`.
+        """Refuse what could never finish under the present knobs; any thread, see :mod:`engine.batching.admission`.
 
         Raises:
             RequestError: naming the field and the remedy.
@@ -248,8 +248,8 @@ class Engine:
             return None
         try:
             return self._end(request, "abort")
-        except Exception as problem:
-            return self._fail(request, Failure.of(problem, "ending it"))
+        except Exception as error:
+            return self._fail(request, Failure.of(error, "ending it"))
 
     def fail(self, request_id: str, reason: str) -> RequestOutput | None:
         """End a request with an error; its last output, or None if it is not in flight."""
@@ -297,8 +297,8 @@ class Engine:
         self.fruitless_steps = 0 if len(rows) > tally.raised else self.fruitless_steps + 1
         try:
             self._record(schedule, tally, (began, scheduled, computed, time.perf_counter()))
-        except Exception as problem:  # the outputs are worth more than their statistics
-            self._note("the statistics of a step are lost", problem)
+        except Exception as error:  # the outputs are worth more than their statistics
+            self._note("the statistics of a step are lost", error)
         return outputs + self._take_ended() if self._ended else outputs
 
     def _nothing_computed(self) -> list[RequestOutput]:
@@ -313,8 +313,8 @@ class Engine:
     def _poll(self) -> None:
         try:
             self._executor.poll()
-        except Exception as problem:
-            self._note(f"execution={self.config.execution} cannot be prepared; eager serves", problem)
+        except Exception as error:
+            self._note(f"execution={self.config.execution} cannot be prepared; eager serves", error)
             self._executor.close()
 
     def _propose(self) -> None:
@@ -323,8 +323,8 @@ class Engine:
             return
         try:
             self._draft(self._proposer)
-        except Exception as problem:
-            self._note("drafting failed; a step does without", problem)
+        except Exception as error:
+            self._note("drafting failed; a step does without", error)
             for request in self.scheduler.running:
                 request.draft_token_ids = []
 
@@ -345,8 +345,8 @@ class Engine:
             if count > 0:
                 try:
                     request.draft_token_ids = proposer.propose(request, count)[:count]
-                except Exception as problem:
-                    self._stop_drafting(request, problem)
+                except Exception as error:
+                    self._stop_drafting(request, error)
 
     def _stop_drafting(self, request: Request, problem: Exception | None) -> None:
         """No drafts for this request any more."""
@@ -354,35 +354,35 @@ class Engine:
         self._note(f"drafting failed for request {shown(request.request_id)}; it goes on without", problem)
 
     def _schedule(self) -> Schedule:
-        """What to compute. Where that raises, queues and blocks are made anew and every request is computed again."""
+        """What to compute. Where that raises, queues and blocks are made again and every request is computed again."""
         for _ in range(2):
             try:
                 return self.scheduler.schedule(self.config)
-            except Exception as problem:
-                self._note("scheduling failed; every request is computed again", problem)
+            except Exception as error:
+                self._note("scheduling failed; every request is computed again", error)
             self.start_over()
         guilty: list[tuple[Request, Failure]] = []
         for request in self._requests.values():  # whom does it raise for alone?
             self.scheduler.start_over([request], self._new_pool())
             try:
                 self.scheduler.schedule(self.config)
-            except Exception as problem:
-                guilty.append((request, Failure.of(problem, "scheduling it")))
+            except Exception as error:
+                guilty.append((request, Failure.of(error, "scheduling it")))
         self.start_over()
         for request, failure in guilty:
             self._ended.append(self._fail(request, failure))
         while self._requests:
             try:
                 return self.scheduler.schedule(self.config)
-            except Exception as problem:
-                failure = Failure.of(problem, "scheduling it")
+            except Exception as error:
+                failure = Failure.of(error, "scheduling it")
             self.start_over()
             newest = max(self._requests.values(), key=lambda request: request.times.arrival)
             self._ended.append(self._fail(newest, failure))
         return Schedule()
 
     def start_over(self) -> None:
-        """Queues and blocks anew, after something was raised in the midst of changing them; no token is lost by it."""
+        """Queues and blocks again, after something was raised in the midst of changing them; no token is lost by it."""
         self.scheduler.start_over(self._requests.values(), self._new_pool())
 
     def _copy_blocks(self, schedule: Schedule) -> None:
@@ -396,8 +396,8 @@ class Engine:
             for copy in schedule.copies:
                 try:
                     self.cache.copy_blocks([copy])
-                except Exception as problem:
-                    failed[copy.destination] = Failure.of(problem, "copying its prefix")
+                except Exception as error:
+                    failed[copy.destination] = Failure.of(error, "copying its prefix")
         finally:
             self.scheduler.copies_done(schedule)
         for row in list(schedule.rows):
@@ -412,15 +412,15 @@ class Engine:
             return rows, None
         try:
             return rows, self._runner.run(rows, self._attention)
-        except Exception as problem:
-            computed = compute_apart(lambda part: self._runner.run(part, self._attention), rows, problem)
+        except Exception as error:
+            computed = compute_apart(lambda part: self._runner.run(part, self._attention), rows, error)
         for request in computed.undrafted:
             self._stop_drafting(request, None)
         for request, failure in computed.failed:
             self._ended.append(self._fail(request, failure))
         return computed.rows, computed.logits
 
-    def obstacle(self) -> str | None:
+    def unsupported(self) -> str | None:
         """Why no request can be computed at all: what a step over a token of the engine's own raises. None if nothing.
 
         For after steps of which no row could be computed: their requests may have been to blame, or the engine.
@@ -431,8 +431,8 @@ class Engine:
                 rows = self.scheduler.schedule(self.config).rows
                 if rows:
                     self._sample(self._runner.run(rows, self._attention), _sampling_rows_of(rows[0]))
-        except Exception as problem:
-            return f"{type(problem).__name__}: {problem}"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
         self.fruitless_steps = 0
         return None
 
@@ -440,9 +440,9 @@ class Engine:
         """A token for each row of the logits, its log-probabilities, and why it has none where sampling it raises."""
         try:
             return Sampled(*self._sample(logits, self._sampling_rows(rows)))
-        except Exception as problem:  # a row's own parameters, or its logits: each is asked by itself
-            if sizing.is_out_of_memory(problem):
-                problem.__traceback__ = None
+        except Exception as error:  # a row's own parameters, or its logits: each is asked by itself
+            if sizing.is_out_of_memory(error):
+                error.__traceback__ = None
                 sizing.release_memory()
             return sample_apart(self._sample, logits, rows, lambda row: self._sampling_rows([row]))
 
@@ -526,10 +526,10 @@ class Engine:
                     reported = sampled.logprobs[offset : offset + len(output.new_token_ids)]
                     output.logprobs = [entry for entry in reported if entry is not None]
                 tally.output_tokens += len(output.new_token_ids)
-            except Exception as problem:
+            except Exception as error:
                 tally.raised += 1
                 has_them = not row.samples or (bool(outputs) and outputs[-1].request_id == request.request_id)
-                failure = Failure.of(problem, "handing out its next token")
+                failure = Failure.of(error, "handing out its next token")
                 if request.state is not RequestState.FINISHED:  # else it has had its last output
                     self._ended.append(self._fail(request, failure, None if has_them else row.start + known))
             offset = end
@@ -555,8 +555,8 @@ class Engine:
         try:
             self._draft_statistics.observe(row.num_drafts, accepted)
             self._draft_control.observe_draft(request.request_id, accepted)
-        except Exception as problem:
-            self._stop_drafting(request, problem)
+        except Exception as error:
+            self._stop_drafting(request, error)
         return tokens
 
     def _append(self, request: Request, tokens: list[int], now: float, failure: Failure | None = None) -> RequestOutput:
@@ -637,16 +637,16 @@ class Engine:
         self._undrafted.discard(identifier)
         try:
             self.scheduler.finish(request)
-        except Exception as problem:
-            self._note("giving blocks back failed; every request is computed again", problem)
+        except Exception as error:
+            self._note("giving blocks back failed; every request is computed again", error)
             request.state = RequestState.FINISHED
             self.start_over()
         try:
             if self._proposer is not None:
                 self._proposer.forget(identifier)
             self._draft_control.forget(identifier)
-        except Exception as problem:
-            self._note("the drafts of a finished request could not be forgotten", problem)
+        except Exception as error:
+            self._note("the drafts of a finished request could not be forgotten", error)
 
     def _report_failure(self, request: Request, failure: Failure) -> None:
         summary = f"request {shown(request.request_id)} ended: {failure.reason}"
@@ -745,9 +745,9 @@ class Engine:
         notes: list[str] = []
         if "kv_dtype" in differences or prepared.shrinks_cache:
             room = sizing.resize_cache(self.model, target, self.envelope)
-            notes += self._exchange_cache(target, room, prepared.weights)
+            notes += self._swap_cache(target, room, prepared.weights)
         elif prepared.weights is not None:  # the last thing that can fail
-            notes += self._exchange_weights(prepared.weights, target)
+            notes += self._swap_weights(prepared.weights, target)
         if new_proposer:
             self._proposer = proposer
             for request in self.scheduler.running:
@@ -802,7 +802,7 @@ class Engine:
     def resize(self) -> ReconfigureResult:
         """Give the KV cache the memory that lighter weights have left, between two steps.
 
-        The blocks are exchanged as for another `kv_dtype`: running requests are computed again. Heavier weights take
+        The blocks are swapped as for another `kv_dtype`: running requests are computed again. Heavier weights take
         the memory back (see :func:`engine.sizing.make_room_for_weights`).
 
         Raises:
@@ -811,7 +811,7 @@ class Engine:
         began, before, notes = time.perf_counter(), self.envelope.num_blocks, []
         if self.cache_on_offer() is not None:
             larger = sizing.cache_on_offer(self.model, self.config, self.envelope)
-            notes = self._exchange_cache(self.config, larger, None)
+            notes = self._swap_cache(self.config, larger, None)
             self._executor.configure(self.config, self._attention)
         after = self.envelope.num_blocks
         result = ReconfigureResult(
@@ -827,18 +827,18 @@ class Engine:
             self.add_event("cache", summary, dataclasses.asdict(result))
         return result
 
-    def _exchange_cache(
+    def _swap_cache(
         self, target: EngineConfig, envelope: sizing.Envelope, weights: PreparedWeights | None
     ) -> list[str]:
         """A cache of another format or size in place of the present one and, with it, other weights.
 
         Raises:
             CapacityError: if a request in flight could not finish in it, or memory runs out; then there is a cache in
-                the former format and size again, and requests go on.
+                the previous format and size again, and requests go on.
         """
-        former, room = self.config, self.envelope
+        previous, room = self.config, self.envelope
         longest = max((request.max_total_tokens for request in self._requests.values()), default=0)
-        by = "weights" if target.kv_dtype == former.kv_dtype else "kv_dtype"
+        by = "weights" if target.kv_dtype == previous.kv_dtype else "kv_dtype"
         sizing.check_requests_fit(longest, envelope, target, by)
         count = self.scheduler.vacate()
         self.totals["preemptions"] += count
@@ -848,10 +848,10 @@ class Engine:
         try:
             self._replace_cache(target, envelope)
             if weights is not None:
-                notes += self._exchange_weights(weights, target)
+                notes += self._swap_weights(weights, target)
         except Exception:
-            self._replace_cache(former, room)
-            self._executor.configure(former, self._attention)
+            self._replace_cache(previous, room)
+            self._executor.configure(previous, self._attention)
             raise
         return notes
 
@@ -867,9 +867,9 @@ class Engine:
         self.envelope = envelope
         self.admission = self._present_admission()
         self._use_cache(cache)
-        self.scheduler.exchange_pool(BlockPool(envelope.num_blocks, config.block_size))
+        self.scheduler.swap_pool(BlockPool(envelope.num_blocks, config.block_size))
 
-    def _exchange_weights(self, prepared: PreparedWeights, target: EngineConfig) -> list[str]:
+    def _swap_weights(self, prepared: PreparedWeights, target: EngineConfig) -> list[str]:
         with sizing.Explained(lambda: sizing.swap_shortage(self.model, target)):
             self.model.commit_weights(prepared)
         # Cached keys and values came from the old weights: nobody may take them for the new ones' work.
@@ -889,7 +889,7 @@ class Engine:
             ConfigError: if the kernels it names cannot run here.
         """
         model = self.model
-        fallback = None if model.decoder.exchanges_weights else model.spec.architecture
+        fallback = None if model.decoder.swaps_weights else model.spec.architecture
         return _choose_weights(config, model.device, model.dtype, fallback)
 
     def _bring_weights(self, choice: WeightChoice) -> None:
@@ -907,10 +907,10 @@ class Engine:
     def _make_attention(self, config: EngineConfig) -> tuple[Any, str]:
         device, head_dim = self.model.device, self.model.decoder.head_dim
         backend, path = get_backend(config.attention, device, self.model.dtype, head_dim)
-        obstacle = cache_obstacle(path, config.kv_dtype, device, head_dim)
-        if obstacle is not None:
-            words = f"{config.kv_dtype!r} cannot be had here: {obstacle.reason}"
-            raise ConfigError(words, field="kv_dtype", remedy=obstacle.remedy)
+        unsupported = cache_unsupported_reason(path, config.kv_dtype, device, head_dim)
+        if unsupported is not None:
+            words = f"{config.kv_dtype!r} cannot be had here: {unsupported.reason}"
+            raise ConfigError(words, field="kv_dtype", remedy=unsupported.remedy)
         return backend, path
 
     # -- looking at it ---------------------------------------------------------------------------------
@@ -945,7 +945,7 @@ class Engine:
         """What the dispatcher says of each choice of kernels in force, by the knob that asked."""
         asked: dict[str, tuple[Op, str]] = {
             "attention": ("paged_attention", self.config.attention),
-            "linear": ("linear", self.config.linear if self.model.decoder.exchanges_weights else "torch"),
+            "linear": ("linear", self.config.linear if self.model.decoder.swaps_weights else "torch"),
             "sampling": ("sample", self.config.sampling),
         }
         device, dtype, heads = self.model.device, self.model.dtype, {"attention": self.model.decoder.head_dim}
@@ -969,7 +969,7 @@ class Engine:
             block_size=self.config.block_size,
             num_blocks=self.envelope.num_blocks,
             max_model_len=self.envelope.max_model_len,
-            blocks=self.scheduler.pool.letters(),
+            blocks=self.scheduler.pool.block_states(),
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
             totals=dict(self.totals),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Bytes; every array of a packed buffer begins at a multiple: Triton would compile a kernel anew for an address that is
+# Bytes; every array of a packed buffer begins at a multiple: Triton would compile a kernel again for an address that is
 # none of 16.
 _WORD = 16
 _DTYPES = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
@@ -82,11 +82,11 @@ _runtime = CudaRuntime()
 def using(runtime: CudaRuntime) -> Iterator[None]:
     """Inside, in every thread, ``runtime`` answers in the place of ``torch.cuda``."""
     global _runtime
-    former, _runtime = _runtime, runtime
+    previous, _runtime = _runtime, runtime
     try:
         yield
     finally:
-        _runtime = former
+        _runtime = previous
 
 
 # -- the GPUs of this machine ----------------------------------------------------------------------------------------

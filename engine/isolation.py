@@ -17,7 +17,7 @@ import torch
 from engine.batching.request import Request
 from engine.batching.scheduler import ScheduledRequest
 from engine.outputs import TokenLogprob
-from engine.sampling import NO_TOKEN, Sampler, SamplingRow
+from engine.sampling.params import NO_TOKEN, Sampler, SamplingRow
 from engine.sizing import is_out_of_memory, release_memory
 
 LONGEST_REASON = 500
@@ -139,8 +139,8 @@ def sample_apart(
                 (token,), (entry,) = sample(logits[place : place + 1], [position])
                 result.tokens.append(token)
                 result.logprobs.append(entry)
-        except Exception as problem:
-            result.failed[len(result.tokens)] = Failure.of(problem, "choosing its next token")
+        except Exception as error:
+            result.failed[len(result.tokens)] = Failure.of(error, "choosing its next token")
         missing = end - len(result.tokens)  # behind a position without a token no other counts
         result.tokens += [NO_TOKEN] * missing
         result.logprobs += [None] * missing

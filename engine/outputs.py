@@ -232,7 +232,7 @@ class MemoryReport:
     Attributes:
         limit: what the engine was given.
         weights: bytes of parameters now resident (follows the weight format).
-        weights_at_load: bytes of weights the KV cache was sized with, at load or at its last exchange.
+        weights_at_load: bytes of weights the KV cache was sized with, at load or at its last swap.
         activations: reserved for activations and logits of the largest step.
         kv_cache: bytes of the KV cache as allocated.
         resident: resident set size of the process (CPU) or device memory in use (GPU), all included.

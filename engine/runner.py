@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.attention.base import AttentionBackend
 from engine.batching.scheduler import ScheduledRequest
 from engine.cache.kv_cache import KVCache
 from engine.execution import Executor, Step
-from engine.layers.attention import AttentionBackend
-from engine.step_tensors import BlockTables, build_step_tensors
+from engine.execution.step_tensors import BlockTables, build_step_tensors
 
 if TYPE_CHECKING:
     from engine.models import LoadedModel
@@ -25,7 +25,7 @@ class Runner:
     """Runs steps of one model over one cache.
 
     Args:
-        model: the loaded model; its weights may be exchanged between two steps.
+        model: the loaded model; its weights may be swapped between two steps.
         cache: keys and values.
         executor: of the same engine.
     """

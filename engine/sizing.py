@@ -24,7 +24,7 @@ from engine.device import release_gpu_memory, total_memory, used_memory
 from engine.errors import CapacityError, ConfigError, HeadroomError
 from engine.models.checkpoint import stored_as
 from engine.models.loader import resolve, resolve_device, resolve_dtype
-from engine.models.weight_exchange import free_bytes, planned_bytes
+from engine.models.weight_swap import free_bytes, planned_bytes
 from engine.outputs import MemoryReport
 from engine.quantization.registry import WeightChoice
 
@@ -241,7 +241,7 @@ def _kv_bytes(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> i
 
 
 def kv_format_name(config: EngineConfig, dtype: torch.dtype) -> str:
-    """The format of the KV cache in the planner's words, see :func:`engine.capacity.formats.kv_format`.
+    """The format of the KV cache in the planner's words, see :func:`engine.capacity.memory.formats.kv_format`.
 
     >>> kv_format_name(EngineConfig(kv_dtype="int8"), torch.bfloat16)
     'int8_per_token_head'

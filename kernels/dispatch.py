@@ -166,7 +166,7 @@ def _choose_triton(op: Op, other: str, device: torch.device, dtype: torch.dtype,
     return Choice(op, "triton", f"compiled for sm_{capability[0]}{capability[1]}.")
 
 
-def cache_obstacle(path: str, kv_format: str, device: torch.device | str, head_dim: int) -> Choice | None:
+def cache_unsupported_reason(path: str, kv_format: str, device: torch.device | str, head_dim: int) -> Choice | None:
     """Why attention on ``path`` cannot have its cache in a format of :mod:`kernels.kv_formats`; None if it can."""
     packed = KV_FORMATS[kv_format].values_per_element
     if head_dim % packed:

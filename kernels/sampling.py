@@ -111,8 +111,8 @@ def adjusted_reference(logits: torch.Tensor, asked: SamplingTensors) -> torch.Te
     adjusted = logits.float()
     if asked.penalty is not None and asked.seen is not None:
         factor = asked.penalty[:, None]
-        punished = torch.where(adjusted > 0, adjusted / factor, adjusted * factor)
-        adjusted = torch.where(asked.seen.bool(), punished, adjusted)
+        penalized = torch.where(adjusted > 0, adjusted / factor, adjusted * factor)
+        adjusted = torch.where(asked.seen.bool(), penalized, adjusted)
     if asked.forbidden is not None:
         adjusted = adjusted.masked_fill(asked.forbidden.bool(), -torch.inf)
     return adjusted / torch.where(asked.temperature > 0, asked.temperature, 1.0)[:, None]
@@ -135,7 +135,7 @@ def sample_triton(logits: torch.Tensor, asked: SamplingTensors, *, candidates: i
     device, blocks = logits.device, triton.cdiv(vocab, _BLOCK)
     scaled = torch.empty((num_rows, vocab + candidates), dtype=torch.float32, device=device)
     collected = torch.empty((num_rows, candidates), dtype=torch.int32, device=device)
-    # Each its own: halves of one tensor lie at any multiple of 4, and Triton compiles anew for one that is none of 16.
+    # Each its own: halves of one tensor lie at any multiple of 4, and Triton compiles again for one that is none of 16.
     largest, totals = (torch.empty((num_rows, blocks), dtype=torch.float32, device=device) for _ in range(2))
     masses = torch.empty((num_rows, blocks, 16), dtype=torch.float32, device=device)
     counts = torch.empty((num_rows, blocks, 16), dtype=torch.int32, device=device)

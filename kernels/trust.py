@@ -86,8 +86,8 @@ def why_not_trusted(path: Path) -> str | None:
     for step in (place, *place.parents):
         try:
             found = step.stat()
-        except OSError as problem:
-            return f"{step} cannot be looked at ({problem.strerror})."
+        except OSError as error:
+            return f"{step} cannot be looked at ({error.strerror})."
         if found.st_uid not in (0, os.geteuid()):
             return f"{step} belongs to another user (id {found.st_uid}): point HEADROOM_HOME at a folder of your own."
         shared = step != place and found.st_mode & stat.S_ISVTX

@@ -65,8 +65,8 @@ def tune(
         for name, launch in launches.items():
             try:
                 times[name] = time_of(launch)
-            except Exception as problem:  # shared memory, an element type: another configuration will do
-                tell(f"  {name} does not run: {str(problem).splitlines()[0][:120]}")
+            except Exception as error:  # shared memory, an element type: another configuration will do
+                tell(f"  {name} does not run: {str(error).splitlines()[0][:120]}")
         if times:
             best = min(times, key=lambda name: times[name])
             found[key_text(key)] = {"config": best, "us": round(1e6 * times[best], 2)}

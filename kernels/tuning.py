@@ -64,7 +64,7 @@ def own_tables() -> Path:
 
 
 def forget() -> None:
-    """Read the tables anew at the next launch."""
+    """Read the tables again at the next launch."""
     _select.cache_clear()
     _read.cache_clear()
 

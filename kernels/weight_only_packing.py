@@ -1,4 +1,4 @@
-"""How quantized weights lie in memory for :mod:`kernels.weight_only_linear`, converted once when weights are exchanged.
+"""How quantized weights lie in memory for :mod:`kernels.weight_only_linear`, converted once when weights are swapped.
 
 A weight [N, K] is cut into blocks of 128 (4-bit) or 64 (8-bit) columns. A block's row is 16 words of 32 bits, and field
 i of word j holds column ``16 i + j`` of the block:

@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from pages.widgets.text import plain
+from pages.shared.text import plain
 
 USERS_VARIABLE = "HEADROOM_ALLOWED_USERS"
 

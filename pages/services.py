@@ -20,7 +20,7 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 class WorkerProcess(Protocol):
-    """The part of :class:`engine.supervisor.Worker` that the dashboard uses."""
+    """The part of :class:`engine.worker.supervisor.Worker` that the dashboard uses."""
 
     def poll(self) -> Any: ...
 
@@ -37,7 +37,7 @@ class WorkerView:
         phase: "loading", "ready", "failed" (alive, but the model could not be loaded) or "dead".
         model: what it serves or loads.
         stage, progress: of a load; progress from 0 to 1, None if unknown.
-        error, remedy: of a failed load; also while the former model serves on ("ready").
+        error, remedy: of a failed load; also while the previous model serves on ("ready").
         ending: how it died, e.g. "killed by signal 9 (SIGKILL)".
         log: its last lines.
     """
@@ -81,7 +81,7 @@ class Services:
 
     @property
     def client(self) -> Any:
-        """The :class:`engine.client.EngineClient` of the worker that runs now."""
+        """The :class:`engine.worker.client.EngineClient` of the worker that runs now."""
         return self._client()
 
     def view(self, max_age_s: float = 0.4) -> WorkerView:
@@ -164,7 +164,7 @@ class Services:
         self._forget_health()
 
     def restart(self) -> None:
-        """Start the worker anew if it died (another tab may have done so already)."""
+        """Start the worker again if it died (another tab may have done so already)."""
         with self._restart_lock:
             if self.view(max_age_s=0.0).phase == "dead":
                 self.worker.restart()
@@ -250,8 +250,8 @@ def close_services() -> None:
 def create_services() -> Services:
     """Start the worker with ``HEADROOM_MODEL`` and wire everything to it."""
     from engine.config import EngineConfig
-    from engine.supervisor import Worker
-    from pages.store import get_store
+    from engine.worker.supervisor import Worker
+    from pages.shared.store import get_store
 
     model = os.environ.get("HEADROOM_MODEL") or DEFAULT_MODEL
     worker = Worker(model, EngineConfig())

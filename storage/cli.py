@@ -124,9 +124,9 @@ def _store(url: str | None, *, create: bool = False) -> Iterator[Store]:
     try:
         store = open_store(url, create=create)
         yield store
-    except StorageError as problem:
-        print(f"error: {one_line(str(problem))}", file=sys.stderr)
-        raise typer.Exit(2) from problem
+    except StorageError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        raise typer.Exit(2) from error
     finally:
         if store is not None:
             store.close()

@@ -72,9 +72,9 @@ def make_engine(url: URL, lock_timeout_s: float) -> Engine:
             if "options" not in url.query:
                 arguments |= {"options": f"-c lock_timeout={int(lock_timeout_s * 1000)}", "connect_timeout": 10}
         return create_engine(url, pool_pre_ping=True, connect_args=arguments)
-    except (ImportError, ModuleNotFoundError) as problem:
-        remedy = f"Install the driver ({problem.name}), or use SQLite or PostgreSQL."
-        raise StorageError("no driver for this database is installed.", field="HEADROOM_DB", remedy=remedy) from problem
+    except (ImportError, ModuleNotFoundError) as error:
+        remedy = f"Install the driver ({error.name}), or use SQLite or PostgreSQL."
+        raise StorageError("no driver for this database is installed.", field="HEADROOM_DB", remedy=remedy) from error
 
 
 def require_file(url: URL) -> None:
@@ -90,8 +90,8 @@ def require_record(engine: Engine) -> None:
         with engine.connect() as connection:
             if inspect(connection).has_table("alembic_version"):
                 return
-    except TRANSLATED as problem:
-        raise translate(problem, engine.url) from cause_of(problem, engine.url)
+    except TRANSLATED as error:
+        raise translate(error, engine.url) from cause_of(error, engine.url)
     remedy = "Record a run first, or name another database with HEADROOM_DB or --db. Nothing was changed."
     raise StorageError("this database holds no record of runs.", field=masked(engine.url), remedy=remedy)
 
@@ -121,9 +121,9 @@ def _sqlite_engine(url: URL, lock_timeout_s: float) -> Engine:
             private_file(file)  # SQLite gives its log and its index the mode of the database
     except PermissionError:
         pass  # a file that may only be read can still be shown; writing to it is refused with its reason
-    except OSError as problem:
+    except OSError as error:
         remedy = "Choose a folder that can be written to, with HEADROOM_HOME or HEADROOM_DB."
-        raise StorageError(f"the folder cannot be made ({problem}).", field=str(folder), remedy=remedy) from problem
+        raise StorageError(f"the folder cannot be made ({error}).", field=str(folder), remedy=remedy) from error
     engine = create_engine(url, connect_args={"timeout": lock_timeout_s})
 
     @event.listens_for(engine, "connect")
@@ -149,8 +149,8 @@ def _enter_wal(connection: sqlite3.Connection, deadline: float) -> None:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             return
-        except sqlite3.OperationalError as problem:
-            if not str(problem.sqlite_errorname).startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+        except sqlite3.OperationalError as error:
+            if not str(error.sqlite_errorname).startswith("SQLITE_BUSY") or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
@@ -174,8 +174,8 @@ def migrate(engine: Engine) -> None:
                 alembic.command.upgrade(alembic_config(connection), "head")
             if not views_are_current(connection):  # knobs or metrics have come or gone since
                 create_views(connection)
-    except TRANSLATED as problem:
-        raise translate(problem, engine.url) from cause_of(problem, engine.url)
+    except TRANSLATED as error:
+        raise translate(error, engine.url) from cause_of(error, engine.url)
 
 
 def alembic_config(connection: Connection) -> alembic.config.Config:

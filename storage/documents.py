@@ -74,10 +74,10 @@ def _load(text: str | bytes, source: str) -> Any:
     try:
         # NaN and Infinity are no JSON, though Python writes them: not measured
         return json.loads(text, parse_constant=lambda _name: None, object_pairs_hook=_object)
-    except ValueError as problem:  # includes bytes that are not UTF-8
-        raise StorageError(f"this is not JSON ({problem}).", field=source, remedy=_REMEDY) from problem
-    except RecursionError as problem:
-        raise StorageError("this JSON is nested too deeply.", field=source, remedy=_REMEDY) from problem
+    except ValueError as error:  # includes bytes that are not UTF-8
+        raise StorageError(f"this is not JSON ({error}).", field=source, remedy=_REMEDY) from error
+    except RecursionError as error:
+        raise StorageError("this JSON is nested too deeply.", field=source, remedy=_REMEDY) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,9 +105,9 @@ def _parse(document: Any, where: str) -> RunResult:
         check(document, RunResult, strict=True)
         if not document["run_id"]:
             raise UnfitError("is empty", "run_id")
-    except UnfitError as problem:
-        field = f"{where}.{problem.where}" if problem.where else where
-        raise StorageError(f"{problem.message}{_named(document)}.", field=field, remedy=_REMEDY) from None
+    except UnfitError as error:
+        field = f"{where}.{error.where}" if error.where else where
+        raise StorageError(f"{error.message}{_named(document)}.", field=field, remedy=_REMEDY) from None
     return from_json(document)
 
 

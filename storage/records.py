@@ -109,8 +109,8 @@ def why_unshowable(document: Mapping[str, Any]) -> str | None:
     """None if the run in these columns can be shown, else the field at fault and what is wrong with it."""
     try:
         check(document, RunResult, strict=False)
-    except UnfitError as problem:
-        return str(problem)
+    except UnfitError as error:
+        return str(error)
     return None
 
 

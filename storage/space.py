@@ -84,8 +84,8 @@ def reclaim(engine: Engine) -> None:
             elif _number(connection, "freelist_count"):
                 _vacuum(connection, Path(str(engine.url.database)))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    except (sqlite3.Error, OSError) as problem:
-        logger.warning("the space of deleted runs was not given back to the disk: %s", problem)
+    except (sqlite3.Error, OSError) as error:
+        logger.warning("the space of deleted runs was not given back to the disk: %s", error)
 
 
 def _cut_off(connection: Any) -> None:
@@ -99,7 +99,7 @@ def _cut_off(connection: Any) -> None:
 
 
 def _vacuum(connection: Any, file: Path) -> None:
-    """A file of a former version: made anew with INCREMENTAL auto-vacuum, where twice its size is free."""
+    """A file of a previous version: made again with INCREMENTAL auto-vacuum, where twice its size is free."""
     if shutil.disk_usage(file.parent).free > 2 * file.stat().st_size:
         connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
         connection.execute("VACUUM")

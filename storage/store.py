@@ -96,17 +96,17 @@ class Store:
         try:
             with self._writing() as connection:
                 _upsert(connection, result)
-        except StorageError as problem:
+        except StorageError as error:
             path = keep(result)
             if path is None:
                 raise
             raise StorageError(
-                problem.message,
-                field=problem.field,
-                remedy=f"{problem.remedy} {kept_words(path)}",
+                error.message,
+                field=error.field,
+                remedy=f"{error.remedy} {kept_words(path)}",
                 kept=path,
-                disk_full=problem.disk_full,
-            ) from problem
+                disk_full=error.disk_full,
+            ) from error
 
     def fail_run(self, run_id: str, error: str) -> bool:
         """Mark a running run as failed. False if it has ended already (its record then stays as it is).
@@ -158,8 +158,8 @@ class Store:
         wanted = sorted(set(run_ids))
         try:
             deleted = self._delete(wanted)
-        except StorageError as problem:
-            if not problem.disk_full or self._engine.dialect.name != "sqlite":
+        except StorageError as error:
+            if not error.disk_full or self._engine.dialect.name != "sqlite":
                 raise
             deleted = self._delete_on_full_disk(wanted)
         space.reclaim(self._engine)
@@ -179,13 +179,13 @@ class Store:
             space.reclaim(self._engine)
             try:
                 deleted += self._delete([run_id])
-            except StorageError as problem:
-                message = f"{problem.message} {deleted} of {len(run_ids)} runs were deleted."
+            except StorageError as error:
+                message = f"{error.message} {deleted} of {len(run_ids)} runs were deleted."
                 remedy = (
                     "Deleting a run needs a little space, too, and there is none: move or delete other files on that "
                     "disk (a few MiB are enough), then delete runs."
                 )
-                raise StorageError(message, field=problem.field, remedy=remedy, disk_full=True) from problem
+                raise StorageError(message, field=error.field, remedy=remedy, disk_full=True) from error
         return deleted
 
     # -- reading -----------------------------------------------------------------------------------
@@ -309,16 +309,16 @@ class Store:
         try:
             with self._writer.begin() as connection:
                 yield connection
-        except TRANSLATED as problem:
-            raise translate(problem, self._engine.url) from cause_of(problem, self._engine.url)
+        except TRANSLATED as error:
+            raise translate(error, self._engine.url) from cause_of(error, self._engine.url)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Connection]:
         try:
             with self._reader.begin() as connection:
                 yield connection
-        except TRANSLATED as problem:
-            raise translate(problem, self._engine.url) from cause_of(problem, self._engine.url)
+        except TRANSLATED as error:
+            raise translate(error, self._engine.url) from cause_of(error, self._engine.url)
 
 
 def _status(connection: Connection, run_id: str) -> str | None:

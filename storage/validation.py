@@ -206,8 +206,8 @@ def _each(values: Mapping[str, Any], check_of: Callable[[str], Check]) -> None:
     for name, value in values.items():
         try:
             check_of(name)(value)
-        except UnfitError as problem:
-            problem.path.append(name[:60])
+        except UnfitError as error:
+            error.path.append(name[:60])
             raise
 
 
@@ -220,8 +220,8 @@ def _list_checker(check_item: Check, rule: Rule | None) -> Check:
         for number, item in enumerate(value):
             try:
                 check_item(item)
-            except UnfitError as problem:
-                problem.path.append(f"[{number}]")
+            except UnfitError as error:
+                error.path.append(f"[{number}]")
                 raise
 
     return check_list

@@ -3,8 +3,8 @@
     runs_wide       one row a run: what identifies it, every knob and every metric in a column of its own name
     requests_flat   one row a request: its run's id, label and setting, and all its times
 
-Their columns are those of this version's knobs and metrics; :func:`storage.database.migrate` makes the views anew where
-they are others. A migration that changes a table drops them first. A configuration that is no JSON gives NULLs in its
+Their columns are those of this version's knobs and metrics; :func:`storage.database.migrate` makes the views again
+where they are others. A migration that changes a table drops them first. A configuration that is no JSON gives NULLs in its
 own row and disturbs no other.
 """
 

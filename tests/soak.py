@@ -29,10 +29,10 @@ import psutil
 import torch
 
 from engine.core import STEPS_KEPT, Engine
-from engine.loop import EngineLoop
 from engine.models import load_model
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
+from engine.worker.loop import EngineLoop
 from tests.conftest import save_tiny_llama
 from tests.core.toggles import LOSSLESS
 from tests.support import engine_with_blocks

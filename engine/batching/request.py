@@ -12,7 +12,7 @@ import enum
 
 from engine.cache.block_pool import chain_digest
 from engine.outputs import FinishReason, RequestTimes
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 
 
 class RequestState(enum.IntEnum):

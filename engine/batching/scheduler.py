@@ -137,7 +137,7 @@ class Scheduler:
             self._preempt(request, schedule)
         return count
 
-    def exchange_pool(self, pool: BlockPool) -> None:
+    def swap_pool(self, pool: BlockPool) -> None:
         """Go on with other blocks, of the same size; nobody may hold one of the old ones (see :meth:`vacate`)."""
         assert not self.running, "a running request holds blocks of the old pool"
         assert pool.block_size == self.pool.block_size, "digests of prefixes are those of the old block size"

@@ -249,7 +249,7 @@ class BlockPool:
         self._num_cached = 0
         return len(known)
 
-    def letters(self) -> str:
+    def block_states(self) -> str:
         """One letter a block: "." free, "c" free and reusable, "u" held by one request, "s" by several."""
         return "".join(
             ("c" if block.digest else ".") if block.ref_count == 0 else ("u" if block.ref_count == 1 else "s")

@@ -1,28 +1,28 @@
 """Capacity: pure functions from a model's shape and a GPU's memory to what fits. No torch, no I/O but bundled data."""
 
-from engine.capacity.activation import activation_bytes
-from engine.capacity.budget import KVCacheSize, size_kv_cache
-from engine.capacity.catalog import model_config, model_names, model_spec
-from engine.capacity.curve import CurvePoint, concurrency_curve
-from engine.capacity.deployment import Deployment, deploy
-from engine.capacity.document import as_json, as_markdown, as_yaml, compare_documents, plan_document
-from engine.capacity.formats import weight_format
+from engine.capacity.advice.curve import CurvePoint, concurrency_curve
+from engine.capacity.advice.deployment import Deployment, deploy
+from engine.capacity.advice.document import as_json, as_markdown, as_yaml, compare_documents, plan_document
+from engine.capacity.advice.launch import launch_commands
+from engine.capacity.advice.pareto import ParetoPoint, pareto
+from engine.capacity.advice.remedies import Remedy, what_would_fit
+from engine.capacity.advice.sensitivity import Swing, sensitivity
+from engine.capacity.advice.solver import Goal, Solution, solve, solve_cached
 from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, gpus
-from engine.capacity.kv import compare_kv_formulas, kv_bytes_per_block, kv_bytes_per_sequence, kv_bytes_per_token
-from engine.capacity.launch import launch_commands
-from engine.capacity.parallel import possible_tp
-from engine.capacity.pareto import ParetoPoint, pareto
-from engine.capacity.plan import Plan, plan, plan_from_names
-from engine.capacity.profiles import PROFILES, find_profile, profile_weight_format
-from engine.capacity.remedies import Remedy, what_would_fit
-from engine.capacity.request import PlanRequest
-from engine.capacity.sensitivity import Swing, sensitivity
-from engine.capacity.serving import OperatingPoint, Serving, serving
-from engine.capacity.shape import SHAPE_FIELDS, spec_of_shape
-from engine.capacity.solver import Goal, Solution, solve, solve_cached
-from engine.capacity.spec import ModelSpec
-from engine.capacity.weights import ParameterCount, parameter_count, weight_bytes
-from engine.capacity.workload import Objectives, Workload
+from engine.capacity.memory.activation import activation_bytes
+from engine.capacity.memory.budget import KVCacheSize, size_kv_cache
+from engine.capacity.memory.formats import weight_format
+from engine.capacity.memory.kv import compare_kv_formulas, kv_bytes_per_block, kv_bytes_per_sequence, kv_bytes_per_token
+from engine.capacity.memory.parallel import possible_tp
+from engine.capacity.memory.plan import Plan, plan, plan_from_names
+from engine.capacity.memory.profiles import PROFILES, find_profile, profile_weight_format
+from engine.capacity.memory.request import PlanRequest
+from engine.capacity.memory.weights import ParameterCount, parameter_count, weight_bytes
+from engine.capacity.model.catalog import model_config, model_names, model_spec
+from engine.capacity.model.shape import SHAPE_FIELDS, spec_of_shape
+from engine.capacity.model.spec import ModelSpec
+from engine.capacity.speed.serving import OperatingPoint, Serving, serving
+from engine.capacity.speed.workload import Objectives, Workload
 
 __all__ = [
     "PROFILES",

@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from engine.execution.attend_op import AttendContext
+from engine.attention.operator import AttendContext
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

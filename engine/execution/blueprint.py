@@ -1,7 +1,7 @@
 """The structure of a decoder's layers without their weights: what a compiled layer depends on, and nothing else.
 
 Layers of equal structure share one compiled program, which takes the weights as inputs: thirty equal layers compile in
-the time of one, weights are never copied, and exchanging them needs no new program unless their format changes.
+the time of one, weights are never copied, and swapping them needs no new program unless their format changes.
 
 The structure is the pickle of the layer with every tensor replaced by its number, shape, strides and dtype. So nothing
 here knows a family or a weight format: whatever a layer consists of is part of its structure.

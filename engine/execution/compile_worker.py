@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import torch
 
-from engine.execution import attend_op
+from engine.attention import operator as attend_op
 from engine.execution.base import TokenRange
 from engine.execution.blueprint import LayerKind, fill_tree, put_together, tree_specs
 from engine.execution.packages import UNBOUNDED, mark_complete, program_path
@@ -138,9 +138,9 @@ def _answer(request: CompileRequest, line: str) -> dict[str, Any]:
     low, high = map(int, line.split())
     try:
         tokens = compile_shape(request, TokenRange(low, high))
-    except Exception as problem:
-        words = str(problem).strip().splitlines() or [""]
-        return {"error": f"{type(problem).__name__}: {words[0][:300]}"}
+    except Exception as error:
+        words = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {words[0][:300]}"}
     return {"low": tokens.low, "high": tokens.high, "seconds": time.perf_counter() - began}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.execution.attend_op import AttendContext
+from engine.attention.operator import AttendContext
 from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.execution.blueprint import DecoderBlueprint, argument_tensors
 from engine.execution.packages import PackagedShape

@@ -62,7 +62,7 @@ class Dispatcher:
             if num_tokens in tokens:
                 return error if self.mode == "auto" else f"preparing {tokens} tokens failed: {error}"
         if self._shapes and weights not in self._shapes:
-            return "the weights were exchanged; nothing is prepared for the new ones yet"
+            return "the weights were swapped; nothing is prepared for the new ones yet"
         return f"{num_tokens} tokens are not prepared"
 
     def add(self, weights: str, shape: PreparedShape) -> None:

@@ -13,7 +13,7 @@ class EagerExecution(Execution):
     """Needs no preparation and serves every step.
 
     Args:
-        decoder: of the model; read at each step, so exchanged weights are seen at once.
+        decoder: of the model; read at each step, so swapped weights are seen at once.
     """
 
     mode = "eager"

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
+from engine.attention.base import AttentionBackend
+from engine.attention.operator import AttendContext
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.execution.attend_op import AttendContext
 from engine.execution.base import Answer, Execution, Step, TokenRange
 from engine.execution.compiler import check_compiler
 from engine.execution.dispatcher import GRAPHS_ATTENTION, Dispatcher, bucket_ranges
 from engine.execution.eager import EagerExecution
-from engine.execution.fused import FusedExecution, fused_obstacle
+from engine.execution.fused import FusedExecution, fused_unsupported_reason
 from engine.execution.graphs import CudaGraphCapture, GraphCapture, GraphExecution, StaticBuffers
-from engine.execution.native import NativeExecution, linear_kernels, native_obstacle
+from engine.execution.native import NativeExecution, linear_kernels, native_unsupported_reason
 from engine.execution.preparation import Preparation, ShapeNews
 from engine.execution.warm_up import WarmUp, warm_up_step, warm_ups
-from engine.layers.attention import AttentionBackend
 from engine.layers.linear import Linear
 from engine.models.decoder import Decoder
 from engine.models.fallback import TransformersDecoder
@@ -41,7 +41,7 @@ class Executor:
     """How the forward passes of one engine run.
 
     Args:
-        decoder: of the model; its weights may be exchanged between two steps.
+        decoder: of the model; its weights may be swapped between two steps.
         cache: of the engine. For graphs its last block is scratch: the pool must not know it.
         device: where both live.
         max_tokens: the largest step.
@@ -111,11 +111,11 @@ class Executor:
             _refuse(config, reason, "Choose fused or graphs, or set linear to torch in the same change.")
             return
         if config.execution == "native":
-            reason = native_obstacle(self.decoder, self.device, attention.name, self._linear_kernels(config))
+            reason = native_unsupported_reason(self.decoder, self.device, attention.name, self._linear_kernels(config))
             _refuse(config, reason, "Choose auto or eager, or set attention and linear to native in the same change.")
             return
         if config.execution == "fused":
-            reason = fused_obstacle(self.decoder, self.device, attention.name)
+            reason = fused_unsupported_reason(self.decoder, self.device, attention.name)
             _refuse(config, reason, "Choose auto or eager, or set attention to triton in the same change.")
             return
         if self.device.type != "cuda":
@@ -154,7 +154,7 @@ class Executor:
         self._cancel()
         self.dispatcher.forget()
         self.dispatcher.mode = mode
-        self._weights.changed()  # whatever was exchanged before is what will be prepared for
+        self._weights.changed()  # whatever was swapped before is what will be prepared for
         self._prepare()
 
     def _cancel(self) -> None:
@@ -188,14 +188,14 @@ class Executor:
         mode, weights, name = self.dispatcher.mode, self._weights.label(), self._attention.name
         reasons = []
         if mode in ("auto", "native"):
-            reason = native_obstacle(self.decoder, self.device, name, linear_kernels(self.decoder))
+            reason = native_unsupported_reason(self.decoder, self.device, name, linear_kernels(self.decoder))
             if reason is None:
-                assert isinstance(self.decoder, Decoder), "said the obstacle"
+                assert isinstance(self.decoder, Decoder), "said the unsupported"
                 self.dispatcher.add(weights, NativeExecution(self.decoder, self.context, self.cache, self._max_tokens))
                 return
             reasons.append(f"native execution is not had: {reason}")
         if mode == "fused" or (mode == "auto" and self.device.type == "cuda"):
-            reason = fused_obstacle(self.decoder, self.device, name)
+            reason = fused_unsupported_reason(self.decoder, self.device, name)
             if reason is None:
                 self._direct = self._add_fused()
                 return
@@ -204,7 +204,7 @@ class Executor:
 
     def _add_fused(self) -> FusedExecution:
         """Fused layers serve from now on; where Triton compiles, it is to do so before a request needs it."""
-        assert isinstance(self.decoder, Decoder), "said the obstacle"
+        assert isinstance(self.decoder, Decoder), "said the unsupported"
         fused = FusedExecution(self.decoder, self.context, self._max_tokens)
         self.dispatcher.add(self._weights.label(), fused)
         if self.compiles_at_launch:
@@ -217,13 +217,13 @@ class Executor:
         self._to_capture = sorted(bucket_ranges(self._max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
         self._capture = self.make_capture()
         self._direct = self._eager
-        if fused_obstacle(self.decoder, self.device, self._attention.name) is None:
+        if fused_unsupported_reason(self.decoder, self.device, self._attention.name) is None:
             self._direct = self._add_fused()
 
     # -- stepping --------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Between two steps: take over what has become ready, begin anew after an exchange of weights."""
+        """Between two steps: take over what has become ready, begin again after a swap of weights."""
         if self._weights.changed() and self.dispatcher.mode != "eager":
             self._cancel()
             self.dispatcher.forget()
@@ -270,9 +270,9 @@ class Executor:
                 logits = self.decoder.logits(hidden if step.pure_decode else hidden[-1:])
                 if logits.shape[0] == 1:
                     self._warm_up_sampler(logits)
-        except Exception as problem:  # requests go on, and what fails for them is told there
+        except Exception as error:  # requests go on, and what fails for them is told there
             self._to_warm_up = []
-            words = f"{type(problem).__name__}: {problem}"
+            words = f"{type(error).__name__}: {error}"
             self._add_event("execution", f"warm-up stopped at {size.words()}: {words}", {"error": words})
             return
         self._num_warmed_up += 1
@@ -293,8 +293,8 @@ class Executor:
             shape = GraphExecution(
                 self._direct, self.context, self._attention, self.cache, buffers, self._capture, tokens
             )
-        except Exception as problem:  # out of memory, or an operation that cannot be captured
-            words = f"{type(problem).__name__}: {problem}"
+        except Exception as error:  # out of memory, or an operation that cannot be captured
+            words = f"{type(error).__name__}: {error}"
             self._take_over(ShapeNews(tokens, None, time.perf_counter() - began, error=words))
             return
         self._take_over(ShapeNews(tokens, shape, time.perf_counter() - began, "captured"))
@@ -363,22 +363,22 @@ def _refuse(config: EngineConfig, reason: str | None, remedy: str) -> None:
 class WeightsWatch:
     """Knows when the weights of a decoder are no longer the ones they were.
 
-    A prepared shape holds the very tensors it computes with. Who exchanges them need not tell: two engines may share a
+    A prepared shape holds the very tensors it computes with. Who swaps them need not tell: two engines may share a
     model. So the layers are looked at whenever any layer of the process was given another format.
     """
 
     def __init__(self, decoder: AnyDecoder) -> None:
         self._linears = [linear for _, linear, _ in (*decoder.linears(), *decoder.tables())]
         self._formats = [linear.format for linear in self._linears]
-        self._exchanges = Linear.exchanges
+        self._swaps = Linear.swaps
         self._generation = 0
         self._seen = 0
         self._label = self._make_label()
 
     def label(self) -> str:
-        """Names the weights in force now: another name after every exchange."""
-        if self._exchanges != Linear.exchanges:
-            self._exchanges = Linear.exchanges
+        """Names the weights in force now: another name after every swap."""
+        if self._swaps != Linear.swaps:
+            self._swaps = Linear.swaps
             formats = [linear.format for linear in self._linears]
             if any(format is not known for format, known in zip(formats, self._formats, strict=True)):
                 self._formats = formats
@@ -391,7 +391,7 @@ class WeightsWatch:
         return f"{'+'.join(names)}#{self._generation}"
 
     def changed(self) -> bool:
-        """True once after every exchange."""
+        """True once after every swap."""
         self.label()
         changed, self._seen = self._generation != self._seen, self._generation
         return changed

@@ -27,7 +27,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from engine.execution.attend_op import AttendContext
+from engine.attention.operator import AttendContext
 from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.layers.linear import Linear
 from engine.layers.mixture import MixtureMLP
@@ -65,7 +65,7 @@ class FusedExecution(PreparedShape):
     """The layers of one model over the cache of the step's engine; weights are read where they lie at each step.
 
     Args:
-        decoder: of the model; :func:`fused_obstacle` has said None to it.
+        decoder: of the model; :func:`fused_unsupported_reason` has said None to it.
         context: scales and windows of the layers.
         max_tokens: the largest step.
     """
@@ -190,7 +190,9 @@ def _weight(module: torch.nn.Module) -> torch.Tensor | None:
     return module.weight if isinstance(module, RMSNorm) else None
 
 
-def fused_obstacle(decoder: Decoder | TransformersDecoder, device: torch.device, attention: str) -> str | None:
+def fused_unsupported_reason(
+    decoder: Decoder | TransformersDecoder, device: torch.device, attention: str
+) -> str | None:
     """Why fused execution cannot run a model, in a sentence; None if it can.
 
     Args:

@@ -22,11 +22,11 @@ from collections.abc import Callable
 
 import torch
 
+from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.operator import AttendContext
 from engine.cache.kv_cache import KVCache
 from engine.device import capture_graph, graph_pool
-from engine.execution.attend_op import AttendContext
 from engine.execution.base import Execution, PreparedShape, Step, TokenRange
-from engine.layers.attention import AttentionBackend, AttentionBatch
 
 
 class GraphCapture(abc.ABC):
@@ -92,7 +92,7 @@ class GraphExecution(PreparedShape):
     """The captured decode batch of one bucket.
 
     Args:
-        run: the forward pass to capture; it reads weights where they lie now, so after an exchange the graph must be
+        run: the forward pass to capture; it reads weights where they lie now, so after a swap the graph must be
             dropped.
         context: of the engine; holds backend and cache of the present step, as captured.
         buffers: of the bucket's size.

@@ -10,8 +10,8 @@ from typing import cast
 
 import torch
 
+from engine.attention.operator import AttendContext
 from engine.cache.kv_cache import KVCache
-from engine.execution.attend_op import AttendContext
 from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
@@ -28,7 +28,7 @@ class NativeExecution(PreparedShape):
     """The layers of one model over the cache of one engine, with the weights that are in force now.
 
     Args:
-        decoder: of the model; :func:`native_obstacle` has said None to it.
+        decoder: of the model; :func:`native_unsupported_reason` has said None to it.
         context: how the engine's attention reaches the cache: its scales and windows.
         cache: of the engine.
         max_tokens: the largest step.
@@ -70,7 +70,7 @@ class NativeExecution(PreparedShape):
         return hidden.to(self._decoder.dtype)
 
 
-def native_obstacle(
+def native_unsupported_reason(
     decoder: Decoder | TransformersDecoder, device: torch.device, attention: str, linear: str
 ) -> str | None:
     """Why native execution cannot run a model, in a sentence; None if it can.

@@ -86,7 +86,7 @@ def mark_complete(folder: Path, tokens: TokenRange) -> None:
 def find_shape(folder: Path, low: int, num_kinds: int) -> PackagedShape | None:
     """The complete shape that begins at ``low`` and reaches furthest, if there is one.
 
-    Programs that somebody else could have written count as missing: they are compiled anew.
+    Programs that somebody else could have written count as missing: they are compiled again.
     """
     found: PackagedShape | None = None
     for marker in folder.glob(f"{low}-*.json"):

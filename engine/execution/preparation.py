@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.execution.attend_op import AttendContext
+from engine.attention.operator import AttendContext
 from engine.execution.base import PreparedShape, TokenRange
 from engine.execution.blueprint import DecoderBlueprint, draw
 from engine.execution.compile_worker import CompileRequest
@@ -49,7 +49,7 @@ class Preparation:
     """One run through the wanted shapes.
 
     Args:
-        decoder: read, never changed. If its weights are exchanged meanwhile, what comes out is discarded by the caller.
+        decoder: read, never changed. If its weights are swapped meanwhile, what comes out is discarded by the caller.
         context: of the engine.
         device: where the model lives.
         wanted: numbers of tokens to prepare for, in order; the code may split them further.
@@ -95,9 +95,9 @@ class Preparation:
     def _run(self) -> None:
         try:
             blueprint = draw(self._decoder, self._device)
-        except Exception as problem:
+        except Exception as error:
             for tokens in self._wanted:
-                self.news.put(ShapeNews(tokens, None, 0.0, error=f"{type(problem).__name__}: {problem}"))
+                self.news.put(ShapeNews(tokens, None, 0.0, error=f"{type(error).__name__}: {error}"))
             return
         folder = packages_dir(blueprint, self._device)
         with self._lock:
@@ -115,8 +115,8 @@ class Preparation:
         began = time.perf_counter()
         try:
             shape, origin = self._load_or_compile(tokens, blueprint)
-        except Exception as problem:
-            words = str(problem) if isinstance(problem, CompileError) else f"{type(problem).__name__}: {problem}"
+        except Exception as error:
+            words = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
             self._tell(ShapeNews(tokens, None, time.perf_counter() - began, error=words))
             return
         if shape.tokens.high < tokens.high:

@@ -13,11 +13,11 @@ import itertools
 
 import torch
 
+from engine.attention.base import AttentionBackend
+from engine.attention.operator import AttendContext
 from engine.cache.kv_cache import KVCache
-from engine.execution.attend_op import AttendContext
 from engine.execution.base import Step
-from engine.layers.attention import AttentionBackend
-from engine.step_tensors import build_step_tensors
+from engine.execution.step_tensors import build_step_tensors
 
 LARGEST_PROMPT = 1024
 """Tokens from which on every kernel is in its last configuration."""

@@ -1,4 +1,4 @@
-"""The linear layer: it owns a weight format, which can be exchanged while the model is loaded."""
+"""The linear layer: it owns a weight format, which can be swapped while the model is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from engine.quantization.formats import WeightFormat
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b, where W is kept in an exchangeable :class:`~engine.quantization.formats.WeightFormat`.
+    """y = x Wᵀ + b, where W is kept in a swappable :class:`~engine.quantization.formats.WeightFormat`.
 
     Args:
         format: the weight, [out_features, in_features], in its present format.
@@ -17,7 +17,7 @@ class Linear(nn.Module):
         sources: names of the checkpoint's tensors that the weight consists of, stacked by rows.
     """
 
-    exchanges = 0
+    swaps = 0
     """How often any linear layer of the process was given a format: who keeps what it derived from formats looks here
     first."""
 
@@ -36,16 +36,16 @@ class Linear(nn.Module):
         """[M, in_features] → [M, out_features] in the dtype of ``x``."""
         return self._format.forward(x, self.bias)
 
-    def exchange(self, format: WeightFormat) -> None:
-        """Use another format of the same weight from the next call on; the former one is dropped.
+    def swap(self, format: WeightFormat) -> None:
+        """Use another format of the same weight from the next call on; the previous one is dropped.
 
         Raises:
-            ValueError: if the shape differs; nothing is exchanged then.
+            ValueError: if the shape differs; nothing is swapped then.
         """
         if format.shape != self.format.shape:
             raise ValueError(f"weight of shape {format.shape} cannot replace {self.format.shape}")
         self._format = format
-        Linear.exchanges += 1
+        Linear.swaps += 1
 
     def nbytes(self) -> int:
         """Resident bytes of weight and bias."""

@@ -4,7 +4,7 @@ Every method starts from the *periods* ``theta^(2i / dim)`` of a head's rotated 
 with inverse frequencies; YaRN and LongRoPE also scale cos and sin, which scales the attention scores by its square.
 
 Dynamic NTK is not here: it leaves positions below ``max_position_embeddings`` as they are, and no request of this
-engine goes beyond. (Beyond, every new token would rotate anew the keys that are cached already.)
+engine goes beyond. (Beyond, every new token would rotate again the keys that are cached already.)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LongRopeScaling(RopeScaling):
     """LongRoPE (Ding et al. 2024): a factor of its own for every pair, found by search.
 
     A model has one set for sequences within its original context and one for longer ones; a sequence that crosses the
-    boundary would have to be computed anew. The engine serves the original context, with the set for it.
+    boundary would have to be computed again. The engine serves the original context, with the set for it.
 
     Attributes:
         factors: of the pairs, [dim / 2].

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from engine.measure.driver import Comparison, RunProgress, run_comparison, run_workload
     from engine.measure.metrics import METRICS, MetricInfo, Slo, summarize
     from engine.measure.prompts import WorkloadRequest, expand, workload_hash
+    from engine.measure.provenance import collect_provenance
     from engine.measure.quality import QualityComparison, measure_quality
     from engine.measure.workloads import WORKLOADS, Workload, get_workload
-    from engine.provenance import collect_provenance
 
 _HOME = {
     "claims": ("CLAIMS", "Claim", "ClaimVerdict", "claims_for", "judge_claim"),
@@ -29,7 +29,7 @@ _HOME = {
     "workloads": ("WORKLOADS", "Workload", "get_workload"),
 }
 _MODULE_OF = {name: f"engine.measure.{module}" for module, names in _HOME.items() for name in names}
-_MODULE_OF["collect_provenance"] = "engine.provenance"
+_MODULE_OF["collect_provenance"] = "engine.measure.provenance"
 
 __all__ = [
     "CLAIMS",

@@ -33,15 +33,15 @@ from engine.errors import (
 from engine.measure.energy import EnergyMeter, energy_meter
 from engine.measure.metrics import Slo, summarize
 from engine.measure.prompts import WorkloadRequest, expand, expand_warmup, workload_hash
+from engine.measure.provenance import collect_provenance
 from engine.measure.quality import QualityComparison, is_lossy, measure_quality
 from engine.measure.recording import RequestLog, Sampler, describe_error
 from engine.measure.results import EventRecord, RunResult, RunStatus
 from engine.measure.workloads import Workload, get_workload
-from engine.provenance import collect_provenance
 
 if TYPE_CHECKING:
-    from engine.loop import EngineLoop
-    from engine.telemetry_sampler import TelemetrySampler
+    from engine.telemetry.sampler import TelemetrySampler
+    from engine.worker.loop import EngineLoop
 
 _POLL_S = 0.1
 _ABORT_TIMEOUT_S = 10.0
@@ -76,7 +76,7 @@ class Comparison:
         comparison_id: UUID4 hex, also in every run.
         runs: in the order in which they ran; the last one may be failed or cancelled.
         status: "completed", "failed" or "cancelled"; error: why it failed.
-        arm_a, arm_b: the changes of knobs; knobs that only one arm names keep their former value in the other.
+        arm_a, arm_b: the changes of knobs; knobs that only one arm names keep their previous value in the other.
         repeats: as asked for.
     """
 
@@ -144,7 +144,7 @@ def run_workload(
     """
     definition = _with_slo(get_workload(workload), slo)
     plan = _make_plan(loop, definition, seed, label=label, kind=kind, run_id=run_id or uuid.uuid4().hex)
-    former = _values_in_force(loop, changes or {})
+    previous = _values_in_force(loop, changes or {})
     if changes:
         loop.reconfigure(changes)
     try:
@@ -152,7 +152,7 @@ def run_workload(
             return _Run(loop, plan, energy, progress, cancel or threading.Event()).measure(on_start)
     finally:
         if changes:
-            _restore(loop, former)
+            _restore(loop, previous)
 
 
 def run_comparison(
@@ -194,7 +194,7 @@ def run_comparison(
     if repeats < 1:
         raise WorkloadError(f"{repeats} is not a number of repeats.", field="repeats", remedy="Give at least 1.")
     definition = _with_slo(get_workload(workload), slo)
-    former = _values_in_force(loop, {**arm_a, **arm_b})
+    previous = _values_in_force(loop, {**arm_a, **arm_b})
     for changes in (arm_a, arm_b):
         _check_changes(loop, changes)
     comparison = Comparison(comparison_id or uuid.uuid4().hex, [], "completed", dict(arm_a), dict(arm_b), repeats)
@@ -203,16 +203,16 @@ def run_comparison(
     try:
         measured = _measure_quality(loop, arm_a, arm_b, tracker, stop) if quality else None
         with energy_meter(loop.engine, telemetry) as energy:
-            for run in _runs(loop, comparison, definition, former, seed, label, energy, tracker, stop, on_start):
+            for run in _runs(loop, comparison, definition, previous, seed, label, energy, tracker, stop, on_start):
                 _attach_quality(run, measured)
                 if not _take(comparison, run, on_run):
                     break
-    except Exception as problem:
+    except Exception as error:
         if not comparison.runs:
             raise
-        comparison.status, comparison.error = "failed", describe_error(problem)
+        comparison.status, comparison.error = "failed", describe_error(error)
     finally:
-        _restore(loop, former)
+        _restore(loop, previous)
     return comparison
 
 
@@ -230,7 +230,7 @@ def _runs(
     loop: EngineLoop,
     comparison: Comparison,
     workload: Workload,
-    former: Mapping[str, Any],
+    previous: Mapping[str, Any],
     seed: int,
     label: str,
     energy: EnergyMeter,
@@ -242,7 +242,7 @@ def _runs(
     filing: dict[str, Any] = {"label": label, "kind": "compare", "comparison_id": comparison.comparison_id}
     for repeat, arm in _order(comparison.repeats, seed):
         plan = _make_plan(loop, workload, seed + repeat, run_id=uuid.uuid4().hex, arm=arm, repeat=repeat, **filing)
-        loop.reconfigure({**former, **(comparison.arm_a if arm == "A" else comparison.arm_b)})
+        loop.reconfigure({**previous, **(comparison.arm_a if arm == "A" else comparison.arm_b)})
         tracker.begin(plan)
         yield _Run(loop, plan, energy, tracker.update, cancel).measure(on_start)
 
@@ -318,15 +318,15 @@ def _check_changes(loop: EngineLoop, changes: Mapping[str, Any]) -> None:
             raise ConfigError("is fixed while a model is loaded.", field=name, remedy=remedy)
 
 
-def _restore(loop: EngineLoop, former: Mapping[str, Any]) -> None:
-    """Put the former values back. A failure here must not hide what was measured: it goes to the event log."""
-    if not former:
+def _restore(loop: EngineLoop, previous: Mapping[str, Any]) -> None:
+    """Put the previous values back. A failure here must not hide what was measured: it goes to the event log."""
+    if not previous:
         return
     try:
-        loop.reconfigure(former)
-    except HeadroomError as problem:
+        loop.reconfigure(previous)
+    except HeadroomError as error:
         with contextlib.suppress(EngineDeadError):
-            loop.add_event("error", f"the former knobs were not restored: {problem}", {"former": dict(former)})
+            loop.add_event("error", f"the previous knobs were not restored: {error}", {"previous": dict(previous)})
 
 
 class _CancelledError(Exception):
@@ -370,8 +370,8 @@ class _Run:
             self._drive()
         except (_CancelledError, KeyboardInterrupt):
             status = "cancelled"
-        except Exception as problem:  # anything at all: what was measured must not be lost
-            status, error = "failed", describe_error(problem)
+        except Exception as exc:  # anything at all: what was measured must not be lost
+            status, error = "failed", describe_error(exc)
         self.energy.end()
         self._abort_rest()
         self.sampler.stop()
@@ -458,8 +458,8 @@ class _Run:
             log.ids[index] = self.loop.submit(
                 request.prompt_token_ids, request.params, on_output=lambda output: log.receive(index, output)
             )
-        except (RequestError, CapacityError, QueueFullError) as problem:
-            log.rejected(index, str(problem))
+        except (RequestError, CapacityError, QueueFullError) as error:
+            log.rejected(index, str(error))
 
     def _next_finished(self, log: RequestLog, timeout: float) -> int | None:
         try:

@@ -18,8 +18,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from engine.telemetry_gpu import GpuReading, gpu_uuid, own_gpu
-from engine.telemetry_sampler import Entry, TelemetrySampler
+from engine.telemetry.gpu import GpuReading, gpu_uuid, own_gpu
+from engine.telemetry.sampler import Entry, TelemetrySampler
 
 SETTLE_S = 1.0
 """Waited before idle power is measured: the power reading of Ampere and newer is a mean over the last second."""
@@ -118,8 +118,8 @@ class EnergyMeter:
             return
         try:
             self._idle = measure_interval(self._entries(first, last))
-        except _NotMeasuredError as problem:
-            self._idle_reason = str(problem)
+        except _NotMeasuredError as error:
+            self._idle_reason = str(error)
 
     def begin(self) -> None:
         """The run begins now."""
@@ -140,8 +140,8 @@ class EnergyMeter:
             if first is None or last is None:
                 raise _NotMeasuredError("the run ended before its first request")
             run = measure_interval(self._entries(first, last))
-        except _NotMeasuredError as problem:
-            return _nothing_measured(str(problem))
+        except _NotMeasuredError as error:
+            return _nothing_measured(str(error))
         return _report(run, self._idle, self._idle_reason, output_tokens)
 
     def _entries(self, first: Entry, last: Entry) -> list[Entry]:

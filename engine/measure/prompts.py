@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from engine.errors import WorkloadError
 from engine.measure.workloads import DATA, Lengths, Workload
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 
 
 class PromptTokenizer(Protocol):

@@ -34,7 +34,7 @@ from engine.measure.prompts import corpus_documents, opening_tokens
 from engine.models.checkpoint import stored_as
 
 if TYPE_CHECKING:
-    from engine.loop import EngineLoop
+    from engine.worker.loop import EngineLoop
 
 REFERENCE_BYTES = 256 * 2**20
 """Most bytes of reference logits that are kept at once; a longer text is done in parts."""
@@ -275,19 +275,19 @@ def measure_quality(
     Raises:
         WorkloadError, ConfigError, CapacityError, EngineDeadError.
     """
-    former = {name: loop.engine.config.to_dict()[name] for name in {*changes_a, *changes_b, *reference_changes()}}
-    in_force_a, in_force_b = {**former, **changes_a}, {**former, **changes_b}
+    previous = {name: loop.engine.config.to_dict()[name] for name in {*changes_a, *changes_b, *reference_changes()}}
+    in_force_a, in_force_b = {**previous, **changes_a}, {**previous, **changes_b}
     lossy = is_lossy(in_force_a) or is_lossy(in_force_b)
     window = min(window, loop.status().max_model_len)
     stride = min(stride, window - 1)
     session = _Session(loop, _opened(loop, token_ids, max_tokens), window, stride, progress, cancel)
-    settings = {"reference": {**former, **reference_changes()}}
+    settings = {"reference": {**previous, **reference_changes()}}
     if lossy:
         settings.update(a=in_force_a, b=in_force_b)
     try:
         stats = session.measure(settings)
     finally:
-        _restore(loop, former)
+        _restore(loop, previous)
     if stats is None:
         return None
     stored = describe_reference(loop.engine.model)
@@ -308,12 +308,12 @@ def _opened(loop: EngineLoop, token_ids: Sequence[int] | None, max_tokens: int) 
     return (opening_tokens(tokenizer) + list(token_ids))[:max_tokens]
 
 
-def _restore(loop: EngineLoop, former: Mapping[str, Any]) -> None:
+def _restore(loop: EngineLoop, previous: Mapping[str, Any]) -> None:
     try:
-        loop.reconfigure(former)
-    except HeadroomError as problem:
+        loop.reconfigure(previous)
+    except HeadroomError as error:
         if loop.alive:
-            loop.add_event("error", f"the former knobs were not restored: {problem}", {"former": dict(former)})
+            loop.add_event("error", f"the previous knobs were not restored: {error}", {"previous": dict(previous)})
 
 
 class _Session:

@@ -17,7 +17,7 @@ from engine.measure.metrics import UNSENT
 from engine.measure.prompts import WorkloadRequest
 from engine.measure.results import EventRecord, RequestRecord, SampleRecord
 from engine.outputs import EngineStatus, RequestOutput, StepStats
-from engine.telemetry_gpu import GpuReading
+from engine.telemetry.gpu import GpuReading
 
 
 class RequestLog:

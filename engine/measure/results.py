@@ -49,7 +49,7 @@ class SampleRecord:
         step_ms: mean step time since the previous sample; None if there was no step.
         resident_bytes: memory of the process.
         gpu_power_w, gpu_utilization_percent, gpu_memory_bytes, gpu_sm_clock_mhz: of the engine's GPU, see
-            :class:`engine.telemetry_gpu.GpuReading`; None if it has none or the reading is not to be had.
+            :class:`engine.telemetry.gpu.GpuReading`; None if it has none or the reading is not to be had.
     """
 
     t_s: float
@@ -161,5 +161,5 @@ def from_json(document: dict[str, Any] | str) -> RunResult:
         data["samples"] = [SampleRecord(**item) for item in data.get("samples", [])]
         data["events"] = [EventRecord(**item) for item in data.get("events", [])]
         return RunResult(**data)
-    except (TypeError, KeyError) as problem:
-        raise ValueError(f"not a run record: {problem}") from problem
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a run record: {error}") from error

@@ -135,7 +135,7 @@ class Workload:
         output_tokens: ``max_tokens`` of each request.
         shared_prefix_tokens: tokens of a system prompt that all requests begin with, in addition.
         ignore_eos: go on after end of sequence, so that every run has the same number of output tokens.
-        temperature, top_k, top_p, min_p, repetition_penalty: as in :class:`engine.sampling.SamplingParams`; each
+        temperature, top_k, top_p, min_p, repetition_penalty: as in :class:`engine.sampling.params.SamplingParams`; each
             request gets a sampling seed from the workload's seed.
         warmup_requests: requests sent before the clock starts and left out of every figure.
         slo: objectives that goodput counts by.
@@ -246,9 +246,9 @@ def read_workload(path: Path) -> Workload:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         remedy = "Give a readable JSON file, or the name of a workload."
-        raise WorkloadError(f"{path} cannot be read: {problem}.", field="workload", remedy=remedy) from None
+        raise WorkloadError(f"{path} cannot be read: {error}.", field="workload", remedy=remedy) from None
     if not isinstance(values, dict):
         raise WorkloadError(f"{path} holds no JSON object.", field="workload", remedy="Write one object of fields.")
     return Workload.from_mapping(values)
@@ -258,9 +258,9 @@ def _nested(field: str, kind: type[Lengths] | type[Arrival], value: Any) -> Leng
     """Parse a part and name its place in the whole when it is wrong."""
     try:
         return kind.parse(value)
-    except WorkloadError as problem:
-        place = f"{field}.{problem.field}" if isinstance(value, Mapping) else field
-        raise WorkloadError(problem.message, field=place, remedy=problem.remedy) from None
+    except WorkloadError as error:
+        place = f"{field}.{error.field}" if isinstance(value, Mapping) else field
+        raise WorkloadError(error.message, field=place, remedy=error.remedy) from None
 
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

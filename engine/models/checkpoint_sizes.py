@@ -85,8 +85,8 @@ def _safetensors_entries(file: Path) -> list[tuple[str, int, int]]:
                 elements *= size
             start, end = entry["data_offsets"]
             entries.append((str(entry["dtype"]), elements, end - start))
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
-        raise _unreadable(file, f"its header is malformed ({problem!r})") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(file, f"its header is malformed ({error!r})") from None
     return entries
 
 
@@ -97,8 +97,8 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
             if length > _LONGEST_HEADER:
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(stream.read(length))
-    except (OSError, struct.error, ValueError) as problem:
-        raise _unreadable(file, str(problem)) from None
+    except (OSError, struct.error, ValueError) as error:
+        raise _unreadable(file, str(error)) from None
     if not isinstance(header, dict):
         raise _unreadable(file, "its header is not a JSON object")
     return header
@@ -109,8 +109,8 @@ def _gguf_entries(file: Path) -> list[tuple[str, int, int]]:
 
     try:
         tensors = GGUFReader(file).tensors
-    except (OSError, ValueError, KeyError, IndexError) as problem:
-        raise _unreadable(file, str(problem)) from None
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise _unreadable(file, str(error)) from None
     return [(tensor.tensor_type.name, int(tensor.n_elements), int(tensor.n_bytes)) for tensor in tensors]
 
 

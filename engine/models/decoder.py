@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         ModelLoadError: if a tensor is missing or its shape contradicts the configuration.
     """
 
-    exchanges_weights = True
+    swaps_weights = True
     """Its linear layers can be given another weight format."""
 
     def __init__(self, config: DecoderConfig, source: WeightSource) -> None:

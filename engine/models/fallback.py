@@ -98,7 +98,7 @@ class TransformersDecoder:
         ModelLoadError: if it cannot be computed exactly on a paged cache, and why.
     """
 
-    exchanges_weights = False
+    swaps_weights = False
     """transformers names and fuses the tensors its own way, so no layer can be traced back to the checkpoint."""
 
     def __init__(self, model: Any) -> None:
@@ -131,11 +131,11 @@ class TransformersDecoder:
         return self._scales[layer_index]
 
     def linears(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
-        """None is exchangeable."""
+        """None is swappable."""
         return iter(())
 
     def tables(self) -> Iterator[tuple[str, Linear, tuple[str, ...]]]:
-        """As :meth:`engine.models.decoder.Decoder.tables`: none is exchangeable either."""
+        """As :meth:`engine.models.decoder.Decoder.tables`: none is swappable either."""
         return iter(())
 
     def num_parameters(self) -> int:
@@ -309,7 +309,7 @@ def _causal_class(checkpoint: Checkpoint, config: Any) -> Any:
     if model_class is None or (stated and model_class.__name__ not in stated):
         raise _refused(checkpoint, f"transformers has no causal LM of that name for model_type {config.model_type!r}")
     if not model_class._supports_attention_backend:
-        raise _refused(checkpoint, "its attention in transformers cannot be exchanged")
+        raise _refused(checkpoint, "its attention in transformers cannot be replaced")
     return model_class
 
 

@@ -96,7 +96,7 @@ class Family:
         layout: names of a layer's tensors.
         windows: which layers slide; None: ``sliding_window`` does not apply.
         biases: "config" if ``attention_bias`` (query, key, value and output) and ``mlp_bias`` apply, "attention" if
-            only the former does, "qkv" if query, key and value always have one, "none".
+            only the previous does, "qkv" if query, key and value always have one, "none".
         activation: name of the field for the MLP's activation.
         norm_offset: added to every norm weight of a checkpoint; GGUF conversions have added it already.
         scales_embedding: token embeddings are multiplied by sqrt(hidden_size).

@@ -2,7 +2,7 @@
 
 A vocabulary gives the right tokens only with the splitting that its merges were learned with. The file names it by a
 word of llama.cpp's; the expressions are those of the published ``tokenizer.json`` of each family. A list of several is
-applied one after the other, each to the pieces that the former left.
+applied one after the other, each to the pieces that the previous left.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from engine.capacity import ModelSpec
-from engine.capacity.weights import parameter_count
+from engine.capacity.memory.weights import parameter_count
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
-from engine.models import weight_exchange
+from engine.models import weight_swap
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
 from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
@@ -33,8 +33,8 @@ from engine.models.fallback import (
 )
 from engine.models.families import Family
 from engine.models.tokenizer import check_vocabulary, eos_token_ids, load_tokenizer
-from engine.models.weight_exchange import PreparedWeights, planned_bytes
 from engine.models.weight_reader import WeightSource
+from engine.models.weight_swap import PreparedWeights, planned_bytes
 from engine.quantization.error import QuantizationError
 from engine.quantization.formats import dtype_name
 from engine.quantization.registry import WeightChoice
@@ -90,11 +90,11 @@ class LoadedModel:
 
     def weights_path(self) -> str:
         """What really runs in the linear layers, for the page and the record."""
-        return weight_exchange.describe_path(self.decoder, self.dtype)
+        return weight_swap.describe_path(self.decoder, self.dtype)
 
     def left_to_torch(self) -> str:
         """Which linear layers the chosen kernels do not multiply, in a sentence; ``""`` if they multiply all."""
-        return weight_exchange.left_to_torch(self.decoder, self.weights_choice.linear)
+        return weight_swap.left_to_torch(self.decoder, self.weights_choice.linear)
 
     def decoder_path(self) -> str:
         """What computes the blocks, for the page and the record: our decoder, or transformers as a fallback."""
@@ -130,26 +130,26 @@ class LoadedModel:
             ModelLoadError: if the checkpoint is gone or has changed since it was loaded.
         """
         choice = WeightChoice(weights, group_size, head, linear)
-        return weight_exchange.prepare(
+        return weight_swap.prepare(
             self.decoder, self.checkpoint, self.spec, choice, self.weights_choice, self.device, self.dtype, progress
         )
 
     def repack_weights(self, linear: str) -> None:
         """Bring weights as loaded into the layout of other kernels, without reading them again."""
         assert isinstance(self.decoder, Decoder)
-        weight_exchange.repack(self.decoder, linear)
+        weight_swap.repack(self.decoder, linear)
         _return_freed_memory()
         self.weights_choice = dataclasses.replace(self.weights_choice, linear=linear)
 
     def commit_weights(self, prepared: PreparedWeights) -> None:
         """Put prepared weights in place, between two steps: pointers only."""
-        weight_exchange.commit(self.decoder, prepared)
+        weight_swap.commit(self.decoder, prepared)
         self.weights_choice = prepared.choice
         threading.Thread(target=_return_freed_memory, daemon=True).start()  # the pause between two steps is not for it
 
     def quantization_errors(self) -> dict[str, QuantizationError]:
         """Measured weight error of every linear layer beside the published bound; reads the checkpoint again."""
-        return weight_exchange.measure_errors(self.decoder, self.checkpoint)
+        return weight_swap.measure_errors(self.decoder, self.checkpoint)
 
 
 _TRIM_ELEMENTS = 1 << 23
@@ -400,7 +400,7 @@ def _read_spec(checkpoint: Checkpoint) -> ModelSpec:
 
 def _check_memory(needed: int, device: torch.device, kept: str) -> None:
     """Refuse at once what would otherwise end in the out-of-memory killer after minutes of reading."""
-    free = weight_exchange.free_bytes(device)
+    free = weight_swap.free_bytes(device)
     if needed > free:
         raise CapacityError(
             f"the weights need {needed / 2**30:.2f} GiB in {kept}, but {free / 2**30:.2f} GiB are free.",

@@ -88,7 +88,7 @@ class WeightChoice:
         return self.format_name + (f", head {self.head}" if self.head != "model" else "")
 
     def same_as(self, other: WeightChoice) -> bool:
-        """True if nothing has to be exchanged between the two: the group size matters to INT4 only."""
+        """True if nothing has to be swapped between the two: the group size matters to INT4 only."""
         return (self.label, self.linear) == (other.label, other.linear)
 
 

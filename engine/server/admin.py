@@ -15,13 +15,13 @@ from fastapi import APIRouter, Depends, Query, Request
 from engine.config import EngineConfig, schema
 from engine.core import Engine
 from engine.errors import HeadroomError
-from engine.loop import EngineLoop
 from engine.measure import WORKLOADS
 from engine.server.bodies import BodyReader, SafeJSONResponse, shorten
 from engine.server.host import EngineHost, NotReadyError
 from engine.server.jobs import JobRunner
 from engine.server.schemas import MAX_WHOLE, RunBody
-from engine.telemetry_sampler import TelemetrySampler
+from engine.telemetry.sampler import TelemetrySampler
+from engine.worker.loop import EngineLoop
 
 Since = Annotated[int, Query(ge=-1, lt=MAX_WHOLE)]
 Force = Annotated[bool, Query(description="Do it although a run is in progress; the run is marked as disturbed.")]

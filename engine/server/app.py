@@ -24,7 +24,7 @@ from engine.server.metrics import RequestMetrics, metrics_router
 from engine.server.openai import openai_router
 from engine.server.texts import TextPool
 from engine.server.traffic import Traffic
-from engine.telemetry_sampler import TelemetrySampler
+from engine.telemetry.sampler import TelemetrySampler
 
 
 def create_app(

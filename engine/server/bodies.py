@@ -71,8 +71,8 @@ class BodyReader:
         def validate(document: dict[str, Any]) -> Model:
             try:
                 return kind.model_validate(document, context=self._limits)
-            except ValidationError as problem:
-                raise describe_invalid(problem.errors(include_url=False, include_input=False)) from None
+            except ValidationError as error:
+                raise describe_invalid(error.errors(include_url=False, include_input=False)) from None
 
         return read
 
@@ -135,8 +135,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
         raise RequestError("the body is empty.", field="body", remedy="Send a JSON object.")
     try:
         document = pydantic_core.from_json(content)
-    except ValueError as problem:
-        raise RequestError(f"the body is not JSON: {problem}.", field="body", remedy="Correct it.") from None
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON: {error}.", field="body", remedy="Correct it.") from None
     if not isinstance(document, dict):
         message = f"the body is a JSON {type(document).__name__}."
         raise RequestError(message, field="body", remedy="Send a JSON object.")

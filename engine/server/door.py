@@ -75,9 +75,9 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        problem = self._refusal(scope)
-        if problem is not None:
-            await error_answer(scope["path"], problem)(scope, receive, send)
+        error = self._refusal(scope)
+        if error is not None:
+            await error_answer(scope["path"], error)(scope, receive, send)
             return
         counted = scope["path"].startswith("/v1/")
         self._gate.active += counted
@@ -101,12 +101,12 @@ class Door:
                 raise
             if not started:
                 await _draining_answer(scope["path"])(scope, receive, send)
-        except Exception as problem:
-            place = traceback.extract_tb(problem.__traceback__)[-1]
-            what = f"{type(problem).__name__}: {shorten(str(problem))} ({place.filename}:{place.lineno})"
+        except Exception as exc:
+            place = traceback.extract_tb(exc.__traceback__)[-1]
+            what = f"{type(exc).__name__}: {shorten(str(exc))} ({place.filename}:{place.lineno})"
             logger.error("%s %s failed: %s", scope["method"], shorten(scope["path"]), what.replace("\n", " "))
             if not started:
-                error = HeadroomError(f"the worker failed over it: {type(problem).__name__}.", remedy="See its log.")
+                error = HeadroomError(f"the worker failed over it: {type(exc).__name__}.", remedy="See its log.")
                 await error_answer(scope["path"], error, 500)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> HeadroomError | None:

@@ -12,13 +12,13 @@ from typing import Literal
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError, HeadroomError
-from engine.loop import EngineLoop
 from engine.models import resolve
 from engine.models.loader import resolve_device
 from engine.outputs import RequestOutput
 from engine.sizing import release_memory
-from engine.telemetry_gpu import gpu_uuid
-from engine.telemetry_sampler import TelemetrySampler
+from engine.telemetry.gpu import gpu_uuid
+from engine.telemetry.sampler import TelemetrySampler
+from engine.worker.loop import EngineLoop
 from kernels.cpu.build import build
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class LoadState:
         phase: "loading", "ready", "failed" (no model is loaded) or "dead" (the stepping thread has given up).
         model: what is loaded or being loaded.
         stage, progress: what is being done, and the fraction of the whole, from 0 to 1.
-        error: ``{"message", "field", "remedy"}`` of the last load that failed, also if the former model serves on.
+        error: ``{"message", "field", "remedy"}`` of the last load that failed, also if the previous model serves on.
     """
 
     phase: Phase
@@ -51,7 +51,7 @@ class LoadState:
 class EngineHost:
     """Holds the engine that requests go to.
 
-    A load is refused before anything is given up if the new model cannot be resolved. Then the former engine is
+    A load is refused before anything is given up if the new model cannot be resolved. Then the previous engine is
     stopped (its memory is needed) and, should the new one fail after all, loaded again.
 
     Args:
@@ -132,7 +132,7 @@ class EngineHost:
         return not self._loading and (loop is None or not loop.running)
 
     def _load(self, config: EngineConfig) -> None:
-        former = self._loop.engine.config if self._loop is not None else None
+        previous = self._loop.engine.config if self._loop is not None else None
         error: dict[str, str | None] | None = None
         try:
             if self._before_load is not None:
@@ -140,22 +140,22 @@ class EngineHost:
             resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
             self._unload(config.model)
             self._start(config)
-        except HeadroomError as problem:  # of the checkpoint or the configuration: all that is known is in the words
-            logger.error("loading %s failed: %s", config.model, problem)
-            error = _describe(problem)
-        except Exception as problem:
+        except HeadroomError as exc:  # of the checkpoint or the configuration: all that is known is in the words
+            logger.error("loading %s failed: %s", config.model, exc)
+            error = _describe(exc)
+        except Exception as exc:
             logger.exception("loading %s failed", config.model)
-            error = _describe(problem)
+            error = _describe(exc)
         try:
             if error is not None:  # only now: the exception held on to what had been loaded of the new model
                 release_memory()
-                self._recover(former, error)
+                self._recover(previous, error)
         finally:
             with self._lock:
                 self._loading = False
 
     def _start(self, config: EngineConfig, error: dict[str, str | None] | None = None) -> None:
-        """Load a model and serve it; ``error`` is what the load before this one failed of, to be read while it serves."""
+        """Load a model and serve it; ``error`` is what the load before it failed of, to be read while this serves."""
         report = self._report(config.model)
         build_ahead(config, report)
         engine = Engine.load(config, report)
@@ -181,26 +181,26 @@ class EngineHost:
             self._tell_telemetry(None)
             release_memory()
 
-    def _recover(self, former: EngineConfig | None, error: dict[str, str | None]) -> None:
-        """Go on with the former model if there was one; keep the error for people to read either way."""
-        if self._loop is not None and self._loop.alive and former is not None:
-            self._state = LoadState("ready", former.model, "ready", 1.0, error)
+    def _recover(self, previous: EngineConfig | None, error: dict[str, str | None]) -> None:
+        """Go on with the previous model if there was one; keep the error for people to read either way."""
+        if self._loop is not None and self._loop.alive and previous is not None:
+            self._state = LoadState("ready", previous.model, "ready", 1.0, error)
             return
         failed = LoadState("failed", self._state.model, "failed", None, error)
-        if former is None:
+        if previous is None:
             self._state = failed
             return
         try:
-            self._start(former, error)
+            self._start(previous, error)
         except Exception:
-            logger.exception("the former model could not be loaded again")
+            logger.exception("the previous model could not be loaded again")
             self._state = failed
 
     def _report(self, model: str) -> Callable[[str, float], None]:
         def report(stage: str, fraction: float) -> None:
             if self._loop is None or not self._loop.alive:
                 self._state = LoadState("loading", model, stage, fraction, None)
-            else:  # the former model serves on meanwhile
+            else:  # the previous model serves on meanwhile
                 self._state = dataclasses.replace(self._state, stage=f"loading {model}: {stage}", progress=fraction)
 
         return report

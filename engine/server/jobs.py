@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from engine.errors import HeadroomError
-from engine.loop import EngineLoop
 from engine.measure import RunProgress, get_workload, run_comparison, run_workload
 from engine.measure.metrics import Slo
 from engine.measure.results import RunResult, to_json
 from engine.server.bodies import shorten
 from engine.server.schemas import RunBody
 from engine.server.traffic import Traffic
-from engine.telemetry_sampler import TelemetrySampler
+from engine.telemetry.sampler import TelemetrySampler
+from engine.worker.loop import EngineLoop
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,11 @@ class JobRunner:
             status, error = measure(loop, job, self._telemetry)
             job.error = {"message": error, "field": None, "remedy": None} if error else None
             job.status = status
-        except HeadroomError as problem:
-            job.error, job.status = problem.to_dict(), "failed"
-        except Exception as problem:
+        except HeadroomError as exc:
+            job.error, job.status = exc.to_dict(), "failed"
+        except Exception as exc:
             logger.exception("a run failed")
-            message = f"{type(problem).__name__}: {problem}"
+            message = f"{type(exc).__name__}: {exc}"
             job.error = {"message": message, "field": None, "remedy": "See the worker's log."}
             job.status = "failed"
 

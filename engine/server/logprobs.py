@@ -6,7 +6,7 @@ import codecs
 import re
 from typing import Any
 
-from engine.detokenizer import Detokenizer, TokenBytes, token_bytes
+from engine.models.detokenizer import Detokenizer, TokenBytes, token_bytes
 from engine.outputs import RequestOutput, TokenLogprob
 
 _LOWEST = -9999.0  # stands for minus infinity, for which JSON has no word; so does OpenAI's

@@ -20,8 +20,8 @@ from prometheus_client.registry import Collector
 
 from engine.outputs import RequestOutput
 from engine.server.host import EngineHost, NotReadyError
-from engine.telemetry_gpu import GpuReading
-from engine.telemetry_sampler import TelemetrySampler
+from engine.telemetry.gpu import GpuReading
+from engine.telemetry.sampler import TelemetrySampler
 
 # Seconds; vLLM's buckets for time to first token and for the time between tokens.
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)

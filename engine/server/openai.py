@@ -15,9 +15,8 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import HeadroomError, RequestError
-from engine.loop import EngineLoop
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.server.answers import error_answer, error_body, openai_error, status_of
 from engine.server.bodies import BodyReader, SafeJSONResponse, UnprocessableError, json_text, shorten
 from engine.server.host import EngineHost
@@ -27,6 +26,7 @@ from engine.server.schemas import ChatRequest, CompletionRequest, too_many_chara
 from engine.server.streaming import Submission
 from engine.server.texts import TextPool
 from engine.server.traffic import Traffic
+from engine.worker.loop import EngineLoop
 
 logger = logging.getLogger(__name__)
 
@@ -298,8 +298,8 @@ def _with_params(
             choices = [body.sampling_params(tokens, logprobs, choice) for choice in range(body.n)]
             loop.engine.validate_request(token_ids, choices[0])  # the others differ by the seed alone
             prompts += [(token_ids, params) for params in choices]
-    except RequestError as problem:  # the engine speaks of its own fields
-        raise type(problem)(problem.message, field=body.name_of(problem.field), remedy=problem.remedy) from None
+    except RequestError as error:  # the engine speaks of its own fields
+        raise type(error)(error.message, field=body.name_of(error.field), remedy=error.remedy) from None
     return prompts
 
 
@@ -318,9 +318,9 @@ async def _events(answer: _Answer, submission: Submission, request: Request) -> 
             yield _event(document)
     except asyncio.CancelledError:
         raise
-    except Exception as problem:
+    except Exception as error:
         logger.exception("a streamed answer failed")
-        yield _event(error_body(f"the worker failed over it: {type(problem).__name__}.", "server_error", None, 500))
+        yield _event(error_body(f"the worker failed over it: {type(error).__name__}.", "server_error", None, 500))
     yield "data: [DONE]\n\n"
 
 

@@ -26,7 +26,7 @@ from engine.errors import ConfigError
 from engine.server.app import create_app
 from engine.server.limits import DoorSettings, ServerLimits, allowed_hosts, api_key_from
 from engine.server.protocol import server_options
-from engine.telemetry_sampler import TelemetrySampler, interval_from_environment
+from engine.telemetry.sampler import TelemetrySampler, interval_from_environment
 
 _PARENT_POLL_S = 0.5
 _DRAIN_POLL_S = 0.05
@@ -212,13 +212,13 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as problem:
+    except OSError as error:
         listener.close()
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({problem.strerror or problem}).",
+            f"{host}:{port} cannot be listened on ({error.strerror or error}).",
             field="port",
             remedy="Choose another port, or 0 for a free one.",
-        ) from problem
+        ) from error
     listener.listen(2048)
     return listener
 
@@ -228,12 +228,12 @@ def _write_ready_file(path: Path, port: int) -> None:
     try:
         part.write_text(json.dumps({"port": port, "pid": os.getpid()}))
         os.replace(part, path)  # a reader sees all of it or nothing
-    except OSError as problem:
+    except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written ({problem.strerror or problem}).",
+            f"{path} cannot be written ({error.strerror or error}).",
             field="ready_file",
             remedy="Free some space, or name a file in a folder that can be written.",
-        ) from problem
+        ) from error
 
 
 def _end_with_parent(parent_pid: int, longest_shutdown: float) -> None:

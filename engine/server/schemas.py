@@ -8,7 +8,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
 
 from engine.errors import RequestError
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.server.bodies import TooLargeError, UnprocessableError, shorten
 from engine.server.limits import ServerLimits
 
@@ -49,10 +49,10 @@ def _limits(info: ValidationInfo) -> ServerLimits:
 
 def _check_count(value: Any, field: str, most: int, flag: str) -> None:
     if isinstance(value, list) and len(value) > most:
-        problem = UnprocessableError(
+        error = UnprocessableError(
             f"has {len(value):,} entries, more than {most:,}.", field=field, remedy=f"Send fewer, or raise --{flag}."
         )
-        raise _RefusedError(problem)
+        raise _RefusedError(error)
 
 
 def _prompt(value: Any, info: ValidationInfo) -> Any:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from fastapi import Request as HTTPRequest
 
-from engine.loop import EngineLoop
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.server.traffic import Traffic
+from engine.worker.loop import EngineLoop
 
 # How often a request looks whether its client is still there, whether tokens come or not, seconds.
 _DISCONNECT_POLL_S = 0.25

@@ -82,8 +82,8 @@ class _Texts:
             text.encode()  # a template may cut a pair of surrogates
         except MemoryError:
             raise
-        except Exception as problem:  # templates raise whatever they like for roles they do not know
-            return {"refused": f"{problem}"[:500] or type(problem).__name__}
+        except Exception as error:  # templates raise whatever they like for roles they do not know
+            return {"refused": f"{error}"[:500] or type(error).__name__}
         if len(text) > self._most_characters:
             return {"too_long": len(text)}
         return self.encode([text], special=False)
@@ -94,8 +94,8 @@ def _answer(texts: _Texts, job: Document) -> Document:
         return texts.chat(job["messages"]) if "messages" in job else texts.encode(job["texts"], job["special"])
     except MemoryError:
         return {"failed": "they need more memory than --text-memory-mib allows"}
-    except Exception as problem:  # the tokenizer's own: it is said, and this process goes on
-        return {"failed": f"{type(problem).__name__}: {problem}"[:500]}
+    except Exception as error:  # the tokenizer's own: it is said, and this process goes on
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def main(descriptor: int) -> None:

@@ -70,14 +70,14 @@ class _Process:
                 self.start()
             assert self._channel is not None
             if self._tokenizer is not tokenizer:
-                self._exchange(self._channel, setup, _START_TIMEOUT_S)
+                self._swap(self._channel, setup, _START_TIMEOUT_S)
                 self._tokenizer = tokenizer
-            return self._exchange(self._channel, json.dumps(job).encode(), seconds)
-        except (TimeoutError, OSError, _LostError) as problem:
+            return self._swap(self._channel, json.dumps(job).encode(), seconds)
+        except (TimeoutError, OSError, _LostError) as error:
             self.end()
-            if isinstance(problem, TimeoutError | _LostError):
+            if isinstance(error, TimeoutError | _LostError):
                 raise
-            raise _LostError from problem
+            raise _LostError from error
 
     def start(self) -> None:
         """Start it, without waiting for it."""
@@ -108,7 +108,7 @@ class _Process:
             self._channel.close()
 
     @staticmethod
-    def _exchange(channel: socket.socket, content: bytes, seconds: float) -> Document:
+    def _swap(channel: socket.socket, content: bytes, seconds: float) -> Document:
         # The socket's timeout is one of each call: the few calls of an answer share the deadline well enough, and the
         # process ends itself should they not.
         channel.settimeout(seconds)

@@ -79,8 +79,8 @@ def why_not() -> str | None:
     """None if :func:`native` works here, else the reason in a sentence."""
     try:
         native()
-    except (NativeBuildError, OSError) as problem:
-        return str(problem)
+    except (NativeBuildError, OSError) as error:
+        return str(error)
     return None
 
 
@@ -122,7 +122,7 @@ def _built() -> Path:
     target = _target(compiler)
     if reason := why_not_trusted(target.parent):
         raise NativeBuildError(reason)
-    if not target.exists() or why_not_trusted(target):  # what somebody else could have written is made anew
+    if not target.exists() or why_not_trusted(target):  # what somebody else could have written is made again
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / "native.so"
             _run([compiler, *_FLAGS, "-c", str(SOURCES / "native.cpp"), "-o", f"{scratch}/native.o"])
@@ -165,8 +165,8 @@ def _openmp() -> list[str]:
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as problem:
-        raise NativeBuildError(f"{command[0]} could not be run: {problem}.") from problem
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(f"{command[0]} could not be run: {error}.") from error
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise NativeBuildError(f"{command[0]} failed: {last}.")

@@ -20,7 +20,7 @@ _FIRST_PATIENCE_S = 3.0
 
 
 class SeriesSource(Protocol):
-    """The part of :class:`engine.client.EngineClient` that the feed reads."""
+    """The part of :class:`engine.worker.client.EngineClient` that the feed reads."""
 
     def status(self) -> Mapping[str, Any]: ...
 
@@ -54,7 +54,7 @@ class Snapshot:
 
     @property
     def version(self) -> tuple[Any, ...]:
-        """What a page that stands still has to be drawn anew for: it changes with every event and with busy or idle."""
+        """What a page that stands still is drawn again for: it changes with every event and with busy or idle."""
         last_event = self.events[-1] if self.events else None
         hash_now = self.engine.config_hash if self.engine is not None else None
         return (self.busy, hash_now, last_event.time_unix_s if last_event else None)
@@ -114,9 +114,9 @@ class Feed:
     def _refresh(self, samples: bool) -> None:
         try:
             self._snapshot = self._fetch(samples)
-        except Exception as problem:  # the worker may be loading, dying or dead: the pages say so, they go on
+        except Exception as error:  # the worker may be loading, dying or dead: the pages say so, they go on
             self._snapshot = dataclasses.replace(
-                self._snapshot, engine=None, error=str(problem) or type(problem).__name__, taken_unix_s=time.time()
+                self._snapshot, engine=None, error=str(error) or type(error).__name__, taken_unix_s=time.time()
             )
 
     def _fetch(self, samples: bool) -> Snapshot:

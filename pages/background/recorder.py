@@ -21,7 +21,7 @@ _SILENT_S = 120.0
 
 
 class JobSource(Protocol):
-    """The part of :class:`engine.client.EngineClient` that runs jobs."""
+    """The part of :class:`engine.worker.client.EngineClient` that runs jobs."""
 
     def start_run(self, request: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
@@ -155,8 +155,8 @@ class RunRecorder:
             try:
                 self._take(job, self._source().run_status(job.job_id))
                 heard = time.monotonic()
-            except Exception as problem:
-                reason = self._reason_of_loss(problem, heard)
+            except Exception as error:
+                reason = self._reason_of_loss(error, heard)
                 if reason is not None:
                     self._end(job, "failed", reason)
             if job.state != "running":
@@ -248,11 +248,11 @@ class RunRecorder:
     def _write(self, job: Job, result: RunResult | None, write: Callable[[RunStore], Any]) -> None:
         try:
             write(self._open_store())
-        except Exception as problem:  # disk full, database gone: nothing is lost, the page offers the JSON
+        except Exception as error:  # disk full, database gone: nothing is lost, the page offers the JSON
             logger.exception("a run could not be recorded")
-            job.storage_error = str(problem) or type(problem).__name__
+            job.storage_error = str(error) or type(error).__name__
             if result is not None:
                 job.unrecorded.append(result)
-                if getattr(problem, "kept", None) is None:  # the store was not there to keep it
+                if getattr(error, "kept", None) is None:  # the store was not there to keep it
                     path = keep(result)
                     job.storage_error += f" {kept_words(path)}" if path is not None else ""

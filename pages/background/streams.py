@@ -13,7 +13,7 @@ StreamState = Literal["waiting", "streaming", "done", "stopped", "failed"]
 
 
 class ChatSource(Protocol):
-    """The part of :class:`engine.client.EngineClient` that a chat needs: OpenAI chunks of one streamed answer."""
+    """The part of :class:`engine.worker.client.EngineClient` that a chat needs: OpenAI chunks of one answer."""
 
     def stream_chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Iterator[Mapping[str, Any]]: ...
 
@@ -84,8 +84,8 @@ class ChatStream:
                     break
                 self._take(chunk)
             self.state = "stopped" if self._stop.is_set() else "done"
-        except Exception as problem:  # whatever went wrong belongs under the prompt, not in a log
-            self.state, self.error = "failed", str(problem) or type(problem).__name__
+        except Exception as error:  # whatever went wrong belongs under the prompt, not in a log
+            self.state, self.error = "failed", str(error) or type(error).__name__
         finally:
             self.ended = time.perf_counter()
 

@@ -40,16 +40,16 @@ def attack(seed: int, model: Path, folder: Path, home: Path, end: float, count: 
     """
     tally = Tally("HTTP", "requests", DEMANDED if count is None else count)
     with Target(model, folder, home, tally) as target:
-        former = target.client.config()["config"]
+        previous = target.client.config()["config"]
         canary = Canary(target, tally)
         found = cases(seed, target.port, folder / "nowhere")
         with canary:
             _send_all(found if count is None else sample(found, count), target, tally, end)
-        _restore(target, former)
+        _restore(target, previous)
         canary.check("after all cases")
         races = RACES if count is None else 8
         _race(random.Random(f"race/{seed}"), target, tally, races, end)
-        _restore(target, former)
+        _restore(target, previous)
         canary.check("after the races, everything restored")
     return tally
 

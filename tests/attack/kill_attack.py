@@ -19,9 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engine.client import EngineUnreachableError
 from engine.config import EngineConfig
-from engine.supervisor import Worker
+from engine.worker.client import EngineUnreachableError
+from engine.worker.supervisor import Worker
 from storage import open_store
 from tests.attack.outcome import Tally
 from tests.attack.target import KNOBS, ROOT
@@ -50,12 +50,12 @@ def attack(seed: int, model: Path, folder: Path, home: Path, end: float, count: 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """Variables set for a while."""
-    former = {name: os.environ.get(name) for name in values}
+    previous = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in former.items():
+        for name, value in previous.items():
             if value is None:
                 del os.environ[name]
             else:

@@ -21,11 +21,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from engine.cli import main as command_line
+from engine.cli.app import main as command_line
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import HeadroomError
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 
 ADDRESS_SPACE_BYTES = 16 << 30
 KNOBS = {"device": "cpu", "dtype": "float32", "memory_limit_gib": 0.25, "max_num_seqs": 4, "threads": 1}
@@ -51,14 +51,14 @@ def load(path: str) -> tuple[str, str]:
 def plan(arguments: list[str]) -> tuple[str, str]:
     """(verdict, reason): planned in finite numbers, or refused naming the field."""
     with tempfile.TemporaryFile() as sink:  # the command line writes its document past sys.stdout
-        former = os.dup(1)
+        previous = os.dup(1)
         os.dup2(sink.fileno(), 1)
         try:
             code = command_line(["plan", *arguments, "--json"])
             sys.stdout.flush()
         finally:
-            os.dup2(former, 1)
-            os.close(former)
+            os.dup2(previous, 1)
+            os.close(previous)
         sink.seek(0)
         document = json.loads(sink.read())
     if code == 2:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from engine.client import EngineClient
 from engine.paths import headroom_home
+from engine.worker.client import EngineClient
 from kernels.cpu.build import why_not
 from tests.attack.outcome import Tally
 from tests.attack.wire import get

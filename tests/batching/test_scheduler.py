@@ -11,7 +11,7 @@ from engine.batching.scheduler import Schedule, Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.outputs import RequestTimes
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 
 clock = itertools.count()
 
@@ -282,7 +282,7 @@ def test_preempted_request_may_come_back_through_the_prefix_cache():
     assert scheduler.pool.num_free == 6
 
 
-def test_blocks_computed_under_exchanged_weights_are_not_published():
+def test_blocks_computed_under_swapped_weights_are_not_published():
     config = EngineConfig()
     request = make_request("a", 8, 3)
     scheduler = scheduler_with(100, request)

@@ -24,7 +24,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import DEFAULT_MODEL, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 
 BATCHES = (1, 8, 32, 128)
 LOGITS = 64

@@ -6,7 +6,7 @@
                                    [--shape smollm2-135m] [--no-readme]
 
 Every setting of every engine is a process of its own, one at a time, with the same number of threads; it runs the
-workloads in an order drawn anew each time. A repeat runs every setting once, again in a new order, so that a drift of
+workloads in an order drawn again each time. A repeat runs every setting once, again in a new order, so that a drift of
 the machine falls on all alike. A measurement that other processes disturb is made again, at most ``--attempts`` times;
 the least disturbed one is kept, never the fastest, and what stays disturbed is marked.
 
@@ -42,8 +42,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from engine.measure.provenance import code_revision, hardware, versions
 from engine.models import fetch_default_model
-from engine.provenance import code_revision, hardware, versions
 from tests.benchmarks import checkpoints, report
 from tests.benchmarks.bars import judge
 from tests.benchmarks.floor import Shape, floor, measure, read_shape
@@ -278,7 +278,7 @@ def measure_quality(plan: Plan) -> dict[str, Any] | None:
 
 
 def _order(plan: Plan, sent: dict[bool, dict[str, list[Work]]], repeat: int) -> list[tuple[Setting, list[Work]]]:
-    """Settings and, within each, workloads: drawn anew for each repeat."""
+    """Settings and, within each, workloads: drawn again for each repeat."""
     draw = random.Random(f"order/{repeat}")
     order = []
     for setting in plan.settings:

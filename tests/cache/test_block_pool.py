@@ -46,7 +46,7 @@ def test_released_prefix_is_found_again_and_shared():
     assert hit == table
     pool.share(hit)
     pool.share(hit)
-    assert pool.letters().count("s") == 2
+    assert pool.block_states().count("s") == 2
     pool.check({"a": table, "b": table})
 
 

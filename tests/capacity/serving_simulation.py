@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engine.capacity.serving import Serving
+from engine.capacity.speed.serving import Serving
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.capacity import ModelSpec, PlanRequest, custom_gpu, parameter_count, plan, weight_bytes
-from engine.capacity.profiles import find_profile, profile_weight_format, resident_weight_bytes
+from engine.capacity.memory.profiles import find_profile, profile_weight_format, resident_weight_bytes
 
 
 @pytest.mark.model
@@ -86,7 +86,7 @@ import gc, json, psutil, torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 def resident():
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared  # pages of files (libraries, the checkpoint) are the kernel's to take back

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.capacity import ModelSpec, model_config, parameter_count
-from engine.capacity.families import FAMILIES
+from engine.capacity.model.families import FAMILIES
 
 # One of each family, cut down to a few layers that still show every kind.
 LAYERS = {

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.capacity import ModelSpec, model_config, parameter_count, weight_bytes
-from engine.capacity.module_names import ModuleList
+from engine.capacity.model.module_names import ModuleList
 
 LLAMA, MIXTURE = model_config("Llama-3.1-8B"), model_config("Qwen3-30B-A3B")
 

@@ -34,8 +34,8 @@ from engine.capacity import (
     sensitivity,
     solve,
 )
-from engine.capacity.kv import kv_bytes_per_sequence
-from engine.capacity.solver import candidates, reaches
+from engine.capacity.advice.solver import candidates, reaches
+from engine.capacity.memory.kv import kv_bytes_per_sequence
 from engine.errors import ConfigError, HeadroomError
 
 H100 = find_gpu("H100 SXM 80GB")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from engine.capacity import model_config
-from engine.cli import main
+from engine.cli.app import main
 from tests.attack.plans import as_file, check_finite, plan_config_mutations
 
 H100 = {"gpu": "H100 SXM 80GB", "context": "4096"}

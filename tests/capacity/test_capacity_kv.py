@@ -14,7 +14,7 @@ from engine.capacity import (
     model_spec,
     size_kv_cache,
 )
-from engine.capacity.kv import state_bytes_per_sequence
+from engine.capacity.memory.kv import state_bytes_per_sequence
 from engine.errors import CapacityError, ConfigError
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.capacity import Objectives, PlanRequest, Workload, find_gpu, model_names, model_spec, plan, weight_bytes
-from engine.capacity.deployment import slots_of
-from engine.capacity.queueing import Moments, erlang_c, mg1_wait
-from engine.capacity.request import complete
-from engine.capacity.roofline import Batch, StepModel, all_reduce_seconds, touched_experts
-from engine.capacity.serving import Serving, serving
-from engine.capacity.speculation import best_draft_length, expected_tokens, ideal_speedup, published_speedup
+from engine.capacity.advice.deployment import slots_of
+from engine.capacity.memory.request import complete
+from engine.capacity.speed.queueing import Moments, erlang_c, mg1_wait
+from engine.capacity.speed.roofline import Batch, StepModel, all_reduce_seconds, touched_experts
+from engine.capacity.speed.serving import Serving, serving
+from engine.capacity.speed.speculation import best_draft_length, expected_tokens, ideal_speedup, published_speedup
 from tests.capacity.serving_simulation import simulate, simulate_users
 
 H100 = find_gpu("H100 SXM 80GB")

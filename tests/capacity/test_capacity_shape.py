@@ -19,7 +19,7 @@ from engine.capacity import (
     plan,
     spec_of_shape,
 )
-from engine.cli import main
+from engine.cli.app import main
 from engine.errors import ConfigError
 
 LLAMA = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14336, "vocab": 128256}

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.capacity import ModelSpec, PlanRequest, find_gpu, model_config, model_names, parameter_count, plan
-from engine.capacity.harmless import HARMLESS
-from engine.cli import main
+from engine.capacity.model.harmless import HARMLESS
+from engine.cli.app import main
 from engine.errors import HeadroomError
 from tests.capacity.test_capacity_agrees_with_transformers import (
     BY_DEFAULT,

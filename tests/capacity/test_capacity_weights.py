@@ -15,8 +15,8 @@ from engine.capacity import (
     parameter_count,
     weight_bytes,
 )
-from engine.capacity.parallel import pipeline_stages
-from engine.capacity.weights import lora_bytes
+from engine.capacity.memory.parallel import pipeline_stages
+from engine.capacity.memory.weights import lora_bytes
 from engine.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.step_tensors import BlockTables
+from engine.execution.step_tensors import BlockTables
 
 BLOCK = st.integers(1, 10_000)
 

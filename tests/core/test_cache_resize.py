@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.test_out_of_memory import failing_at
 from tests.support import engine_with_blocks
 

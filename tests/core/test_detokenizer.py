@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from engine.detokenizer import Detokenizer, stream_table, token_bytes
+from engine.models.detokenizer import Detokenizer, stream_table, token_bytes
 from tests.conftest import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.test_isolation import drain
 from tests.support import engine_with_blocks
 

@@ -15,7 +15,7 @@ from engine.core import Engine
 from engine.errors import CapacityError, ConfigError, RequestError
 from engine.models import load_model
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from kernels.cpu import build
 from tests.support import engine_with_blocks
 

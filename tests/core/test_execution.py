@@ -19,7 +19,7 @@ from engine.execution import TokenRange, compiler, preparation
 from engine.execution.blueprint import draw
 from engine.execution.packages import packages_dir
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
 from tests.support import transformers_greedy, wait_until_prepared
 
@@ -127,7 +127,7 @@ def test_weights_swapped_while_compiled_run_by_their_own_programs_and_come_back(
     assert set(modes(engine)) == {"compiled"}
 
 
-def test_weights_exchanged_behind_the_engines_back_never_run_by_the_old_program(tiny_llama: Path):
+def test_weights_swapped_behind_the_engines_back_never_run_by_the_old_program(tiny_llama: Path):
     """Two engines share a model; one swaps its weights. The other one notices by itself."""
     model = load_model(str(tiny_llama), dtype="float32", device="cpu")
     first, second = compiled_engine(model), make_engine(model)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.attention.sdpa import SdpaAttention
+from engine.attention.triton import TritonAttention
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -18,11 +20,9 @@ from engine.execution.base import PreparedShape, Step, TokenRange
 from engine.execution.dispatcher import Dispatcher, bucket_ranges, graph_buckets
 from engine.execution.executor import Executor
 from engine.execution.graphs import GraphCapture
+from engine.execution.step_tensors import build_step_tensors
 from engine.execution.warm_up import warm_ups
-from engine.layers.attention_sdpa import SdpaAttention
-from engine.layers.attention_triton import TritonAttention
 from engine.models import LoadedModel, load_model
-from engine.step_tensors import build_step_tensors
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -61,7 +61,7 @@ def test_shapes_of_other_weights_never_run():
     dispatcher.add("model#0", Shape(1, 64))
     mode, reason = ask(dispatcher, 3, weights="int8#1")
     assert mode == "eager"
-    assert "exchanged" in reason
+    assert "swapped" in reason
 
 
 def test_a_failure_is_the_reason_for_eager():
@@ -161,7 +161,7 @@ class _Triton:
     name = "triton"
 
     def __init__(self) -> None:
-        from engine.layers.attention_reference import ReferenceAttention
+        from engine.attention.reference import ReferenceAttention
 
         self.attend = ReferenceAttention().attend
 
@@ -261,7 +261,7 @@ def test_a_smaller_batch_after_a_larger_one_leaves_nothing_of_it_behind(model: L
     assert not changed & {5 * 4 + (5 + 5) // BLOCK, 6 * 4 + (5 + 6) // BLOCK, 7 * 4 + (5 + 7) // BLOCK}
 
 
-def test_exchanged_weights_drop_the_graphs_and_capture_anew(model: LoadedModel):
+def test_swapped_weights_drop_the_graphs_and_capture_anew(model: LoadedModel):
     recorder = Recorder()
     executor, _ = make_executor(model, 40, recorder)
     executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
@@ -271,7 +271,7 @@ def test_exchanged_weights_drop_the_graphs_and_capture_anew(model: LoadedModel):
     with torch.inference_mode():
         executor.forward(decode_step(executor, 2))
     assert executor.last.mode == "eager"
-    assert "exchanged" in executor.last.reason
+    assert "swapped" in executor.last.reason
     executor.poll()
     while executor.preparing:
         executor.poll()
@@ -347,7 +347,7 @@ def test_packed_step_tensors_come_out_of_one_buffer_unchanged():
 
 
 def test_engine_steps_say_how_they_ran(model: LoadedModel):
-    from engine.sampling import SamplingParams
+    from engine.sampling.params import SamplingParams
 
     knobs = {"memory_limit_gib": 0.25, "block_size": 4, "execution": "eager"}
     engine = Engine(model, EngineConfig.from_mapping(knobs))

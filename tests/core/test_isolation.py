@@ -30,7 +30,7 @@ from engine.batching.request import Request
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.support import engine_with_blocks
 
 PROMPTS = [[10, 11, 12, 13, 10, 11, 12, 13, 10, 11], [10, 11, 12, 13, 10, 99, 7], [200, 201] * 3, [5], [65, 66, 67] * 5]

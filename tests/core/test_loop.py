@@ -16,10 +16,10 @@ import pytest
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError, EngineDeadError, QueueFullError, RequestError
-from engine.loop import EngineLoop, _Action
 from engine.models import load_model
 from engine.outputs import ReconfigureResult, RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
+from engine.worker.loop import EngineLoop, _Action
 from tests.support import engine_with_blocks
 
 

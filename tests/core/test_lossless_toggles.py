@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.toggles import VALUES, live_lossless_knobs, pairwise_rows
 from tests.support import engine_with_blocks
 

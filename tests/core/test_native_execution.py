@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from kernels.cpu import build
 from tests.family_cases import FALLBACKS, FAMILIES, random_prompt, save_random_model
 

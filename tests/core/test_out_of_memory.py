@@ -18,12 +18,12 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError
 from engine.layers.linear import Linear
-from engine.loop import EngineLoop
-from engine.models import load_model, weight_exchange, weight_reader
+from engine.models import load_model, weight_reader, weight_swap
 from engine.models.weight_making import CheckpointRows
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.server.host import EngineHost
+from engine.worker.loop import EngineLoop
 
 FAILURES = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -69,8 +69,8 @@ def expected(tiny_llama: Path) -> list[int]:
 
 
 # Where a swap can run out: making the first or a later layer's weights, or putting them in place.
-SWAP_POINTS: list[tuple[Any, str, int]] = [(weight_exchange, "make_weight", 1), (weight_exchange, "make_weight", 6)]
-SWAP_POINTS += [(Linear, "exchange", 1), (Linear, "exchange", 5)]
+SWAP_POINTS: list[tuple[Any, str, int]] = [(weight_swap, "make_weight", 1), (weight_swap, "make_weight", 6)]
+SWAP_POINTS += [(Linear, "swap", 1), (Linear, "swap", 5)]
 
 
 @pytest.mark.parametrize("problem", FAILURES, ids=lambda p: type(p).__name__)
@@ -102,7 +102,7 @@ def test_swap_that_runs_out_of_memory_is_explained_and_requests_go_on_with_the_o
 
 def test_error_that_is_not_about_memory_passes_a_swap_unchanged(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     engine = make_engine(tiny_llama)
-    monkeypatch.setattr(Linear, "exchange", failing_at(3, Linear.exchange, RuntimeError("a bug")))
+    monkeypatch.setattr(Linear, "swap", failing_at(3, Linear.swap, RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         engine.reconfigure({"weights": "int8"})
     assert engine.model.weights_format() == "model"
@@ -123,7 +123,7 @@ def test_swap_that_runs_out_of_memory_in_a_served_engine_leaves_it_serving(
             done.set()
 
     loop.submit(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True), on_output=receive)
-    monkeypatch.setattr(Linear, "exchange", failing_at(4, Linear.exchange, FAILURES[0]))
+    monkeypatch.setattr(Linear, "swap", failing_at(4, Linear.swap, FAILURES[0]))
     with pytest.raises(CapacityError):
         loop.reconfigure({"weights": "int8"})
     assert done.wait(30)
@@ -134,7 +134,7 @@ def test_swap_that_runs_out_of_memory_in_a_served_engine_leaves_it_serving(
 
 def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[weakref.ref[Any]] = []
-    original = weight_exchange.make_weight
+    original = weight_swap.make_weight
 
     def remember(*arguments: Any) -> Any:
         if len(made) == 5:
@@ -144,7 +144,7 @@ def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, mon
         return format
 
     engine = make_engine(tiny_llama)
-    monkeypatch.setattr(weight_exchange, "make_weight", remember)
+    monkeypatch.setattr(weight_swap, "make_weight", remember)
     with pytest.raises(CapacityError) as refusal:
         engine.reconfigure({"weights": "int8"})
     gc.collect()

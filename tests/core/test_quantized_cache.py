@@ -1,4 +1,4 @@
-"""A KV cache in 8 or 4 bits: what it changes, what it must not, and the exchange of it under requests in flight."""
+"""A KV cache in 8 or 4 bits: what it changes, what it must not, and the swap of it under requests in flight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.errors import CapacityError, ConfigError
 from engine.layers.linear import Linear
 from engine.models import LoadedModel, load_model
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from kernels.cpu import build
 from tests.core.test_out_of_memory import FAILURES, failing_at
 from tests.family_cases import random_prompt
@@ -122,7 +122,7 @@ def test_quantization_moves_the_distribution_and_less_with_more_bits(
     assert least < divergence < most
 
 
-# -- the exchange -----------------------------------------------------------------------------------------------------
+# -- the swap -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kv_dtype", QUANTIZED)
@@ -196,9 +196,7 @@ def refuse_quantized(make: Any, problem: Exception, **shape: Any) -> Any:
     return make(**shape)
 
 
-def test_an_exchange_that_finds_memory_at_the_second_try_goes_through(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_swap_that_finds_memory_at_the_second_try_goes_through(model: LoadedModel, monkeypatch: pytest.MonkeyPatch):
     engine = make_engine(model)
     add(engine, random_prompt(20), 8)
     engine.step()
@@ -209,7 +207,7 @@ def test_an_exchange_that_finds_memory_at_the_second_try_goes_through(
 
 
 @pytest.mark.parametrize("problem", FAILURES, ids=lambda p: type(p).__name__)
-def test_an_exchange_that_runs_out_of_memory_brings_the_former_format_back(
+def test_an_swap_that_runs_out_of_memory_brings_the_former_format_back(
     model: LoadedModel, problem: Exception, monkeypatch: pytest.MonkeyPatch
 ):
     prompt = random_prompt(20, seed=7)
@@ -231,7 +229,7 @@ def test_an_exchange_that_runs_out_of_memory_brings_the_former_format_back(
     assert engine.reconfigure({"kv_dtype": "int8"}).tier == "swap"  # and with memory it works
 
 
-def test_weights_that_cannot_be_exchanged_with_it_take_the_cache_back_too(
+def test_weights_that_cannot_be_swapped_with_it_take_the_cache_back_too(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = load_model(str(tiny_llama), dtype="float32", device="cpu")
@@ -244,7 +242,7 @@ def test_weights_that_cannot_be_exchanged_with_it_take_the_cache_back_too(
         engine.step()
     before = engine.config, engine.envelope
     with monkeypatch.context() as patch:
-        patch.setattr(Linear, "exchange", failing_at(4, Linear.exchange, FAILURES[0]))
+        patch.setattr(Linear, "swap", failing_at(4, Linear.swap, FAILURES[0]))
         with pytest.raises(CapacityError, match="weights") as refusal:
             engine.reconfigure({"kv_dtype": "int8", "weights": "int8"})
     assert refusal.value.field == "weights"
@@ -275,7 +273,7 @@ def test_the_old_cache_is_gone_before_the_new_one_is_made(model: LoadedModel, mo
 
 
 @pytest.mark.parametrize("batching", ["continuous", "static"])
-def test_exchanges_again_and_again_lose_no_request_and_no_block(model: LoadedModel, batching: str):
+def test_swaps_again_and_again_lose_no_request_and_no_block(model: LoadedModel, batching: str):
     engine = engine_with_blocks(model, 40, block_size=4, max_num_seqs=16, batching=batching)
     for index in range(10):
         add(engine, random_prompt(3 + 5 * index, seed=index), 20, str(index))

@@ -11,7 +11,7 @@ import torch
 
 from engine.models import load_model
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.support import engine_with_blocks
 
 REQUESTS = 300

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.toggles import LOSSLESS
 from tests.support import engine_with_blocks
 
@@ -142,7 +142,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.lossy |= self.in_flight()
 
     @rule(kv_dtype=st.sampled_from(["model", "fp8", "int8", "int4"]), really=st.integers(0, 3))
-    def exchange_the_cache(self, kv_dtype: str, really: int) -> None:
+    def swap_the_cache(self, kv_dtype: str, really: int) -> None:
         if really and kv_dtype != "model":
             return  # a quantized cache has so many blocks that nobody is preempted
         if self.engine.reconfigure({"kv_dtype": kv_dtype}).changed:
@@ -171,7 +171,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.engine.has_unfinished(), "a request is stuck"
         pool = self.engine.scheduler.pool
         assert pool.num_free == pool.num_blocks, "a block was not given back"
-        assert pool.num_blocks == BLOCKS or self.engine.config.kv_dtype != "model", "a block was lost in an exchange"
+        assert pool.num_blocks == BLOCKS or self.engine.config.kv_dtype != "model", "a block was lost in a swap"
         for name in ("preemptions", "prefix_hit_tokens", "accepted_tokens"):
             self.seen[name] += self.engine.totals[name]
         for name, (prompt, count) in self.wanted.items():

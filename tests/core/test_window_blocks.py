@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from kernels.cpu import build
 from tests.family_cases import FAMILIES, random_prompt, save_random_model
 from tests.support import engine_with_blocks, transformers_greedy
@@ -41,7 +41,7 @@ def expected(folder: Path) -> list[list[int]]:
 
 def poison_free_blocks(engine: Engine) -> None:
     """Whoever still read a block that was given back would compute NaN, and no token of it would be right."""
-    free = [index for index, letter in enumerate(engine.scheduler.pool.letters()) if letter == "."]
+    free = [index for index, letter in enumerate(engine.scheduler.pool.block_states()) if letter == "."]
     for tensor in (*engine.cache.keys, *engine.cache.values):
         tensor[free] = torch.nan
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from engine.client import EngineClient
+from engine.worker.client import EngineClient
 
 ROOT = Path(__file__).parents[2]
 _START_S = 60.0

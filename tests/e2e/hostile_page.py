@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from pages.widgets.text import badge_label, code, harmless, plain
+from pages.shared.text import badge_label, code, harmless, plain
 
 HOSTILE = (
     "![evil](http://evil.example/x.png) [evil](http://evil.example/a)",

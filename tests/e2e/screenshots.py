@@ -1,4 +1,4 @@
-"""The README's screenshots, made anew from real data: ``python -m tests.e2e.screenshots --out docs/images``.
+"""The README's screenshots, made again from real data: ``python -m tests.e2e.screenshots --out docs/images``.
 
 Starts a dashboard with an empty record, serves and measures on the default model, and takes every page at the asked
 widths in the light and the dark theme.

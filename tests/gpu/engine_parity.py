@@ -17,7 +17,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from kernels.kv_formats import KV_FORMATS
 from tests.gpu.case import Size
 from tests.gpu.random_model import tokenizer_of

@@ -19,7 +19,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.loader import LoadedModel
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from kernels.kv_formats import KV_FORMATS, KVFormat
 from tests.gpu.case import Size
 from tests.gpu.ceilings import Ceilings

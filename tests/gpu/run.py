@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from engine.provenance import code_revision
+from engine.measure.provenance import code_revision
 from tests.gpu import ceilings, engine_parity, engine_speed, kernels, table
 
 PARTS = ("kernels", "parity", "engine")

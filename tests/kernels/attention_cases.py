@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from engine.layers.attention import AttentionBackend, AttentionBatch
+from engine.attention.base import AttentionBackend, AttentionBatch
 from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache, quantize
 from kernels.kv_write import KVScales, kv_write_reference
 

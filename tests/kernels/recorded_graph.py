@@ -87,7 +87,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _repeat(func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Compute anew what an operator computed, into the memory of its first result."""
+    """Compute again what an operator computed, into the memory of its first result."""
     for target, again in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
         if isinstance(target, torch.Tensor):
             target.copy_(again)

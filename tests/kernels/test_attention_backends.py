@@ -9,8 +9,8 @@ from attention_cases import AWKWARD, attend, make_case, oracle, quantized
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.attention.base import get_backend
 from engine.errors import ConfigError
-from engine.layers.attention import get_backend
 from kernels.cpu.attention import kv_write
 from kernels.cpu.build import native
 from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache
@@ -134,7 +134,7 @@ def test_long_contexts_are_split_and_merged_without_changing_the_result(name, wi
 
 
 def test_sdpa_splits_many_long_sequences_into_tiles_without_changing_the_result(monkeypatch):
-    import engine.layers.attention_sdpa as module
+    import engine.attention.sdpa as module
 
     case = make_case([1] * 12, [300, 5, 17, 290, 16, 15, 64, 200, 1, 2, 310, 33])
     backend = backend_named("sdpa")

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
+from engine.attention.base import get_backend
 from engine.errors import ConfigError
-from engine.layers.attention import get_backend
 from kernels import dispatch
-from kernels.dispatch import IMPLEMENTATIONS, cache_obstacle, choose
+from kernels.dispatch import IMPLEMENTATIONS, cache_unsupported_reason, choose
 
 CPU = torch.device("cpu")
 needs_compiling_process = pytest.mark.skipif(
@@ -61,12 +61,12 @@ def test_an_fp8_cache_is_refused_on_a_gpu_whose_kernels_cannot_convert_it(
     monkeypatch, path, kv_format, capability, said
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    obstacle = cache_obstacle(path, kv_format, "cuda", 64)
+    unsupported = cache_unsupported_reason(path, kv_format, "cuda", 64)
     if said is None:
-        assert obstacle is None
+        assert unsupported is None
     else:
-        assert said in obstacle.reason
-        assert "int8" in obstacle.remedy
+        assert said in unsupported.reason
+        assert "int8" in unsupported.remedy
 
 
 def test_a_dtype_the_kernel_lacks_is_refused_by_name():

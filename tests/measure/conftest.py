@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.admission import Admission
+from engine.batching.admission import Admission
 from engine.config import EngineConfig
 from engine.errors import RequestError
-from engine.loop import EngineLoop
 from engine.measure.results import Provenance, RequestRecord, RunResult
 from engine.outputs import (
     EngineEvent,
@@ -27,6 +26,7 @@ from engine.outputs import (
     Transcript,
 )
 from engine.ring import Ring
+from engine.worker.loop import EngineLoop
 
 
 class CharacterTokenizer:

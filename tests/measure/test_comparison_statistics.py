@@ -120,7 +120,7 @@ def test_two_equal_arms_are_told_apart_about_one_time_in_twenty():
     st.lists(st.tuples(st.floats(0.01, 1e5), st.floats(0.01, 1e5)), min_size=2, max_size=8),
     st.sampled_from(["output_tokens_s", "ttft_ms_p99", "preemptions"]),
 )
-def test_exchanging_the_arms_turns_the_result_round(pairs, metric):
+def test_swapping_the_arms_turns_the_result_round(pairs, metric):
     a, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     forward, backward = compare_values(a, b, metric), compare_values(b, a, metric)
     assert forward.ratio * backward.ratio == pytest.approx(1.0)

@@ -13,8 +13,8 @@ import pytest
 from engine.measure import METRICS, run_comparison, run_workload
 from engine.measure.energy import METRIC_NAMES, EnergyMeter, measure_interval
 from engine.measure.results import RunResult, from_json, to_json
-from engine.telemetry_gpu import GpuReading
-from engine.telemetry_sampler import Entry, TelemetrySampler
+from engine.telemetry.gpu import GpuReading
+from engine.telemetry.sampler import Entry, TelemetrySampler
 from tests.server.fake_nvml import GPU_IS_LOST, NOT_SUPPORTED, FakeNvml, installed, uuid
 
 BURST = {"base": "quick", "num_requests": 4, "prompt_tokens": 8, "output_tokens": 10, "warmup_requests": 0}
@@ -158,7 +158,7 @@ def test_what_held_the_clocks_back_is_on_record(scripted_loop, nvml, sampler):
 
 
 def test_idle_power_is_not_measured_while_other_requests_run(scripted_loop, nvml, sampler):
-    from engine.sampling import SamplingParams
+    from engine.sampling.params import SamplingParams
 
     loop = scripted_loop(step_s=lambda config: 0.02)
     loop.submit([5] * 4, SamplingParams(max_tokens=60, ignore_eos=True), on_output=lambda output: None)

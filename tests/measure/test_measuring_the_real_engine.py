@@ -13,8 +13,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.loop import EngineLoop
 from engine.measure import compare, measure_quality, run_comparison, run_workload
+from engine.worker.loop import EngineLoop
 
 
 @pytest.fixture

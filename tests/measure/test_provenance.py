@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from engine import provenance
+from engine.measure import provenance
 
 
 def test_versions_name_headroom_python_and_torch():

@@ -179,7 +179,7 @@ def test_samples_follow_the_engine_through_the_run(scripted_loop):
 
 
 def test_other_clients_in_flight_at_the_start_are_on_record(scripted_loop):
-    from engine.sampling import SamplingParams
+    from engine.sampling.params import SamplingParams
 
     loop = scripted_loop(step_s=lambda config: 0.002)
     loop.submit([5] * 10, SamplingParams(max_tokens=400), on_output=lambda output: None)

@@ -25,7 +25,7 @@ from engine import capacity
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError, ModelLoadError
-from engine.models import load_model, weight_exchange
+from engine.models import load_model, weight_swap
 from engine.models.fallback import TransformersDecoder, context_of
 from engine.sizing import describe_model
 from tests.family_cases import BASE, FALLBACKS, LONGROPE
@@ -88,13 +88,13 @@ def test_quantized_weights_are_refused_at_load_and_while_serving(neox, weights):
 
 
 REFUSED = {
-    "attention of its own": (StableLmConfig(**BASE), "attention in transformers cannot be exchanged"),
-    "no attention": (MambaConfig(**TINY_STATE), "cannot be exchanged"),
+    "attention of its own": (StableLmConfig(**BASE), "attention in transformers cannot be replaced"),
+    "no attention": (MambaConfig(**TINY_STATE), "cannot be swapped"),
     "state beside attention": (
         JambaConfig(
             **TINY_STATE, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, use_mamba_kernels=False
         ),
-        "cannot be exchanged",
+        "cannot be swapped",
     ),
     "convolutions between": (
         Lfm2Config(**{**BASE, "num_attention_heads": 4, "num_key_value_heads": 2}, full_attn_idxs=[1]),
@@ -186,7 +186,7 @@ def test_tensor_that_is_missing_is_not_made_up(neox):
 
 
 def test_fallback_larger_than_free_memory_is_refused_before_it_is_read(neox, monkeypatch):
-    monkeypatch.setattr(weight_exchange, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(weight_swap, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(TransformersDecoder, "__init__", lambda self, model: pytest.fail("read the weights"))
     with pytest.raises(CapacityError, match=r"the weights need .* GiB in float32"):
         load_model(str(neox), dtype="float32", device="cpu")

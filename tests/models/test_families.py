@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, Gemma3TextConfig, MixtralConfig, Phi3Config, Qwen3MoeConfig
 
 from engine.capacity import weight_bytes
-from engine.capacity.profiles import find_profile, profile_weight_format
+from engine.capacity.memory.profiles import find_profile, profile_weight_format
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ModelLoadError
@@ -160,7 +160,7 @@ def test_planned_weights_are_what_each_family_holds(name, save_model):
 
 @pytest.mark.parametrize(("weights", "planned"), [("int8", "int8"), ("int4", "int4-g32")])
 @pytest.mark.parametrize("name", EXCHANGED)
-def test_weights_of_every_family_are_exchanged_and_restored_bit_identical(name, weights, planned, save_model):
+def test_weights_of_every_family_are_swapped_and_restored_bit_identical(name, weights, planned, save_model):
     model = load_model(str(save_model(EXCHANGED[name])), dtype="float32", device="cpu")
     before = {name: linear.format.dequantize() for name, linear, _ in model.decoder.linears()}
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1, "max_num_batched_tokens": 64}))

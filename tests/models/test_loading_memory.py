@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import CapacityError
-from engine.models import load_model, resolve, weight_exchange
-from engine.models.weight_exchange import planned_bytes
+from engine.models import load_model, resolve, weight_swap
+from engine.models.weight_swap import planned_bytes
 from engine.quantization.registry import WeightChoice
 from tests.beside import ROOT
 from tests.conftest import byte_tokenizer
@@ -143,10 +143,10 @@ def test_weights_that_fit_only_quantized_are_not_refused_and_the_refusal_names_t
     int4 = WeightChoice("int4", 32)
     room = planned_bytes(checkpoint_spec, int4, torch.bfloat16)
     assert room < ORIGINAL / 2
-    monkeypatch.setattr(weight_exchange, "free_bytes", lambda device: room)
+    monkeypatch.setattr(weight_swap, "free_bytes", lambda device: room)
     assert load_model(str(folder), dtype="bfloat16", device="cpu", choose=lambda *_: int4).weight_bytes() <= room
     with pytest.raises(CapacityError, match="GiB in bfloat16"):
         load_model(str(folder), dtype="bfloat16", device="cpu")
-    monkeypatch.setattr(weight_exchange, "free_bytes", lambda device: room - 1)
+    monkeypatch.setattr(weight_swap, "free_bytes", lambda device: room - 1)
     with pytest.raises(CapacityError, match="GiB in int4-g32"):
         load_model(str(folder), dtype="bfloat16", device="cpu", choose=lambda *_: int4)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MistralConfig
 
 from engine.errors import CapacityError, ConfigError, ModelLoadError
-from engine.models import load_model, resolve, weight_exchange
+from engine.models import load_model, resolve, weight_swap
 from engine.models.checkpoint import SafetensorsCheckpoint
 
 SMALL = {
@@ -169,7 +169,7 @@ def test_device_and_dtype_that_cannot_be_had_are_refused(folder, field, value):
 
 
 def test_model_larger_than_free_memory_is_refused_before_it_is_read(folder, monkeypatch):
-    monkeypatch.setattr(weight_exchange, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(weight_swap, "free_bytes", lambda device: 1000)
     monkeypatch.setattr(SafetensorsCheckpoint, "tensor", lambda self, name: pytest.fail("read a weight"))
     with pytest.raises(CapacityError, match=r"the weights need .* GiB in float32"):
         load_model(str(folder), dtype="float32", device="cpu")

@@ -15,7 +15,7 @@ from engine import config as engine_config
 from engine.config import EngineConfig
 from engine.measure.results import Provenance, RequestRecord, RunResult
 from engine.outputs import EngineEvent, EngineStatus, MemoryReport, ReconfigureResult, StepStats
-from pages.widgets.messages import value_text
+from pages.shared.messages import value_text
 from storage import StorageError
 
 PAGES = Path(__file__).parents[2] / "pages"
@@ -122,7 +122,7 @@ class FakeWorker:
 
 
 class FakeClient:
-    """Stands for :class:`engine.client.EngineClient`: an engine that takes steps on demand."""
+    """Stands for :class:`engine.worker.client.EngineClient`: an engine that takes steps on demand."""
 
     def __init__(self, *, token_s: float = 0.005, num_blocks: int = 2000) -> None:
         self.alive = True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from streamlit.testing.v1 import AppTest
 
-PAGE = str(Path(__file__).parents[2] / "pages" / "history.py")
+PAGE = str(Path(__file__).parents[2] / "pages" / "history" / "page.py")
 
 
 def open_history(*run_ids: str, **parameters: str) -> AppTest:

@@ -16,7 +16,7 @@ _JOULES = ("energy_j", "energy_per_output_token_j", "net_energy_per_output_token
 
 def _page(runs: list[RunResult]) -> AppTest:
     def script(runs: list[object]) -> None:
-        from pages.widgets.compare_results import results
+        from pages.compare.results import results
 
         results(runs)
 

@@ -6,13 +6,13 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from engine.config import EngineConfig
-from pages.widgets.compare_setup import PRESETS
+from pages.compare.setup import PRESETS
 from tests.pages.engine_fakes import PAGES, fake_run
 
 
 @pytest.fixture
 def page(services):
-    return AppTest.from_file(str(PAGES / "compare.py"), default_timeout=20)
+    return AppTest.from_file(str(PAGES / "compare" / "page.py"), default_timeout=20)
 
 
 def texts(elements):

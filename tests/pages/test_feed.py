@@ -62,7 +62,7 @@ def test_another_engine_of_the_same_numbers_is_noticed(client, asked):
     client.patch_config({"prefix_cache": False})
     feed.read(max_age_s=0.0)
     client.events.clear()
-    client.patch_config({"prefix_cache": True})  # the first event of another engine, as the former's was
+    client.patch_config({"prefix_cache": True})  # the first event of another engine, as the previous's was
     assert [event.detail["changed"] for event in feed.read(max_age_s=0.0).events] == [
         {"prefix_cache": [True, False]},
         {"prefix_cache": [False, True]},

@@ -10,10 +10,10 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from engine.measure.comparison import compare
-from pages.store import close_stores, get_store
-from pages.widgets import history_values
-from pages.widgets.history_compare import groups_by_run, groups_by_setting, metric_row
-from pages.widgets.history_table import table_of
+from pages.history.compare import groups_by_run, groups_by_setting, metric_row
+from pages.history.table import table_of
+from pages.shared import run_values as history_values
+from pages.shared.store import close_stores, get_store
 from storage import Store
 from tests.pages.history_steps import open_history
 from tests.storage.run_examples import make_comparison, make_run
@@ -156,7 +156,7 @@ def test_a_csv_for_excel_begins_with_a_byte_order_mark(store, monkeypatch):
 def test_markdown_in_a_text_from_outside_stands_there_as_it_is():
     assert doctest.testmod(history_values).failed == 0
     page = AppTest.from_string(
-        "import streamlit as st\nfrom pages.widgets.history_values import plain\n"
+        "import streamlit as st\nfrom pages.shared.run_values import plain\n"
         "st.markdown(plain('![x](http://e/y) <b> :red[a] # $1$ www.e.com a@b.c'))"
     ).run()
     assert "![" not in page.markdown[0].value

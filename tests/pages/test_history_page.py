@@ -19,12 +19,13 @@ from engine.config import EngineConfig, parse_assignments
 from engine.measure.metrics import METRICS
 from engine.measure.results import EventRecord, to_json
 from engine.measure.workloads import WORKLOADS
-from pages.store import close_stores, get_store
-from pages.widgets import history_compare, history_values
-from pages.widgets.history_charts import distribution_curves, histogram, latencies, marks_table, request_timeline
-from pages.widgets.history_compare import groups_by_run, groups_by_setting, metric_row
-from pages.widgets.history_detail import repeat_command
-from pages.widgets.history_values import changed_knobs
+from pages.history.charts import distribution_curves, histogram, latencies, marks_table, request_timeline
+from pages.history.compare import groups_by_run, groups_by_setting, metric_row
+from pages.history.detail import repeat_command
+from pages.history.page import compare as history_compare
+from pages.shared import run_values as history_values
+from pages.shared.run_values import changed_knobs
+from pages.shared.store import close_stores, get_store
 from storage import StorageError, Store
 from tests.pages.history_steps import open_history
 from tests.storage.run_examples import failed_run, make_comparison, make_run, with_gpu_samples
@@ -328,7 +329,7 @@ def test_a_damaged_record_is_an_error_with_a_remedy_not_a_traceback(tmp_path, mo
 def test_opening_the_record_fails_the_runs_of_a_dashboard_that_died(store):
     store.begin_run(make_run(1))
     with store._writing() as connection:
-        connection.execute(sqlalchemy.text("UPDATE runs SET owner_started_unix_s = 1000"))  # of a former process
+        connection.execute(sqlalchemy.text("UPDATE runs SET owner_started_unix_s = 1000"))  # of a previous process
     close_stores()
     assert get_store().get_run(make_run(1).run_id).status == "failed"
 

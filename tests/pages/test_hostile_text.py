@@ -15,7 +15,7 @@ from engine.config import EngineConfig
 from engine.measure.results import EventRecord
 from engine.outputs import EngineEvent
 from pages.background.streams import ChatStream
-from pages.store import close_stores, get_store
+from pages.shared.store import close_stores, get_store
 from tests.capacity.test_capacity_spec import model_config
 from tests.pages.engine_fakes import PAGES, FakeApiError, fake_run
 from tests.storage.run_examples import failed_run, make_run
@@ -39,7 +39,7 @@ def record(tmp_path, monkeypatch):
 
 
 def page_of(name):
-    return AppTest.from_file(str(PAGES / f"{name}.py"), default_timeout=30)
+    return AppTest.from_file(str(PAGES / name / "page.py"), default_timeout=30)
 
 
 def markdown_of(node):
@@ -132,7 +132,7 @@ def test_the_strip_shows_hostile_loads_and_failures_as_text(services, client, ph
 
     def strip():
         from pages.services import get_services
-        from pages.widgets.status import status_strip
+        from pages.shared.status import status_strip
 
         status_strip(get_services())
 
@@ -190,7 +190,7 @@ def test_history_shows_a_hostile_run_and_two_side_by_side_as_text(record):
 
 
 def test_plan_shows_the_name_of_a_hostile_file_as_text():
-    from pages.widgets.plan_inputs import UPLOAD, key
+    from pages.plan.inputs import UPLOAD, key
 
     page = page_of("plan")
     page.session_state[key("model")] = UPLOAD

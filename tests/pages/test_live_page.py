@@ -14,7 +14,7 @@ from tests.pages.engine_fakes import PAGES, FakeApiError
 
 @pytest.fixture
 def page(services):
-    return AppTest.from_file(str(PAGES / "live.py"), default_timeout=20)
+    return AppTest.from_file(str(PAGES / "live" / "page.py"), default_timeout=20)
 
 
 def knob(page, kind, name):
@@ -283,7 +283,7 @@ def test_a_page_that_stands_still_is_drawn_anew_when_something_happens(services,
         import streamlit as st
 
         from pages.services import get_services
-        from pages.widgets.status import _strip, status_strip
+        from pages.shared.status import _strip, status_strip
 
         services = get_services()
         status_strip(services)

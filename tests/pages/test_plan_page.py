@@ -26,12 +26,12 @@ from engine.capacity import (
     sensitivity,
 )
 from engine.errors import HeadroomError
-from pages.widgets.plan_inputs import NGRAM, SHAPE, UPLOAD, key, read_config
-from pages.widgets.plan_memory import segments
-from pages.widgets.plan_roofline import operator_table
-from pages.widgets.plan_shape import shape_key
+from pages.plan.inputs import NGRAM, SHAPE, UPLOAD, key, read_config
+from pages.plan.memory import segments
+from pages.plan.roofline import operator_table
+from pages.plan.shape import shape_key
 
-PAGE = Path(__file__).parents[2] / "pages" / "plan.py"
+PAGE = Path(__file__).parents[2] / "pages" / "plan" / "page.py"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tests.pages.engine_fakes import PAGES, FullStore
 
 STRIP = """
 from pages.services import get_services
-from pages.widgets.status import status_strip
+from pages.shared.status import status_strip
 status_strip(get_services())
 """
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from engine.telemetry_sampler import TelemetrySampler
+from engine.telemetry.sampler import TelemetrySampler
 from pages.background.feed import Feed
-from pages.widgets.telemetry_charts import CPU_PANELS, GPU_PANELS, bin_samples, headline, values_of
+from pages.live.telemetry_charts import CPU_PANELS, GPU_PANELS, bin_samples, headline, values_of
 from tests.pages.engine_fakes import PAGES, FakeClient
 from tests.server.fake_nvml import GPU_IS_LOST, NOT_SUPPORTED, FakeNvml, installed, uuid
 
@@ -34,7 +34,7 @@ def sampler(nvml: FakeNvml) -> Iterator[TelemetrySampler]:
 
 @pytest.fixture
 def page(services: Any) -> AppTest:
-    return AppTest.from_file(str(PAGES / "live.py"), default_timeout=20)
+    return AppTest.from_file(str(PAGES / "live" / "page.py"), default_timeout=20)
 
 
 def shown(page: AppTest) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pages.widgets.text import JOINER, code, harmless, plain
+from pages.shared.text import JOINER, code, harmless, plain
 
 HOSTILE = (
     "![x](http://evil.example/x.png)",

@@ -13,7 +13,7 @@ import pytest
 
 from engine.config import EngineConfig, Tier, knobs
 from engine.core import Engine
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.toggles import pairwise_rows
 from tests.support import engine_with_blocks, transformers_greedy, wait_until_prepared
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.toggles import pairwise_rows
 from tests.family_cases import FALLBACKS, FAMILIES, SCALINGS, random_prompt, save_random_model
 from tests.support import transformers_greedy

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.core.toggles import pairwise_rows
 from tests.gemma import fetch_gemma, without_vocabulary
 from tests.support import transformers_greedy

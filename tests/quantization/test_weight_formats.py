@@ -236,7 +236,7 @@ def test_resident_bytes_are_the_bits_of_the_format(name, bits):
 def test_linear_refuses_a_weight_of_another_shape_and_keeps_its_own():
     linear = Linear(ModelDtypeFormat(torch.zeros(4, 8)))
     with pytest.raises(ValueError, match="cannot replace"):
-        linear.exchange(ModelDtypeFormat(torch.zeros(8, 4)))
+        linear.swap(ModelDtypeFormat(torch.zeros(8, 4)))
     assert linear.format.shape == (4, 8)
 
 

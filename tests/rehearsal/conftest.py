@@ -61,7 +61,7 @@ def simulation(tiny_llama: Path, _device_guard: None, monkeypatch: pytest.Monkey
     simulated = Simulation()
     paged_attention._capability.cache_clear()
     tuning.gpu_slug.cache_clear()
-    # a module that moves to another device makes its parameters anew: assigned in place they would be the CPU's still
+    # a module that moves to another device makes its parameters again: assigned in place they would be the CPU's still
     monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)

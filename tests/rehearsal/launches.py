@@ -1,7 +1,7 @@
 """Launches of Triton kernels on simulated GPUs: the launching code runs as it is, the kernel's reference computes.
 
 Every ``…_triton`` function runs up to the launch, which is looked at and then does nothing: all tensors must be on one
-GPU, that GPU must be the thread's current one, addresses must be multiples of 16 (Triton would compile the kernel anew
+GPU, that GPU must be the thread's current one, addresses must be multiples of 16 (Triton would compile the kernel again
 for another), the grid must be one that CUDA takes, and the element types must be those of a variant that the kernel's
 module declares for ahead-of-time compilation. What the kernel would have written, the reference beside it computes.
 """

@@ -38,11 +38,11 @@ class SimulatedRuntime(CudaRuntime):
 
     @contextlib.contextmanager
     def current(self, device: torch.device) -> Iterator[None]:
-        former, self.current_device = self.current_device, torch.device("cuda", device.index or 0)
+        previous, self.current_device = self.current_device, torch.device("cuda", device.index or 0)
         try:
             yield
         finally:
-            self.current_device = former
+            self.current_device = previous
 
     def properties(self, device: torch.device) -> Any:
         return SimpleNamespace(name="Simulated GPU", total_memory=TOTAL_BYTES, uuid=f"simulated-{device.index}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import provenance
 from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
+from engine.measure import provenance
 from engine.models.loader import resolve_device, resolve_dtype
-from engine.telemetry_gpu import gpu_uuid
+from engine.telemetry.gpu import gpu_uuid
 from tests.rehearsal.rehearsal import add, check_step, load, on_the_cpu, rehearse, requests, serve, take, warmed_up
 
 FORMATS = ["int8", "w4a8", "fp8", "int4", "w8a8", "model"]
@@ -17,7 +17,7 @@ FORMATS = ["int8", "w4a8", "fp8", "int4", "w8a8", "model"]
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 @pytest.mark.parametrize("execution", ["eager", "fused", "graphs"])
-def test_weights_are_exchanged_under_requests_and_land_on_their_own_gpu(
+def test_weights_are_swapped_under_requests_and_land_on_their_own_gpu(
     device, execution, tiny_llama, runtime, simulation
 ):
     engine = load(tiny_llama, device=device, dtype="bfloat16", execution=execution)
@@ -37,7 +37,7 @@ def test_weights_are_exchanged_under_requests_and_land_on_their_own_gpu(
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-def test_the_format_of_the_cache_is_exchanged_under_requests(device, tiny_llama, runtime, simulation):
+def test_the_format_of_the_cache_is_swapped_under_requests(device, tiny_llama, runtime, simulation):
     engine = load(tiny_llama, device=device, execution="fused")
     asked, tokens = requests(["greedy", "greedy"], max_tokens=12), {}
     expected = on_the_cpu(tiny_llama, asked)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import core, device
-from engine.execution.attend_op import AttendContext
+from engine.attention.operator import AttendContext
 from engine.layers.mlp import GatedMLP
 from engine.layers.rotary import RotaryEmbedding
 from tests.rehearsal.rehearsal import load, rehearse, requests

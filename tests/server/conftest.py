@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import uvicorn
 
-from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.server.app import create_app
 from engine.server.limits import DoorSettings, ServerLimits
 from engine.server.protocol import server_options
+from engine.worker.client import EngineClient
 
 TOKEN = "the-admin-token-of-the-tests"
 KNOBS = {"device": "cpu", "dtype": "float32", "block_size": 4, "max_num_seqs": 16, "memory_limit_gib": 0.25}

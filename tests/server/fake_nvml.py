@@ -75,13 +75,13 @@ class FakeNvml:
 @contextlib.contextmanager
 def installed(old_driver: bool = False) -> Iterator[FakeNvml]:
     """pynvml talks to the fake library while the body runs."""
-    former = pynvml.nvmlLib, dict(pynvml._nvmlGetFunctionPointer_cache)
+    previous = pynvml.nvmlLib, dict(pynvml._nvmlGetFunctionPointer_cache)
     loaded = ctypes.CDLL(str(library(old_driver)))
     pynvml.nvmlLib = loaded
     pynvml._nvmlGetFunctionPointer_cache.clear()
     try:
         yield FakeNvml(loaded)
     finally:
-        pynvml.nvmlLib = former[0]
+        pynvml.nvmlLib = previous[0]
         pynvml._nvmlGetFunctionPointer_cache.clear()
-        pynvml._nvmlGetFunctionPointer_cache.update(former[1])
+        pynvml._nvmlGetFunctionPointer_cache.update(previous[1])

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.client import EngineClient, EngineUnreachableError, WorkerError
 from engine.config import EngineConfig
 from engine.measure.results import from_json
+from engine.worker.client import EngineClient, EngineUnreachableError, WorkerError
 from tests.server.conftest import ServedApp, wait_until
 
 TINY_WORKLOAD = {

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from engine import cli, console
+from engine.cli import app as cli
+from engine.cli import console
 from engine.measure.metrics import METRICS
 from engine.server.limits import ServerLimits
 from tests.conftest import DEFAULT_MODEL
@@ -111,7 +112,8 @@ def test_what_libraries_and_children_print_does_not_reach_standard_output(capfd:
 
 def test_help_and_mistakes_need_no_torch():
     check = (
-        "import sys, engine.cli as c; code = c.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+        "import sys; from engine.cli.app import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     assert in_subprocess("-c", check, "generate", "--help").returncode == 0
     done = in_subprocess("-c", check, "generate", "--prompt", "x", "--set", "batchin=static", "--json")

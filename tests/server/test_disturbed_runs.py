@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.client import RunInProgressError
 from engine.measure.results import RunResult, from_json
+from engine.worker.client import RunInProgressError
 from tests.server.conftest import ServedApp, slowed, wait_until
 
 WORKLOAD = {

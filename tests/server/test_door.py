@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.server.limits import DoorSettings, allowed_hosts, host_name
 from engine.server.run import door_settings
-from engine.supervisor import Worker
+from engine.worker.supervisor import Worker
 from tests.server.conftest import TOKEN, ServedApp, wait_until
 
 KEY = "the-key-of-the-tests"

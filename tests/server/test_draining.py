@@ -20,7 +20,7 @@ import httpx
 import psutil
 import pytest
 
-from engine.client import WorkerError
+from engine.worker.client import WorkerError
 from tests.conftest import save_tiny_llama
 from tests.server.conftest import wait_until
 from tests.server.test_limits import ENDLESS
@@ -39,7 +39,7 @@ def slow(self):
     time.sleep(seconds)
     return step(self)
 Engine.step = slow
-from engine.cli import main
+from engine.cli.app import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -127,9 +127,9 @@ def test_worker_whose_parent_has_gone_ends(slowed_worker: Callable[..., Any]):
 
 
 def test_stop_of_the_supervisor_waits_longer_than_the_worker_needs():
-    from engine import supervisor
     from engine.server.limits import ServerLimits
     from engine.server.run import longest_shutdown_s
+    from engine.worker import supervisor
 
     limits = ServerLimits(drain_seconds=7)
     assert longest_shutdown_s(limits) < supervisor._STOP_TIMEOUT_S + 7

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from fastapi import Request
 
-from engine import cli
+from engine.cli import app as cli
 from engine.config import EngineConfig
 from engine.errors import ConfigError, QueueFullError, RequestError
 from engine.server.bodies import BodyReader

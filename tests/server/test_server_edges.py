@@ -12,8 +12,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.client import EngineClient, WorkerError
 from engine.config import EngineConfig
+from engine.worker.client import EngineClient, WorkerError
 from tests.server.conftest import ServedApp, slowed, wait_until
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

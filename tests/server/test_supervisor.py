@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from engine.config import EngineConfig
-from engine.supervisor import Worker
+from engine.worker.supervisor import Worker
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_token_is_not_visible_among_the_arguments(worker: Worker):
 
 def test_worker_ends_when_its_parent_is_killed(tiny_llama: Path, tmp_path: Path):
     script = (
-        "import sys, time; from engine.supervisor import Worker\n"
+        "import sys, time; from engine.worker.supervisor import Worker\n"
         f"w = Worker({str(tiny_llama)!r}); w.start(); print(w.pid, flush=True); time.sleep(600)"
     )
     environment = {**os.environ, "HEADROOM_HOME": str(tmp_path)}

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from engine import telemetry_gpu
-from engine.telemetry import Telemetry
-from engine.telemetry_gpu import gpu_uuid, own_gpu
+from engine.telemetry import gpu as telemetry_gpu
+from engine.telemetry.gpu import gpu_uuid, own_gpu
+from engine.telemetry.readings import Telemetry
 from tests.server.fake_nvml import (
     DRIVER_NOT_LOADED,
     GPU_IS_LOST,
@@ -169,7 +169,7 @@ def test_throttle_reasons_are_told_in_words(nvml: FakeNvml, mask: int, words: li
 
 
 def test_machine_without_nvidias_driver_says_so(tmp_path):
-    code = "import json; from engine.telemetry import Telemetry; print(json.dumps(Telemetry().sample()))"
+    code = "import json; from engine.telemetry.readings import Telemetry; print(json.dumps(Telemetry().sample()))"
     sample = _in_another_process(code, "")
     if sample["gpu"] is not None:
         pytest.skip("this machine has an NVIDIA GPU")
@@ -179,7 +179,7 @@ def test_machine_without_nvidias_driver_says_so(tmp_path):
 
 def test_library_is_found_as_the_driver_installs_it():
     """The real binding opens libnvidia-ml.so.1 by its name, in a process of its own."""
-    code = "import json; from engine.telemetry import Telemetry; print(json.dumps(Telemetry().sample()))"
+    code = "import json; from engine.telemetry.readings import Telemetry; print(json.dumps(Telemetry().sample()))"
     sample = _in_another_process(code, "devices=2 power_mw=90000 1.power_mw=123456")
     assert [gpu["power_w"] for gpu in sample["gpu"]] == [90.0, 123.456]
 

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.measure.results import from_json
 from engine.server.run import serve
-from engine.telemetry_sampler import INTERVAL_VARIABLE, TelemetrySampler, interval_from_environment
+from engine.telemetry.sampler import INTERVAL_VARIABLE, TelemetrySampler, interval_from_environment
 from tests.server.conftest import ServedApp, wait_until
 from tests.server.fake_nvml import GPU_IS_LOST, FakeNvml, installed, library, uuid
 from tests.server.test_worker_process import started

@@ -17,9 +17,9 @@ import httpx
 import openai
 import pytest
 
-from engine.client import EngineClient, EngineUnreachableError, WorkerError
 from engine.config import EngineConfig
-from engine.supervisor import Worker
+from engine.worker.client import EngineClient, EngineUnreachableError, WorkerError
+from engine.worker.supervisor import Worker
 from tests.server.conftest import wait_until
 
 TOKEN = "a-token-for-this-test"

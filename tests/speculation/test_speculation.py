@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.batching.request import Request
 from engine.outputs import RequestTimes
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from engine.speculation.proposers import NgramProposer
 from engine.speculation.verification import accept_drafts
 

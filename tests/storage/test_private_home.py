@@ -13,7 +13,7 @@ from engine.execution.base import TokenRange
 from engine.execution.packages import find_shape, mark_complete, program_path
 from engine.models.checksums import remembered_sha256
 from engine.paths import private_dir
-from engine.supervisor import _log_folder
+from engine.worker.supervisor import _log_folder
 from kernels import trust
 from kernels.cpu import build
 from kernels.trust import why_not_trusted
@@ -27,9 +27,9 @@ COUNTERFEIT = b"not a library"
 @pytest.fixture(params=[0o000, 0o022, 0o777])
 def umask(request) -> Iterator[int]:
     """Umasks that take nothing, the usual, and everything."""
-    former = os.umask(request.param)
+    previous = os.umask(request.param)
     yield request.param
-    os.umask(former)
+    os.umask(previous)
 
 
 def _modes(root: Path) -> dict[str, int]:
@@ -91,11 +91,11 @@ def test_a_path_is_trusted_only_if_nobody_else_can_write_to_it_or_above_it(tmp_p
     file.write_bytes(b"")
     assert why_not_trusted(file) is None
     for step, mode in ((file, 0o666), (file, 0o602), (place, 0o777), (place, 0o703), (place.parent, 0o777)):
-        former = step.stat().st_mode
+        previous = step.stat().st_mode
         step.chmod(mode)
         assert str(step) in (why_not_trusted(file) or ""), (step, oct(mode))
         assert "chmod go-w" in (why_not_trusted(file) or "")
-        step.chmod(former)
+        step.chmod(previous)
     place.parent.chmod(0o1777)  # as /tmp: others cannot exchange what is in it
     assert why_not_trusted(file) is None
     place.chmod(0o1777)

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy
 from typer.testing import CliRunner
 
-from engine.cli import _record
+from engine.cli.app import _record
 from engine.measure.results import to_json
 from storage import StorageError, masking, open_store
 from storage.cli import app

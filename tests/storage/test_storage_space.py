@@ -118,12 +118,12 @@ def _empty_log(store):
 
 
 def test_deleting_gives_the_space_back_on_any_disk_also_in_a_file_of_a_former_version(tmp_path):
-    for number, former in enumerate((False, True)):
+    for number, previous in enumerate((False, True)):
         file = tmp_path / f"record-{number}.db"
         store = open_store(f"sqlite:///{file}")
         for seed in range(12):
             store.save_run(make_run(seed))
-        if former:
+        if previous:
             connection = store._engine.raw_connection()
             cursor = connection.cursor()
             for statement in ("PRAGMA auto_vacuum=NONE", "VACUUM"):

@@ -82,7 +82,7 @@ def test_a_record_from_before_runs_could_be_disturbed_keeps_its_runs_up_and_down
         assert inspector.get_view_names() == []
     engine.dispose()
     again = open_store(database)
-    assert again.get_run(make_run(1).run_id) == make_run(1)  # with its requests: nothing was made anew and lost
+    assert again.get_run(make_run(1).run_id) == make_run(1)  # with its requests: nothing was made again and lost
     disturbed = make_run(2, disturbed=DISTURBED, quality_reference="weights as stored, Q4_1 (GGUF)")
     again.save_run(disturbed)
     assert again.get_run(disturbed.run_id) == disturbed

@@ -21,5 +21,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     drop_views(op.get_bind())
     for name in ("quality_reference", "disturbed"):
-        # Not in a batch: that makes the table anew on SQLite, and dropping the old one would take all requests along.
+        # Not in a batch: that makes the table again on SQLite, and dropping the old one would take all requests along.
         op.execute(f"ALTER TABLE runs DROP COLUMN {name}")

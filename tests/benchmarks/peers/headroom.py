@@ -13,8 +13,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.provenance import versions
-from engine.sampling import SamplingParams
+from engine.measure.provenance import versions
+from engine.sampling.params import SamplingParams
 from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
 from tests.benchmarks.settings import label, shared_knobs
 
@@ -53,12 +53,12 @@ class Headroom:
         return self._run_with(work, work.requests, one_by_one=work.one_by_one)
 
     def _run_with(self, work: Work, requests: list[Request], *, one_by_one: bool) -> list[Timing]:
-        former = {name: getattr(self.engine.config, name) for name in work.changes}
+        previous = {name: getattr(self.engine.config, name) for name in work.changes}
         self.engine.reconfigure(work.changes)
         try:
             return drive(self, requests, one_by_one=one_by_one)
         finally:
-            self.engine.reconfigure(former)
+            self.engine.reconfigure(previous)
 
     def _await_preparation(self) -> None:
         """Wait for what an execution mode prepares beside the running engine; the path tells what became of it."""

@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.models import load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 
 PROMPTS = [[(7 * request + position * position) % 250 for position in range(5 + 17 * request)] for request in range(4)]
 
@@ -80,7 +80,7 @@ def test_kernels_are_launched_on_the_device_of_the_model(model, monkeypatch):
 @pytest.mark.parametrize("weights", ["int4", "w8a8", "fp8"])
 def test_quantized_weights_through_triton_generate_the_tokens_of_the_same_weights_through_torch(tiny_llama, weights):
     results = [
-        # Each way from a fresh copy: the engine exchanges the weights of the model that it is given.
+        # Each way from a fresh copy: the engine swaps the weights of the model that it is given.
         generate(load_model(str(tiny_llama), dtype="float32"), "sdpa", "off", weights=weights, linear=linear)
         for linear in ("triton", "torch")
     ]

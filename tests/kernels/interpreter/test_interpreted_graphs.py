@@ -8,7 +8,7 @@ from engine.config import EngineConfig
 from engine.execution import executor
 from engine.execution.executor import Executor
 from engine.models import load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
 from tests.kernels.recorded_graph import CaptureError, RecordedCapture
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampling import SamplingParams, SamplingRow, sample
-from engine.sampling_device import sample_on_device
+from engine.sampling.params import SamplingParams, SamplingRow, sample
+from engine.sampling.triton_sampler import sample_on_device
 from kernels.language import tl, triton
 from kernels.philox import draw_uniform, uniform
 from kernels.sampling import SamplingTensors, sample_reference, sample_triton

@@ -1,7 +1,7 @@
 """A kernel is compiled once for each configuration, whatever the sizes of a step: no compiler runs while one serves.
 
-Triton compiles a kernel anew for an integer that is 1, for one that is a multiple of 16 and for any other, and for each
-pointer that is a multiple of 16 bytes or is not. What changes from step to step must not be looked at that way
+Triton compiles a kernel again for an integer that is 1, for one that is a multiple of 16 and for any other, and for
+each pointer that is a multiple of 16 bytes or is not. What changes from step to step must not be looked at that way
 (``do_not_specialize``), and what is packed for the device must be packed in multiples of 16 bytes.
 """
 
@@ -19,7 +19,7 @@ from engine.core import Engine
 from engine.execution import executor
 from engine.execution.executor import Executor
 from engine.models import load_model
-from engine.sampling import SamplingParams
+from engine.sampling.params import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
 
 #: Numbers of a weight, which are the same at every step: a configuration as the constants are.
@@ -81,13 +81,13 @@ def serve(model, **knobs):
 def test_nothing_is_compiled_anew_because_a_step_has_another_size(family, knobs, compiled, tiny_llama, tmp_path):
     folder = save_random_model(FAMILIES[family], tmp_path, tiny_llama)
     serve(load_model(str(folder), dtype="float32", device="cpu"), **knobs)
-    anew = {}
+    again = {}
     for kernel, ways in compiled.items():
         if len(ways) > 1:
             differing = {column for column in zip(*ways, strict=True) if len(set(column)) > 1}
-            anew[kernel[0]] = {entry for column in differing for entry in column}
+            again[kernel[0]] = {entry for column in differing for entry in column}
     assert len({kernel[0] for kernel in compiled}) >= 6
-    assert anew == {}
+    assert again == {}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3 moe"])

@@ -1,0 +1,136 @@
+"""The seam between the decoder and the paged KV cache.
+
+The decoder hands every layer's fresh queries, keys and values, flattened over the ragged batch, to an
+:class:`AttentionBackend`; the backend writes keys and values into the cache and returns the attention output.
+A step's layout of the batch, shared by all layers:
+
+    query_lens = [3, 1, 2]      tokens that each sequence computes in this step
+    query_start = [0, 3, 4, 6]  sequence i owns rows query_start[i]:query_start[i+1]
+    context_lens = [3, 18, 40]  KV length of each sequence, *including* this step's tokens
+
+    sequence i:  |<------------- context_lens[i] ------------->|
+                 |  already in the cache  |  query_lens[i] new  |
+    Query row j of sequence i (j from 0) sees KV positions 0 … context_lens[i] - query_lens[i] + j: causal, aligned
+    to the *bottom right*. ``is_causal=True`` of torch SDPA aligns top-left and is wrong unless the two lengths are
+    equal.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+
+from engine.errors import ConfigError
+from kernels.dispatch import choose
+from kernels.kv_write import KVScales
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Who computes what in one step. Set by the runner, read by every layer.
+
+    Attributes:
+        query_lens: tokens each of the B sequences computes now, each ≥ 1.
+        context_lens: KV length of each sequence after this step's tokens are written, ≥ query_lens.
+        query_start: int32 [B + 1], cumulative sum of ``query_lens``, on the model's device.
+        context_lens_tensor: int32 [B], ``context_lens`` on the model's device.
+        block_tables: int32 [B, max_blocks], block ids in order; behind what a context needs is anything, which nobody
+            reads. On the model's device.
+        slot_mapping: int64 [T], where each of the T new tokens goes: block_id * block_size + offset.
+        plan: scratch a backend may use to keep what it derives once per step (masks, gathers, groups) and reuses in
+            every layer; cleared by making a new batch.
+    """
+
+    query_lens: list[int]
+    context_lens: list[int]
+    query_start: torch.Tensor
+    context_lens_tensor: torch.Tensor
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+    plan: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of tokens computed in this step."""
+        return sum(self.query_lens)
+
+
+class AttentionBackend(abc.ABC):
+    """One way to attend over the paged cache. Stateless: everything it needs arrives with the call."""
+
+    name: str
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None,
+        kv_scales: KVScales | None = None,
+    ) -> torch.Tensor:
+        """Write this step's keys and values into the cache, then attend.
+
+        Args:
+            query: [T, num_heads, head_dim], rotary embedding already applied.
+            key, value: [T, num_kv_heads, head_dim], keys rotated.
+            key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] of this layer in a format of
+                :mod:`kernels.kv_formats`; written in place.
+            batch: the step's layout.
+            scale: factor on the scores, usually head_dim ** -0.5.
+            window: a query sees at most this many positions, itself included; None for all.
+            kv_scales: of a quantized cache; written in place. Every query, a fresh prompt's too, then reads keys and
+                values as they are stored: what it sees depends neither on chunks nor on what was cached.
+
+        Returns:
+            [T, num_heads, head_dim] in the dtype of ``query``.
+        """
+
+
+def get_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int
+) -> tuple[AttentionBackend, str]:
+    """The attention backend of that name, and the path that it really takes, for the record.
+
+    Args:
+        name: value of the knob ``attention``: auto, native, sdpa, reference or triton.
+        device: where model and cache live.
+        dtype: of queries and cache.
+        head_dim: of one attention head.
+
+    Returns:
+        The backend and its path, e.g. ``"sdpa"`` or ``"triton (interpreter)"``.
+
+    Raises:
+        ConfigError: if it cannot run here; nothing else is put in its place.
+    """
+    choice = choose("paged_attention", name, device=device, dtype=dtype, head_dim=head_dim)
+    if choice.path is None:
+        raise ConfigError(f"{name!r} cannot run here: {choice.reason}", field="attention", remedy=choice.remedy or None)
+    return _make_backend(choice.path.partition(" ")[0]), choice.path
+
+
+def _make_backend(name: str) -> AttentionBackend:
+    # Imported here: the backends import this module, and Triton should load only where it is asked for.
+    if name == "triton":
+        from engine.attention.triton import TritonAttention
+
+        return TritonAttention()
+    if name == "native":
+        from engine.attention.native import NativeAttention
+
+        return NativeAttention()
+    if name == "reference":
+        from engine.attention.reference import ReferenceAttention
+
+        return ReferenceAttention()
+    from engine.attention.sdpa import SdpaAttention
+
+    return SdpaAttention()

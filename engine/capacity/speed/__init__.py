@@ -1,0 +1,1 @@
+"""How quick it is: the roofline of a step, queueing, a deployment under load, speculation."""

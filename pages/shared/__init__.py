@@ -1,0 +1,1 @@
+"""Widgets and helpers that more than one page uses."""

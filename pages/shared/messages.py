@@ -1,0 +1,63 @@
+"""Errors, values and durations in words, the same on every page."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import streamlit as st
+from streamlit.errors import StreamlitAPIException
+
+from pages.shared.text import plain
+
+
+def error_text(problem: BaseException) -> str:
+    """An error for people, as Markdown: the field in bold, what is wrong, the remedy."""
+    field, message = getattr(problem, "field", None), getattr(problem, "message", None)
+    remedy = getattr(problem, "remedy", None)
+    text = message or str(problem) or type(problem).__name__
+    return f"{f'**{plain(field)}**: ' if field else ''}{plain(text)}{f' {plain(remedy)}' if remedy else ''}"
+
+
+def show_error(problem: BaseException) -> None:
+    """An error box that names the field and the remedy."""
+    st.error(error_text(problem), icon=":material/error:")
+
+
+def history_link(**query: str) -> None:
+    """A link to the History page, with ``run=…`` or ``comparison=…`` to open there; nothing where a page is shown
+    without the frame that knows the others."""
+    with contextlib.suppress(StreamlitAPIException):
+        st.page_link("history.py", label="Open in History", icon=":material/history:", query_params=query)
+
+
+def value_text(value: Any) -> str:
+    """A knob's value as people read it.
+
+    >>> value_text(True), value_text(None), value_text("int4")
+    ('on', 'auto', 'int4')
+    """
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "auto" if value is None else str(value)
+
+
+def bytes_text(count: float) -> str:
+    """Bytes with a binary unit.
+
+    >>> bytes_text(269_000_000), bytes_text(5 * 2**30)
+    ('257 MiB', '5.00 GiB')
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """A duration for a progress line.
+
+    >>> seconds_text(8.2), seconds_text(125), seconds_text(None)
+    ('8 s', '2 min 5 s', '–')
+    """
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
