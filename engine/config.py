@@ -19,7 +19,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -462,6 +462,41 @@ def knobs() -> tuple[Knob, ...]:
     return tuple(_describe(field, hints[field.name]) for field in dataclasses.fields(EngineConfig))
 
 
+#: Values that extensions have added to knobs that are choices, by the knob's name.
+_ADDED_CHOICES: dict[str, tuple[str, ...]] = {}
+
+
+def add_choice(name: str, value: str) -> Callable[[], None]:
+    """Let a knob that is a choice take one more value: what an extension calls beside registering what the value names.
+
+    Page, command line, API and error messages offer the value from then on.
+
+    Args:
+        name: of the knob, e.g. "weights"; value: the new choice, e.g. "toy".
+
+    Returns:
+        A function that takes the value away again.
+
+    Raises:
+        ConfigError: if there is no such knob, it is no choice, or it has the value already.
+    """
+    spec = knob(name)
+    if spec.kind != "choice" or value in spec.choices:
+        why = "is not a choice" if spec.kind != "choice" else f"already has {shown(value)}"
+        raise ConfigError(f"the knob {why}.", field=name, remedy="Extend a choice by a value of another name.")
+    _set_added(name, (*_ADDED_CHOICES.get(name, ()), value))
+
+    def remove() -> None:
+        _set_added(name, tuple(choice for choice in _ADDED_CHOICES.get(name, ()) if choice != value))
+
+    return remove
+
+
+def _set_added(name: str, values: tuple[str, ...]) -> None:
+    _ADDED_CHOICES[name] = values
+    knobs.cache_clear()
+
+
 def knob(name: str) -> Knob:
     """The knob of that name.
 
@@ -503,7 +538,7 @@ def _describe(field: dataclasses.Field[Any], hint: Any) -> Knob:
     return Knob(
         name=field.name,
         kind=kind,
-        choices=choices,
+        choices=choices + _ADDED_CHOICES.get(field.name, ()),
         optional=optional,
         default=field.default,
         **field.metadata,

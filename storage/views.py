@@ -4,8 +4,8 @@
     requests_flat   one row a request: its run's id, label and setting, and all its times
 
 Their columns are those of this version's knobs and metrics; :func:`storage.database.migrate` makes the views again
-where they are others. A migration that changes a table drops them first. A configuration that is no JSON gives NULLs in its
-own row and disturbs no other.
+where they are others. A migration that changes a table drops them first. A configuration that is no
+JSON gives NULLs in its own row and disturbs no other.
 """
 
 from __future__ import annotations

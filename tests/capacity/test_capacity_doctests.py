@@ -10,7 +10,7 @@ import pytest
 
 import engine.capacity
 
-MODULES = [f"engine.capacity.{module.name}" for module in pkgutil.iter_modules(engine.capacity.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(engine.capacity.__path__, "engine.capacity.")]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -21,4 +21,5 @@ def test_examples_in_docstrings_hold(name: str):
 
 def test_every_room_of_arithmetic_has_examples():
     attempted = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
-    assert all(attempted[f"engine.capacity.{name}"] for name in ("weights", "kv", "activation", "budget", "parallel"))
+    memory = ("weights", "kv", "activation", "budget", "parallel")
+    assert all(attempted[f"engine.capacity.memory.{name}"] for name in memory)

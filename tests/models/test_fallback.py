@@ -89,12 +89,12 @@ def test_quantized_weights_are_refused_at_load_and_while_serving(neox, weights):
 
 REFUSED = {
     "attention of its own": (StableLmConfig(**BASE), "attention in transformers cannot be replaced"),
-    "no attention": (MambaConfig(**TINY_STATE), "cannot be swapped"),
+    "no attention": (MambaConfig(**TINY_STATE), "cannot be replaced"),
     "state beside attention": (
         JambaConfig(
             **TINY_STATE, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, use_mamba_kernels=False
         ),
-        "cannot be swapped",
+        "cannot be replaced",
     ),
     "convolutions between": (
         Lfm2Config(**{**BASE, "num_attention_heads": 4, "num_key_value_heads": 2}, full_attn_idxs=[1]),

@@ -19,10 +19,10 @@ from engine.config import EngineConfig, parse_assignments
 from engine.measure.metrics import METRICS
 from engine.measure.results import EventRecord, to_json
 from engine.measure.workloads import WORKLOADS
+from pages.history import compare as history_compare
 from pages.history.charts import distribution_curves, histogram, latencies, marks_table, request_timeline
 from pages.history.compare import groups_by_run, groups_by_setting, metric_row
 from pages.history.detail import repeat_command
-from pages.history.page import compare as history_compare
 from pages.shared import run_values as history_values
 from pages.shared.run_values import changed_knobs
 from pages.shared.store import close_stores, get_store
