@@ -22,8 +22,6 @@ import dataclasses
 
 import torch
 
-from engine.errors import ConfigError
-from kernels.dispatch import choose
 from kernels.kv_write import KVScales
 
 
@@ -92,45 +90,3 @@ class AttentionBackend(abc.ABC):
         Returns:
             [T, num_heads, head_dim] in the dtype of ``query``.
         """
-
-
-def get_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int
-) -> tuple[AttentionBackend, str]:
-    """The attention backend of that name, and the path that it really takes, for the record.
-
-    Args:
-        name: value of the knob ``attention``: auto, native, sdpa, reference or triton.
-        device: where model and cache live.
-        dtype: of queries and cache.
-        head_dim: of one attention head.
-
-    Returns:
-        The backend and its path, e.g. ``"sdpa"`` or ``"triton (interpreter)"``.
-
-    Raises:
-        ConfigError: if it cannot run here; nothing else is put in its place.
-    """
-    choice = choose("paged_attention", name, device=device, dtype=dtype, head_dim=head_dim)
-    if choice.path is None:
-        raise ConfigError(f"{name!r} cannot run here: {choice.reason}", field="attention", remedy=choice.remedy or None)
-    return _make_backend(choice.path.partition(" ")[0]), choice.path
-
-
-def _make_backend(name: str) -> AttentionBackend:
-    # Imported here: the backends import this module, and Triton should load only where it is asked for.
-    if name == "triton":
-        from engine.attention.triton import TritonAttention
-
-        return TritonAttention()
-    if name == "native":
-        from engine.attention.native import NativeAttention
-
-        return NativeAttention()
-    if name == "reference":
-        from engine.attention.reference import ReferenceAttention
-
-        return ReferenceAttention()
-    from engine.attention.sdpa import SdpaAttention
-
-    return SdpaAttention()
