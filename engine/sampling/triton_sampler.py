@@ -1,4 +1,4 @@
-"""The sampler of a batch by our Triton kernels: the tokens of :func:`engine.sampling.torch_sampler.sample`, unsorted."""
+"""The sampler of a batch by our Triton kernels, without sorting: the tokens of :mod:`engine.sampling.torch_sampler`."""
 
 from __future__ import annotations
 
