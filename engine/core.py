@@ -46,7 +46,8 @@ from engine.runner import Runner
 from engine.sampling.params import NO_TOKEN, SamplingParams, SamplingRow
 from engine.sampling.samplers import get_sampler, warm_up_sampler
 from engine.speculation.draft_control import DraftControl
-from engine.speculation.proposers import Proposer, make_proposer
+from engine.speculation.proposers.base import Proposer
+from engine.speculation.proposers.table import make_proposer, needs_new_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
 from kernels.dispatch import Op, cache_unsupported_reason, choose
@@ -741,7 +742,7 @@ class Engine:
         target = self.config.with_changes(prepared.changes)
         differences = self.config.difference(target)
         attention, attention_path = self._make_attention(target)
-        new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
+        new_proposer = needs_new_proposer(target, differences.keys())
         proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
         if "kv_dtype" in differences or prepared.shrinks_cache:
