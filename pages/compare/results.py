@@ -14,7 +14,8 @@ from engine.measure.comparison import MetricComparison, compare, compare_all, di
 from engine.measure.metrics import METRICS
 from engine.measure.results import RunResult, to_json
 from pages.shared.energy import compared_energy
-from pages.shared.messages import bytes_text, history_link, value_text
+from pages.shared.links import HISTORY, link_to
+from pages.shared.messages import bytes_text, value_text
 from pages.shared.run_values import disturbance_lines, reference_text
 from pages.shared.text import plain
 
@@ -325,7 +326,7 @@ def _paths(run_a: RunResult, run_b: RunResult) -> None:
 def _links(runs: Sequence[RunResult]) -> None:
     document = json.dumps([to_json(run) for run in runs], indent=1)
     with st.container(horizontal=True, vertical_alignment="center"):
-        history_link(comparison=runs[0].comparison_id or "")
+        link_to(HISTORY, comparison=runs[0].comparison_id or "")
         st.download_button(
             "Download JSON",
             document,

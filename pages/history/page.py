@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
 
 from engine.measure.results import RunResult
 from pages.history.actions import action_bar, import_popover, show_notice
@@ -13,6 +12,7 @@ from pages.history.compare import compare_runs
 from pages.history.detail import run_detail
 from pages.history.filters import Choice, filter_bar
 from pages.history.table import runs_table, select_runs
+from pages.shared.links import COMPARE, LIVE, link_to
 from pages.shared.messages import show_error
 from pages.shared.run_values import setting_words
 from pages.shared.store import get_store
@@ -126,9 +126,8 @@ def _empty(store: Store) -> None:
         command = "python -m engine bench --model smollm2-135m --workload quick --json | python -m storage record"
         st.code(command, language="bash", width="content")
         with st.container(horizontal=True, horizontal_alignment="center", vertical_alignment="center"):
-            with contextlib.suppress(StreamlitAPIException):  # shown without the frame that knows the other pages
-                st.page_link("live.py", label="Open Live", icon=":material/monitoring:")
-                st.page_link("compare.py", label="Open Compare", icon=":material/balance:")
+            link_to(LIVE)
+            link_to(COMPARE)
             import_popover(store, "Import runs")
     st.fragment(_watch, run_every=_POLL_S)(store, {})
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
 
 from pages.shared.text import plain
 
@@ -22,13 +20,6 @@ def error_text(problem: BaseException) -> str:
 def show_error(problem: BaseException) -> None:
     """An error box that names the field and the remedy."""
     st.error(error_text(problem), icon=":material/error:")
-
-
-def history_link(**query: str) -> None:
-    """A link to the History page, with ``run=…`` or ``comparison=…`` to open there; nothing where a page is shown
-    without the frame that knows the others."""
-    with contextlib.suppress(StreamlitAPIException):
-        st.page_link("history.py", label="Open in History", icon=":material/history:", query_params=query)
 
 
 def value_text(value: Any) -> str:

@@ -10,7 +10,8 @@ import streamlit as st
 from pages.background.recorder import Job
 from pages.services import Services
 from pages.shared.actions import act, show_problem
-from pages.shared.messages import history_link, seconds_text, show_error
+from pages.shared.links import HISTORY, link_to
+from pages.shared.messages import seconds_text, show_error
 from pages.shared.text import plain
 
 _POLL_S = 1.0
@@ -91,7 +92,7 @@ def job_card(services: Services, job: Job) -> None:
         elif job.state == "completed" and job.results:
             st.markdown(f"**{title}** :green-badge[recorded]" if not job.unrecorded else f"**{title}**")
             _headlines(job)
-            history_link(run=job.results[-1].run_id)
+            link_to(HISTORY, run=job.results[-1].run_id)
         else:
             color = "red" if job.state == "failed" else "gray"
             st.markdown(f"**{title}** :{color}-badge[{job.state}]")
