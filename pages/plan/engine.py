@@ -17,7 +17,7 @@ def engine_options(concurrency: int) -> dict[str, Any]:
             "Serving engine",
             "engine",
             {profile.name: profile.label for profile in PROFILES},
-            "How the engine spends memory beside weights and KV cache; fitted on what it reported on real GPUs.",
+            "How the engine spends memory besides weights and KV cache; fitted on what it reported on real GPUs.",
         )
     )
     utilization = st.slider(

@@ -20,13 +20,13 @@ _LARGEST_UPLOAD_MB = 1
 
 
 def read_config(data: bytes, name: str, quantization: bytes | None = None) -> ModelSpec:
-    """The model that an uploaded ``config.json`` describes, with the ``hf_quant_config.json`` beside it, if any.
+    """The model that an uploaded ``config.json`` describes, with the ``hf_quant_config.json`` next to it, if any.
 
     Raises:
         ConfigError: naming what is wrong and the remedy.
     """
-    beside = None if quantization is None else _json(quantization, "hf_quant_config.json", "hf_quant_config.json")
-    return ModelSpec.from_hf_config(_json(data, name, "config.json"), name.removesuffix(".json"), beside)
+    scheme = None if quantization is None else _json(quantization, "hf_quant_config.json", "hf_quant_config.json")
+    return ModelSpec.from_hf_config(_json(data, name, "config.json"), name.removesuffix(".json"), scheme)
 
 
 def _json(data: bytes, name: str, field: str) -> Any:
@@ -66,7 +66,7 @@ def _uploaded() -> ModelSpec | None:
         "config.json (Hugging Face)",
         type="json",
         max_upload_size=_LARGEST_UPLOAD_MB,
-        help="The file beside the weights in the model's repository. It is read here and goes nowhere else.",
+        help="The file next to the weights in the model's repository. It is read here and goes nowhere else.",
         key=key("config"),
     )
     if file is None:
@@ -75,14 +75,14 @@ def _uploaded() -> ModelSpec | None:
             "shape."
         )
         return None
-    beside = st.file_uploader(
+    quantization_file = st.file_uploader(
         "hf_quant_config.json (if the repository has one)",
         type="json",
         max_upload_size=_LARGEST_UPLOAD_MB,
         help="NVIDIA ModelOpt writes how a checkpoint is quantized into this file.",
         key=key("quantization"),
     )
-    return read_config(file.getvalue(), file.name, None if beside is None else beside.getvalue())
+    return read_config(file.getvalue(), file.name, None if quantization_file is None else quantization_file.getvalue())
 
 
 def _describe(spec: ModelSpec) -> str:
