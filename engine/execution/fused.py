@@ -152,7 +152,7 @@ class FusedMode(DirectMode):
             context.window(layer.index),
             scales=scales,
         )
-        return layer.o_proj(attended.view(heads.shape[0], -1))
+        return product(layer.o_proj, attended.view(heads.shape[0], -1))
 
 
 def _mlp(layer: DecoderLayer, x: Rows) -> torch.Tensor:
@@ -160,7 +160,7 @@ def _mlp(layer: DecoderLayer, x: Rows) -> torch.Tensor:
     if isinstance(mlp, GatedMLP):
         gate_up, kind = product(mlp.gate_up_proj, x), activation_kind(mlp.down_proj)
         if kind is None:
-            return mlp.down_proj(gated_mul_triton(gate_up, mlp.activation_name))
+            return product(mlp.down_proj, gated_mul_triton(gate_up, mlp.activation_name))
         rows = gated_mul_quantize_triton(gate_up, mlp.activation_name, kind)
         return product(mlp.down_proj, EightBitRows(*rows, gate_up.dtype))
     assert isinstance(mlp, MixtureMLP)
