@@ -81,30 +81,6 @@ def format_of(cache: torch.Tensor) -> KVFormat:
     raise ValueError(f"no KV cache format stores {cache.dtype}")
 
 
-def empty_cache(
-    format: KVFormat,
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Payload and scales of a layer's keys or values, uninitialised.
-
-    Raises:
-        ValueError: if INT4 is asked for with an odd ``head_dim``.
-    """
-    if head_dim % format.values_per_element:
-        raise ValueError(f"head_dim must be a multiple of {format.values_per_element} for {format.name}")
-    slots = (num_blocks, block_size, num_kv_heads)
-    width = head_dim // format.values_per_element
-    payload = torch.empty((*slots, width), dtype=format.dtype or dtype, device=device)
-    if not format.num_scales:
-        return payload, None
-    return payload, torch.empty((*slots, format.num_scales), dtype=torch.float16, device=device)
-
-
 def quantize(x: torch.Tensor, format: KVFormat) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Payload and scales of [..., head_dim] values. Rounds to nearest, ties to even, with the scale as it is stored."""
     if format.number == MODEL:
