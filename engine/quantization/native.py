@@ -59,7 +59,7 @@ class NativeFormat(WeightFormat):
 
 
 def to_native(format: WeightFormat) -> WeightFormat:
-    """The same weight for the native kernels; it takes not a byte more. Packed slice by slice: beside the two there is
+    """The same weight for the native kernels; it takes not a byte more. Packed slice by slice: besides the two there is
     never more than a slice.
 
     Formats that they do not know come back as they are, and so do weights whose outputs fill no whole panels or whose

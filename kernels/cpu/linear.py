@@ -101,7 +101,7 @@ def pack_w4a8(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Pan
 
 def round_to_bytes(x: torch.Tensor) -> torch.Tensor:
     """What W4A8 multiplies with: x [M, K] rounded to 8 bits in groups of :data:`BYTE_GROUP` columns, in its dtype."""
-    groups = x.float().unflatten(1, (-1, BYTE_GROUP))
+    groups = x.float().reshape(x.shape[0], -1, BYTE_GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
     quotient = torch.full_like(largest, 127.0) / largest  # `127.0 / largest` would round twice
     factor = torch.where(largest > 0, quotient, 0.0)
@@ -125,10 +125,11 @@ def linear(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None) -> t
         [M, N] in the dtype of ``x``.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.headroom.cpu_linear(
+        y: torch.Tensor = torch.ops.headroom.cpu_linear(
             *(x, weight.panels, weight.scales, weight.grids, bias),
             *(weight.outputs, weight.group, weight.type),
         )
+        return y
     return _linear(x, weight.panels, weight.scales, weight.grids, bias, weight.outputs, weight.group, weight.type)
 
 
@@ -166,15 +167,15 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 # The same call as an operator that torch.compile can keep as one opaque step of its graph.
-_OPS = torch.library.Library("headroom", "FRAGMENT")
-_OPS.define(
+_OPS = torch.library.Library("headroom", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPS.define(  # type: ignore[no-untyped-call]
     "cpu_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? grids, Tensor? bias, int outputs, int group, int type)"
     " -> Tensor"
 )
-_OPS.impl("cpu_linear", _linear, "CPU")
+_OPS.impl("cpu_linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("headroom::cpu_linear")
+@torch.library.register_fake("headroom::cpu_linear")  # type: ignore[untyped-decorator]
 def _linear_fake(
     x: torch.Tensor,
     panels: torch.Tensor,
