@@ -359,7 +359,7 @@ def _probe(decoder: TransformersDecoder) -> tuple[list[_Call], int]:
     """What every layer calls attention with, and the width of the hidden states; refuses what is not exact.
 
     A short text is computed alone and then with the tokens of another one in between, attention kept apart. If its
-    hidden states differ, then tokens see each other by other means than attention, or the positions given are not those used.
+    hidden states differ, then tokens see each other outside attention, or the positions given are not those used.
     """
     model, vocabulary = decoder.model, decoder.model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
