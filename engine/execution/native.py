@@ -22,7 +22,7 @@ from engine.models.decoder import Decoder, DecoderLayer
 from engine.quantization.native import NativeFormat
 from kernels.cpu.build import native, why_not
 from kernels.cpu.decoder import ACTIVATIONS, DecoderShape, LayerWeights, NativeDecoder, RotaryAngles
-from kernels.cpu.linear import PackedWeight
+from kernels.cpu.linear import PanelWeight
 
 REMEDY = "Choose auto or eager, or set attention and linear to native in the same change."
 
@@ -129,6 +129,6 @@ def _norm(module: torch.nn.Module) -> torch.Tensor | None:
     return module.weight.detach().float().contiguous() if isinstance(module, RMSNorm) else None
 
 
-def _packed(linear: Linear) -> tuple[PackedWeight, torch.Tensor | None]:
+def _packed(linear: Linear) -> tuple[PanelWeight, torch.Tensor | None]:
     assert isinstance(linear.format, NativeFormat)
     return linear.format.packed, None if linear.bias is None else linear.bias.detach().float().contiguous()

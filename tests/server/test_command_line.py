@@ -18,9 +18,9 @@ import pytest
 
 from engine.cli import app as cli
 from engine.cli import console
+from engine.config import DEFAULT_MODEL
 from engine.measure.metrics import METRICS
 from engine.server.limits import ServerLimits
-from tests.conftest import DEFAULT_MODEL
 from tests.server.conftest import TOKEN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
