@@ -16,6 +16,7 @@ import torch
 
 from engine.capacity import ModelSpec
 from engine.capacity.memory.weights import parameter_count
+from engine.config import DEFAULT_MODEL
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_swap
@@ -23,7 +24,7 @@ from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsChec
 from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
-from engine.models.default import DEFAULT_MODEL, fetch_default_model
+from engine.models.default import fetch_default_model
 from engine.models.fallback import (
     TransformersDecoder,
     context_of,
