@@ -13,7 +13,7 @@ PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev lock chromium test lint format bench gpu peers soak attack clean
+.PHONY: help run setup setup-dev lock chromium test lint format docs reference bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,13 @@ lint: $(VENV)/.installed-dev ## Ruff (lint and format check) and mypy.
 format: $(VENV)/.installed-dev ## Let ruff fix what it can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev ## Build the documentation site into site/; a broken link fails.
+	$(BIN)/python -m zensical build --strict
+
+reference: $(VENV)/.installed-dev ## Write docs/api and the tables of docs/benchmarks.md again from the code and the saved results.
+	$(BIN)/python -m tests.docs.reference
+	$(BIN)/python -m tests.benchmarks.report_docs
 
 bench: setup-dev ## Measure the engine beside its peers on this machine, in one run (ARGS=…, see tests/benchmarks).
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)
