@@ -20,7 +20,8 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import BlockCopy, KVCache
 from engine.config import EngineConfig
 from engine.outputs import TokenLogprob
-from engine.sampling.params import NO_TOKEN, Sampler, SamplingRow
+from engine.sampling.params import NO_TOKEN, SamplingRow
+from engine.sampling.samplers import Sampler
 from engine.sizing import is_out_of_memory, release_memory
 
 LONGEST_REASON = 500

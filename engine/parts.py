@@ -1,8 +1,8 @@
 """What a configuration is made of, for one model on this machine.
 
-    EngineConfig ─┬─ Kernels       attention backend, sampler         any of them can be chosen between two steps
-                  ├─ WeightChoice  formats of the linear layers       swapped between two steps
-                  └─ CacheParts    KV cache, executor, runner         made again with another cache
+    EngineConfig ─┬─ ChosenKernels  attention backend, sampler      chosen again between two steps
+                  ├─ WeightChoice   formats of the linear layers    swapped between two steps
+                  └─ CacheParts     KV cache, executor, runner      made again with another cache
 
 Each function refuses what this machine or model cannot do, with an error that names the knob and the remedy; nothing
 else is put in its place.
@@ -18,18 +18,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine import sizing
-from engine.attention.base import AttentionBackend, get_backend
+from engine.attention.backends import get_backend
+from engine.attention.base import AttentionBackend
 from engine.batching.admission import Admission
 from engine.batching.scheduler import Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.execution import Executor
+from engine.execution.executor import Executor
 from engine.models import load_model
 from engine.quantization.registry import WeightChoice
 from engine.runner import Runner
-from engine.sampling.params import Sampler, get_sampler, warm_up_sampler
+from engine.sampling.samplers import Sampler, get_sampler, warm_up_sampler
 from kernels.dispatch import cache_unsupported_reason, choose
 from kernels.kv_formats import KV_FORMATS
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Kernels:
+class ChosenKernels:
     """What attends and what chooses tokens, with the paths that they really take ("triton (interpreter)")."""
 
     attention: AttentionBackend
@@ -51,7 +52,7 @@ class Kernels:
         warm_up_sampler(logits, self.sampling_path)
 
 
-def choose_kernels(model: LoadedModel, config: EngineConfig) -> Kernels:
+def choose_kernels(model: LoadedModel, config: EngineConfig) -> ChosenKernels:
     """The attention backend and the sampler that a configuration asks for.
 
     Raises:
@@ -64,7 +65,7 @@ def choose_kernels(model: LoadedModel, config: EngineConfig) -> Kernels:
         message = f"{config.kv_dtype!r} is not supported here: {unsupported.reason}"
         raise ConfigError(message, field="kv_dtype", remedy=unsupported.remedy)
     sample, sampling_path = get_sampler(config.sampling, device)
-    return Kernels(attention, path, sample, sampling_path)
+    return ChosenKernels(attention, path, sample, sampling_path)
 
 
 # -- weights -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from engine.config import EngineConfig, Tier, knob
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError
 from engine.outputs import CacheOffer, ReconfigureResult
-from engine.speculation.proposers import make_proposer
+from engine.speculation.proposers.table import make_proposer, needs_new_proposer
 
 if TYPE_CHECKING:
     from engine.models import PreparedWeights
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEAST_GAIN = 0.01  # of the blocks there are: less is not worth computing running requests again
-_OF_THE_PROPOSER = frozenset({"speculation", "ngram_min", "ngram_max"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def apply(engine: Engine, prepared: PreparedChange) -> ReconfigureResult:
     target = engine.config.with_changes(prepared.changes)
     differences = engine.config.difference(target)
     kernels = parts.choose_kernels(engine.model, target)
-    new_proposer = bool(_OF_THE_PROPOSER & differences.keys())
+    new_proposer = needs_new_proposer(target, differences.keys())
     proposer = make_proposer(target) if new_proposer else engine.drafting.proposer
     notes: list[str] = []
     if "kv_dtype" in differences or prepared.shrinks_cache:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Snapshot:
+class EngineSnapshot:
     """What any thread may know of an engine that another thread steps. Immutable; a newer one takes its place.
 
     Attributes:
@@ -53,10 +53,10 @@ class Snapshot:
         return self.config is engine.config and self.admission is engine.admission
 
 
-def take_snapshot(engine: Engine) -> Snapshot:
+def take_snapshot(engine: Engine) -> EngineSnapshot:
     """What is true of the engine now."""
     model = engine.model
-    return Snapshot(
+    return EngineSnapshot(
         model.name, model.device, model.tokenizer, model.decoder.vocab_size, engine.config, engine.admission
     )
 

@@ -13,7 +13,8 @@ from engine.batching.scheduler import ScheduledRequest
 from engine.config import EngineConfig, knob
 from engine.errors import shown
 from engine.speculation.draft_control import DraftControl
-from engine.speculation.proposers import Proposer, make_proposer
+from engine.speculation.proposers.base import Proposer
+from engine.speculation.proposers.table import make_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
 

@@ -16,7 +16,7 @@ from engine.models import resolve
 from engine.models.loader import resolve_device
 from engine.outputs import RequestOutput
 from engine.sizing import release_memory
-from engine.status import Snapshot
+from engine.status import EngineSnapshot
 from engine.telemetry.gpu import gpu_uuid
 from engine.telemetry.sampler import TelemetrySampler
 from engine.worker.loop import EngineLoop
@@ -66,7 +66,7 @@ class EngineHost:
         self,
         on_finished: Callable[[RequestOutput], None] | None = None,
         telemetry: TelemetrySampler | None = None,
-        on_ready: Callable[[Snapshot], None] | None = None,
+        on_ready: Callable[[EngineSnapshot], None] | None = None,
         before_load: Callable[[], None] | None = None,
     ) -> None:
         self._before_load = before_load

@@ -5,9 +5,9 @@
     callers <──on_output (quick!)──────────────┘
 
 Everything that touches the engine happens in the stepping thread, between two steps. Other threads read what the loop
-publishes: an immutable :class:`engine.status.Snapshot`, replaced as a whole before anybody hears that something has
-changed, and the numbered logs of steps and events. Work that can be done alongside the engine (quantizing new weights)
-happens in the caller's thread first.
+publishes: an immutable :class:`engine.status.EngineSnapshot`, replaced as a whole before anybody hears that something
+has changed, and the numbered logs of steps and events. Work that can be done alongside the engine (quantizing new
+weights) happens in the caller's thread first.
 
 Whatever is posted is answered: what it raises, and that the engine has stopped before its turn came, goes to whoever
 posted it. Nothing that is posted, and no callback, ends the thread.
@@ -32,7 +32,7 @@ from engine.errors import EngineDeadError, HeadroomError, shown
 from engine.outputs import EngineEvent, EngineStatus, ReconfigureResult, RequestOutput, RequestTimes, StepStats
 from engine.ring import Ring
 from engine.sampling.params import SamplingParams
-from engine.status import Snapshot, take_snapshot, take_status
+from engine.status import EngineSnapshot, take_snapshot, take_status
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.snapshot: Snapshot = take_snapshot(engine)
+        self.snapshot: EngineSnapshot = take_snapshot(engine)
         self.steps: Ring[StepStats] = engine.steps
         self.events: Ring[EngineEvent] = engine.events
         self.error: str | None = None

@@ -116,5 +116,5 @@ def test_weights_too_heavy_for_a_request_as_long_as_before_are_refused(model: Lo
     light = make_engine(model, weights="int4")
     assert light.envelope.max_model_len < light.model.max_position  # every block counts for the longest request
     with pytest.raises(CapacityError, match="a smaller cache would not hold a request") as refusal:
-        light.reconfigure({"weights": "model"})
+        reconfigure(light, {"weights": "model"})
     assert refusal.value.field == "weights"

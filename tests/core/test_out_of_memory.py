@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import core, sizing
+from engine import parts, sizing
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError

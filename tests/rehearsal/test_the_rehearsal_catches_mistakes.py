@@ -34,7 +34,7 @@ def test_a_tensor_left_on_the_cpu_is_caught(tiny_llama, runtime, simulation):
 def test_a_tensor_of_the_cpu_given_to_a_kernel_is_caught(tiny_llama, runtime, simulation):
     engine = load(tiny_llama, execution="eager")
     reconfigure(engine, {"execution": "fused"})
-    engine.executor._to_warm_up.clear()
+    engine.executor.mode.warm_up.pending.clear()
     norm = engine.model.decoder.layers[0].input_norm
     norm.weight = torch.nn.Parameter(norm.weight.inner.clone(), requires_grad=False)
     refused(simulation, engine, "_rms_norm_kernel is given weight_ptr on cpu")
@@ -110,7 +110,7 @@ def test_the_wrong_type_for_a_kernel_is_caught(tiny_llama, runtime, simulation, 
 def test_angles_in_the_wrong_type_are_caught(tiny_llama, runtime, simulation, monkeypatch):
     engine, forward = load(tiny_llama, execution="eager"), RotaryEmbedding.forward
     reconfigure(engine, {"execution": "fused"})
-    engine.executor._to_warm_up.clear()
+    engine.executor.mode.warm_up.pending.clear()
     monkeypatch.setattr(RotaryEmbedding, "forward", lambda self, at: tuple(x.half() for x in forward(self, at)))
     with pytest.raises((ValueError, AssertionError), match="cos must be float32"):  # the launching code looks itself
         rehearse(engine, simulation, requests(["greedy"]))
