@@ -12,7 +12,7 @@ import difflib
 import functools
 import importlib.resources
 
-from engine.capacity.words import GIB, shown
+from engine.capacity.text import GIB, shown
 from engine.errors import ConfigError
 
 MAX_MEMORY_GIB = 100_000.0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.capacity import ModelSpec
-from engine.capacity.memory.weights import parameter_count
+from engine.capacity.model.parameters import parameter_count
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_swap

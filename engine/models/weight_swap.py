@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
-from engine.capacity.memory.formats import weight_format
+from engine.capacity.formats import compute_dtype, weight_precision
 from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
 from engine.models.checkpoint import Checkpoint
@@ -160,11 +160,9 @@ def _original(checkpoint: Checkpoint, sources: tuple[str, ...]) -> torch.Tensor:
 def planned_bytes(spec: ModelSpec, choice: WeightChoice, dtype: torch.dtype) -> int:
     """Bytes of all weights in the formats of ``choice``, by the planner's formula."""
     name = dtype_name(dtype)
-    if choice.weights == "model":
-        total = weight_bytes(spec, name)
-    else:
-        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
-        total = weight_bytes(spec, weight_format(choice.format_name, zero_point_bits=16), dtype=name)
+    # torch's operator wants an INT4 group's zero point in bfloat16, next to its scale
+    stored = name if choice.weights == "model" else choice.format_name
+    total = weight_bytes(spec, weight_precision(stored, zero_point_bits=16), compute_dtype(name))
     if choice.head == "int8":
         rows, width = spec.vocab_size, spec.hidden_size
         total += rows * (width + 2) - rows * width * dtype.itemsize  # one bfloat16 scale a row

@@ -13,8 +13,8 @@ from engine.capacity import (
     Gpu,
     ModelSpec,
     Objectives,
+    PlannedWorkload,
     PlanRequest,
-    Workload,
     find_profile,
     gpus,
     model_names,
@@ -91,7 +91,7 @@ class PlanInputs:
     """What the inputs ask for; ``rate`` is None where the goal is a number of users."""
 
     request: PlanRequest
-    workload: Workload
+    workload: PlannedWorkload
     objectives: Objectives
     rate: float | None
     price: float | None
@@ -451,7 +451,9 @@ def _milliseconds(label: str, name: str, help_text: str) -> float | None:
     return None if value is None else float(value) / 1e3
 
 
-def _details(spec: ModelSpec, prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, Any], float | None]:
+def _details(
+    spec: ModelSpec, prompt: int, answer: int, gpu: Gpu
+) -> tuple[PlannedWorkload, dict[str, Any], float | None]:
     variation = _choice(
         "Lengths of requests",
         "lengths",
@@ -489,7 +491,7 @@ def _details(spec: ModelSpec, prompt: int, answer: int, gpu: Gpu) -> tuple[Workl
             **_widget("price"),
         )
     cvs = VARIATIONS[variation]
-    work = Workload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, None)
+    work = PlannedWorkload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, None)
     extra = {"lora_adapters": lora, "draft": drafter if draft else None}
     return work, extra, None if price is None else float(price)
 

@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from engine.capacity import Plan
-from engine.capacity.words import gib
+from engine.capacity.text import gib
 
 _GIB = 2**30
 _HEIGHT = 196

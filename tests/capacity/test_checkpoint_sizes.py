@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.capacity import ModelSpec, parameter_count, weight_bytes
+from engine.capacity import ModelSpec, parameter_count
 from engine.errors import ModelLoadError
 from engine.models.checkpoint_sizes import checkpoint_sizes
+from tests.capacity.by_name import weight_bytes
 
 
 def test_folder_of_safetensors_sums_to_the_planned_weights(tiny_llama):

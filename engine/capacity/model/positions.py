@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.capacity.model.fields import MAX_DIMENSION, REMEDY, number, positive
 from engine.capacity.model.stated import Stated
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 #: Scalings that leave the stated length as it is (the longest context of linear and dynamic ones is as stated, too).
