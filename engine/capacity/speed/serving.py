@@ -405,7 +405,7 @@ def _arrivals_near(rate: float, seconds: float, burstiness: float) -> float:
     if burstiness <= 1.0 or plain <= 0.0:
         return plain
     shape = 1.0 / burstiness
-    soon = (shape * plain) ** shape / math.gamma(1.0 + shape)
+    soon = math.pow(shape * plain, shape) / math.gamma(1.0 + shape)
     return max(plain, min(soon, plain + (burstiness - 1.0) / 2.0))
 
 
