@@ -238,7 +238,7 @@ def cache_shortage(model: LoadedModel, config: EngineConfig, envelope: Envelope)
     kv_bytes = _kv_bytes(model, config, envelope)
     return CapacityError(
         f"memory ran out while {kv_bytes / GIB:.3f} GiB of KV cache were allocated: the limit of "
-        f"{envelope.limit_bytes / GIB:.3f} GiB leaves them beside {envelope.weights_bytes / GIB:.3f} GiB of weights "
+        f"{envelope.limit_bytes / GIB:.3f} GiB leaves them next to {envelope.weights_bytes / GIB:.3f} GiB of weights "
         f"and {envelope.activation_bytes / GIB:.3f} GiB of activations, but free are "
         f"{free_bytes(model.device) / GIB:.3f} GiB.",
         field="memory_limit_gib",
@@ -250,9 +250,9 @@ def swap_shortage(model: LoadedModel, target: EngineConfig) -> CapacityError:
     """Memory ran out while other weights were made or put in place."""
     wanted, present = predicted_weight_bytes(model, target), model.weight_bytes()
     return CapacityError(
-        f"memory ran out while {target.weights} weights were made: they need {wanted / GIB:.3f} GiB beside the present "
-        f"{present / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
-        f"The present weights stay.",
+        f"memory ran out while {target.weights} weights were made: they need {wanted / GIB:.3f} GiB next to the "
+        f"current {present / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
+        f"The current weights stay.",
         field="weights",
         remedy="Free memory, or load the model again with these weights.",
     )

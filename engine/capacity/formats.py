@@ -204,7 +204,7 @@ def weight_precision(name: str, *, zero_point_bits: int = 4) -> WeightPrecision:
             with double quantization), a GGUF type (``q4_k``,
             ``q8_0`` …) or mixture (``q4_k_m``, ``q5_k_m``).
         zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
-            kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
+            kernel wants it next to the scale in bfloat16, as torch's CPU operator does.
 
     Raises:
         ConfigError: for any other name.

@@ -11,6 +11,7 @@ import torch
 
 from engine.capacity import ModelSpec, weight_bytes
 from engine.capacity.formats import compute_dtype, weight_precision
+from engine.capacity.text import GIB
 from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
 from engine.models.checkpoint import Checkpoint
@@ -186,7 +187,7 @@ def _check_memory(
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the new weights need {needed / 2**30:.2f} GiB next to the current ones; {free / 2**30:.2f} are free.",
+            f"the new weights need {needed / GIB:.2f} GiB next to the current ones; {free / GIB:.2f} are free.",
             field="weights",
             remedy="Free memory, or load the model again with these weights.",
         )

@@ -41,7 +41,8 @@ def concurrency_curve(request: PlanRequest) -> tuple[CurvePoint, ...]:
     """
     full = complete(request)
     longest = full.spec.max_position
-    powers = [2**n for n in range(longest.bit_length()) if _SHORTEST <= 2**n <= longest]
+    shortest = max(_SHORTEST, full.shared_prefix + 1)  # a prefix that all share leaves something of each
+    powers = [2**n for n in range(longest.bit_length()) if shortest <= 2**n <= longest]
     contexts = sorted({*powers, full.context, longest})
     return tuple(_point(request, context) for context in contexts)
 

@@ -39,7 +39,7 @@ class Deployment:
         best: at the largest load that keeps the objectives; None if none does.
         cost: at the planned load.
         headroom: share of the largest load that is still free; negative if the goal is above it.
-        first_limit: what breaks first as the load grows, in words.
+        first_limit: what breaks first as the load grows, as text.
         fits: memory holds the goal and the load is served.
         meets: the objectives are kept, too.
     """
@@ -248,7 +248,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def warnings_of(answer: Deployment) -> list[str]:
-    """What an operator should look at, beside memory."""
+    """What an operator should look at, besides memory."""
     full, lines = answer.plan.request, []
     if answer.plan.max_concurrency and answer.serving is None:
         lines.append(f"The speeds of {full.gpu.name} are not known: no latency, throughput or cost a token is given.")

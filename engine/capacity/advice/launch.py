@@ -62,7 +62,7 @@ def _sglang(request: CompleteRequest, workload: PlannedWorkload | None) -> Launc
     for flag, value in (("--tp", request.tp), ("--pp-size", request.pp), ("--ep-size", request.ep)):
         parts += [flag, str(value)] if value > 1 else []
     parts += ["--kv-cache-dtype", "fp8_e4m3"] if request.kv_dtype.name == "fp8" else []
-    remarks = ["Its memory fraction covers weights and KV cache only: lower it if activations do not fit beside them."]
+    remarks = ["Its memory fraction covers weights and KV cache only: lower it if activations do not fit next to them."]
     if request.weights.name == "fp8" and not request.spec.checkpoint_format:
         parts += ["--quantization", "fp8"]
     elif _needs_checkpoint(request):

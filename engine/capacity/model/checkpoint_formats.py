@@ -1,5 +1,5 @@
 """How a checkpoint says that it is quantized: ``quantization_config`` of a ``config.json``, or NVIDIA ModelOpt's
-``hf_quant_config.json`` beside it. Which matrices are, in which format, and what the KV cache is to be kept in."""
+``hf_quant_config.json`` next to it. Which matrices are, in which format, and what the KV cache is to be kept in."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ class Quantization:
 
 
 def checkpoint_quantization(
-    config: Mapping[str, Any], beside: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], separate: Mapping[str, Any] | None = None
 ) -> tuple[Quantization, list[str]]:
     """(the quantization that a checkpoint states, paths of fields of it that were not read).
 
     Args:
         config: the ``config.json``.
-        beside: the ``hf_quant_config.json``, if there is one; it counts where ``config`` states nothing.
+        separate: the ``hf_quant_config.json``, if there is one; it counts where ``config`` states nothing.
 
     >>> def name(**stated):
     ...     return checkpoint_quantization({"quantization_config": stated})[0].format.name
@@ -98,7 +98,7 @@ def checkpoint_quantization(
     >>> found.format.name, found.kv_dtype
     ('fp8', 'fp8')
     """
-    field, value = _where(config, beside)
+    field, value = _where(config, separate)
     if value is None:
         return Quantization(), []
     if not isinstance(value, Mapping):
@@ -149,7 +149,7 @@ _LOOSE = (
 )  # fmt: skip
 
 
-def _where(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> tuple[str, Any]:
+def _where(config: Mapping[str, Any], separate: Mapping[str, Any] | None) -> tuple[str, Any]:
     """(path, object) of the statement, None where there is none."""
     inner = config.get("text_config")
     places = [config, *([inner] if isinstance(inner, Mapping) else [])]
@@ -157,10 +157,10 @@ def _where(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> tuple
         for field in ("quantization_config", "compression_config"):
             if place.get(field):
                 return field, place[field]
-    if beside is None:
+    if separate is None:
         return "", None
-    stated = beside.get("quantization")
-    return "hf_quant_config.json", stated if stated is not None else beside
+    stated = separate.get("quantization")
+    return "hf_quant_config.json", stated if stated is not None else separate
 
 
 def _listed(stated: Stated, *fields: str) -> tuple[ModuleList | None, tuple[str, ...]]:
@@ -244,7 +244,7 @@ def _integers(bits: object, group: object, *, zero: bool, scale_bytes: int = 2) 
 
 
 def _packed(stated: Stated) -> Quantization | None:
-    """AWQ, GPTQ and AutoRound: integers with scales in 16 bits, zero points packed beside them."""
+    """AWQ, GPTQ and AutoRound: integers with scales in 16 bits, zero points packed next to them."""
     # GPTQ's layout stores zero points of a symmetric grid too.
     bits = stated.get("bits", stated.get("w_bit", 4))
     stated.mark("w_bit", "q_group_size", "zero_point", "group_size")

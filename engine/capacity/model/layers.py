@@ -414,7 +414,7 @@ class Layer:
     """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
 
     ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most. ``extra``:
-    tensors beside mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index (or the
+    tensors besides mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index (or the
     compressed cache) of a sparse layer, on every GPU and whatever its window; ``reads``: how many tokens it then
     attends to, None for all that the window holds.
     """

@@ -70,7 +70,7 @@ def mimo(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
 
 
 def gemma4(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
-    """Gemma 4: full layers have wider heads; the last layers may share the cache of earlier ones; experts beside the
+    """Gemma 4: full layers have wider heads; the last layers may share the cache of earlier ones; experts next to the
     MLP; an embedding for each layer."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
     kinds = names(config, "layer_types", ATTENTION_KINDS, layers)
@@ -109,12 +109,12 @@ def _gemma4_mlp(config: Mapping[str, Any], width: int) -> AnyMLP:
     count, top_k = (positive(config, field, maximum=MAX_EXPERTS) for field in fields[:2])
     if top_k > count:
         raise ConfigError(f"{top_k:,} are more than the {count:,} there are.", field=fields[1], remedy=REMEDY)
-    # The MLP of all tokens stands beside the experts.
+    # The MLP of all tokens is there besides the experts.
     return MixtureOfExperts(count, top_k, positive(config, fields[2]), shared_width=width, correction=True)
 
 
 def _gemma4_extra(config: Mapping[str, Any], hidden: int) -> tuple[tuple[Tensor, ...], int]:
-    """(a layer's tensors beside attention and MLP, norms more than usual)."""
+    """(a layer's tensors besides attention and MLP, norms more than usual)."""
     width = whole(config, "hidden_size_per_layer_input", 256)
     experts = flag(config, "enable_moe_block", False)
     tensors = []
@@ -216,7 +216,7 @@ def _v4_compressor(hidden: int, rows: int, width: int, rate: int) -> tuple[Tenso
 
 
 def read_extra(config: Mapping[str, Any], family: FamilyFields) -> tuple[Tensor, ...]:
-    """Tensors beside embedding, layers and head: Gemma 4's of each layer, DeepSeek-V4's mixing of streams."""
+    """Tensors besides embedding, layers and head: Gemma 4's of each layer, DeepSeek-V4's mixing of streams."""
     if family.layout == "deepseek_v4":
         streams = positive(config, "hc_mult", 4, 64)
         mixing = Tensor("norms", "hyper", streams, streams * positive(config, "hidden_size"))
@@ -277,7 +277,7 @@ def _minimax_m3_mlps(config: Mapping[str, Any], family: FamilyFields, layers: in
 
 
 def step(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
-    """Step-3.5 and 3.7: a gate a head, sliding layers with more query heads, experts beside a shared one."""
+    """Step-3.5 and 3.7: a gate a head, sliding layers with more query heads, experts next to a shared one."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
     kinds = _padded_names(config, "layer_types", ATTENTION_KINDS, layers) or ["full_attention"] * layers
     full = attention_of(config, family)

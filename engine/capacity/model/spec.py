@@ -48,7 +48,7 @@ class ModelSpec:
         head_bias: the head has a bias; norm_bias: the norms have one.
         max_position: the longest context, RoPE scaling included.
         rotary_share: share of a head that position turns.
-        extra: tensors beside embedding, layers and head, with the embedding.
+        extra: tensors besides embedding, layers and head, with the embedding.
         encoder: parameters of an image encoder and its projector, which no count of parameters includes.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
         quantization: weight format that most matrices of the checkpoint are quantized in, None if they are not;
@@ -87,7 +87,7 @@ class ModelSpec:
             config: the parsed file. A field that is not read, and is none of those that are known to change no sizes,
                 is named in the notes.
             name: for display; by default ``_name_or_path`` or the architecture.
-            quantization: the parsed ``hf_quant_config.json`` beside it, if there is one.
+            quantization: the parsed ``hf_quant_config.json`` next to it, if there is one.
 
         Raises:
             ConfigError: naming the field that is missing, malformed or contradicts another, or the architecture that
@@ -278,7 +278,7 @@ def _language_model(config: Stated, outer: FamilyFields) -> tuple[FamilyFields, 
     if not outer.text:
         return outer, config.over(dict(outer.defaults)), []
     inner = config.get("text_config", config.get("llm_config"))
-    if inner is None and config.get("hidden_size") is not None:  # older files have its fields beside the encoder's
+    if inner is None and config.get("hidden_size") is not None:  # older files have its fields next to the encoder's
         inner = {name: config[name] for name in config if name not in ("model_type", "architectures", *_ELSEWHERE)}
     if not isinstance(inner, Mapping):
         raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)

@@ -124,15 +124,15 @@ class Serving:
         return self._draft.seconds(Batch(running, work.mean_context)) if self._draft else 0.0
 
     def room_for_prompts(self, running: float) -> float:
-        """Prompt tokens that a step can take beside ``running`` sequences."""
+        """Prompt tokens that a step can take besides ``running`` sequences."""
         budget = self.request.token_budget or 2.0**31
         return max(1.0, budget - running * (self.workload.draft_length + 1.0))
 
     def _line(self, running: float) -> tuple[float, float, float]:
         """(a, b, room): a step takes a + b · prompt tokens, of which it can take ``room``."""
         work, room = self.workload, self.room_for_prompts(running)
-        # Prompts of a step that takes any: the first tokens cost little beside the weights that are read anyway, so the
-        # slope must be taken at the size that such steps really have.
+        # Prompts of a step that takes any: the first tokens cost little next to the weights that are read anyway, so
+        # the slope must be taken at the size that such steps really have.
         prompts = running * self.tokens_a_step / work.output_tokens / self.request.pp
         together = prompts / -math.expm1(-prompts) if prompts > 1e-9 else 1.0
         chunk = min(work.prefill_tokens * together, room)
@@ -142,7 +142,7 @@ class Serving:
     def step_s(self, running: float, closed: bool = False) -> float:
         """Mean duration, seen by a request, of a step in steady state with ``running`` sequences decoding.
 
-        Where arrivals come from outside, a request sees itself beside the average number of others.
+        Where arrivals come from outside, a request sees itself besides the average number of others.
         """
         if self.request.profile.batch_is_concurrency:
             return self.decode_step_s(running)
