@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from engine.capacity import ModelSpec
-from engine.capacity.memory.weights import parameter_count
+from engine.capacity.model.parameters import parameter_count
+from engine.capacity.text import GIB
 from engine.config import DEFAULT_MODEL
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
@@ -405,7 +406,7 @@ def _check_memory(needed: int, device: torch.device, kept: str) -> None:
     free = weight_swap.free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the weights need {needed / 2**30:.2f} GiB in {kept}, but {free / 2**30:.2f} GiB are free.",
+            f"the weights need {needed / GIB:.2f} GiB in {kept}, but {free / GIB:.2f} GiB are free.",
             field="model",
             remedy="Free memory, or choose a smaller model, a smaller dtype or quantized weights.",
         )

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
-from engine.capacity.memory.formats import WeightFormat
+from engine.capacity.formats import WeightPrecision
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Tensor:
     """``count`` equal tensors of ``rows`` outputs and ``columns`` inputs.
 
     Attributes:
-        part: of the model, see :data:`engine.capacity.memory.weights.PARTS`.
+        part: of the model, see :data:`engine.capacity.model.parameters.PARTS`.
         role: what it does, e.g. ``"qkv"``; operators of the roofline are named after it.
         rows, columns: numbers of elements.
         count: how many there are.
@@ -36,7 +36,7 @@ class Tensor:
     active: int | None = None
     linear: bool = False
     slices: int = 1
-    own: WeightFormat | None = None
+    own: WeightPrecision | None = None
 
     @property
     def size(self) -> int:
@@ -337,7 +337,7 @@ class DenseMLP:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class MixtureMLP:
+class MixtureOfExperts:
     """A router that picks ``top_k`` of ``num_experts`` MLPs for each token, and perhaps MLPs that all tokens share.
 
     Attributes:
@@ -396,7 +396,7 @@ class MixtureMLP:
         return routed and self.shared_width % tp == 0
 
 
-def _mlp(part: str, role: str, mlp: DenseMLP | MixtureMLP, hidden: int, width: int) -> Iterator[Tensor]:
+def _mlp(part: str, role: str, mlp: DenseMLP | MixtureOfExperts, hidden: int, width: int) -> Iterator[Tensor]:
     slices = 2 if mlp.gated else 1
     yield Tensor(part, f"{role}_up", slices * width, hidden, linear=True, slices=slices)
     yield Tensor(part, f"{role}_down", hidden, width, linear=True)
@@ -406,7 +406,7 @@ def _mlp(part: str, role: str, mlp: DenseMLP | MixtureMLP, hidden: int, width: i
 
 
 AnyMixer = Attention | LatentAttention | GatedDeltaNet | Mamba2 | NoMixer
-AnyMLP = DenseMLP | MixtureMLP
+AnyMLP = DenseMLP | MixtureOfExperts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -414,7 +414,7 @@ class Layer:
     """One layer: a mixer, an MLP, and ``norms`` norms of the hidden width.
 
     ``formats``: (role, format) of matrices that a quantized checkpoint stores in another format than most. ``extra``:
-    tensors beside mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index (or the
+    tensors besides mixer and MLP, whole on every GPU. ``index_bytes``: what one more token adds to the index (or the
     compressed cache) of a sparse layer, on every GPU and whatever its window; ``reads``: how many tokens it then
     attends to, None for all that the window holds.
     """
@@ -422,7 +422,7 @@ class Layer:
     mixer: AnyMixer
     mlp: AnyMLP
     norms: int = 2
-    formats: tuple[tuple[str, WeightFormat], ...] = ()
+    formats: tuple[tuple[str, WeightPrecision], ...] = ()
     extra: tuple[Tensor, ...] = ()
     index_bytes: int = 0
     reads: int | None = None
