@@ -18,8 +18,8 @@ from engine.capacity.memory.cache import block_bytes, most_blocks
 from engine.capacity.memory.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
 from engine.capacity.memory.request import CompleteRequest
 from engine.capacity.memory.weights import lora_bytes
-from engine.capacity.model.layers import share
 from engine.capacity.model.sharding import WHOLE, Shard, Stage
+from engine.capacity.model.tensors import share
 from engine.capacity.text import gib
 from engine.errors import CapacityError
 

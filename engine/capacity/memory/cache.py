@@ -13,7 +13,7 @@ from engine.capacity.memory.kv import (
     state_bytes_per_sequence,
 )
 from engine.capacity.memory.request import CompleteRequest
-from engine.capacity.model.layers import Attention, CompressedAttention, LatentAttention
+from engine.capacity.model.mixers import Attention, CompressedAttention, LatentAttention
 from engine.capacity.model.sharding import Shard, Stage
 from engine.capacity.model.spec import ModelSpec
 

@@ -8,7 +8,7 @@ from math import ceil, prod
 
 from engine.capacity.memory.kv import CacheLayout, attending_layers, blocks_for, kv_bytes_per_sequence, tokens_kept
 from engine.capacity.memory.parallel import kv_heads_per_gpu
-from engine.capacity.model.layers import AnyMixer, Attention, LatentAttention
+from engine.capacity.model.mixers import AnyMixer, Attention, LatentAttention
 from engine.capacity.model.sharding import Shard
 from engine.capacity.model.spec import ModelSpec
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from engine.capacity.formats import BFLOAT16, FLOAT16
 from engine.capacity.memory.profiles import peak_activation_bytes
 from engine.capacity.memory.request import CompleteRequest
-from engine.capacity.model.layers import CompressedAttention
+from engine.capacity.model.mixers import CompressedAttention
 from engine.capacity.text import gib
 
 #: Above this utilization CUDA graphs and the driver get into difficulties.

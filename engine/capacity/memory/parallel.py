@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.capacity.model.layers import AnyMixer, Attention, GatedDeltaNet, LatentAttention, Mamba2
+from engine.capacity.model.mixers import AnyMixer, Attention, GatedDeltaNet, LatentAttention, Mamba2
 from engine.capacity.model.spec import ModelSpec
 from engine.capacity.text import shown
 from engine.errors import ConfigError

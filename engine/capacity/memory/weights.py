@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from engine.capacity.formats import GGUF_TYPES, UNQUANTIZED, ComputeDtype, WeightPrecision
-from engine.capacity.model.layers import Attention, Tensor
+from engine.capacity.model.mixers import Attention
 from engine.capacity.model.parameters import tensors_of
 from engine.capacity.model.sharding import WHOLE, Shard, Stage
 from engine.capacity.model.spec import ModelSpec
+from engine.capacity.model.tensors import Tensor
 
 _GGUF_VECTOR_BYTES = 4
 

@@ -7,12 +7,8 @@ from typing import Any
 
 from engine.capacity.model.families import FamilyFields
 from engine.capacity.model.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, positive, whole
-from engine.capacity.model.layers import (
-    AnyMLP,
-    Attention,
-    DenseMLP,
-    MixtureOfExperts,
-)
+from engine.capacity.model.layers import AnyMLP, DenseMLP, MixtureOfExperts
+from engine.capacity.model.mixers import Attention
 from engine.capacity.model.stated import Stated
 from engine.errors import ConfigError
 

@@ -10,9 +10,9 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from engine.capacity.model.layers import Tensor
 from engine.capacity.model.sharding import WHOLE, Shard, Stage
 from engine.capacity.model.spec import ModelSpec
+from engine.capacity.model.tensors import Tensor
 
 PARTS = ("embedding", "attention", "recurrent", "mlp", "experts", "router", "norms", "head")
 

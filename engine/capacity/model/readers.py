@@ -20,20 +20,10 @@ from engine.capacity.model.layer_fields import (
     switches,
     windows_of,
 )
-from engine.capacity.model.layers import (
-    AnyMixer,
-    AnyMLP,
-    Attention,
-    DenseMLP,
-    GatedDeltaNet,
-    LatentAttention,
-    Layer,
-    Mamba2,
-    MixtureOfExperts,
-    NoMixer,
-    Tensor,
-)
+from engine.capacity.model.layers import AnyMLP, DenseMLP, Layer, MixtureOfExperts
+from engine.capacity.model.mixers import AnyMixer, Attention, GatedDeltaNet, LatentAttention, Mamba2, NoMixer
 from engine.capacity.model.recent_readers import blocks, deepseek_v4, gemma4, mimo, minimax_m3, step
+from engine.capacity.model.tensors import Tensor
 from engine.capacity.text import shown
 from engine.errors import ConfigError
 

@@ -22,18 +22,10 @@ from engine.capacity.model.layer_fields import (
     seen,
     switches,
 )
-from engine.capacity.model.layers import (
-    AnyMixer,
-    AnyMLP,
-    Attention,
-    CompressedAttention,
-    DenseMLP,
-    Layer,
-    MixtureOfExperts,
-    NoMixer,
-    Tensor,
-)
+from engine.capacity.model.layers import AnyMLP, DenseMLP, Layer, MixtureOfExperts
+from engine.capacity.model.mixers import AnyMixer, Attention, CompressedAttention, NoMixer
 from engine.capacity.model.stated import Stated
+from engine.capacity.model.tensors import Tensor
 from engine.errors import ConfigError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.capacity.formats import ComputeDtype, compute_dtype
 from engine.capacity.model.fields import MAX_EXPERTS, MAX_LAYERS
-from engine.capacity.model.layers import AnyMixer, AnyMLP, Attention, DenseMLP, LatentAttention, Layer, MixtureOfExperts
+from engine.capacity.model.layers import AnyMLP, DenseMLP, Layer, MixtureOfExperts
+from engine.capacity.model.mixers import AnyMixer, Attention, LatentAttention
 from engine.capacity.model.parameters import parameter_count
 from engine.capacity.model.spec import ModelSpec
 from engine.capacity.text import shown

@@ -19,11 +19,13 @@ from engine.capacity.model.checkpoint_formats import checkpoint_quantization
 from engine.capacity.model.encoders import encoder_parameters
 from engine.capacity.model.families import FAMILIES, FamilyFields, family_of
 from engine.capacity.model.fields import REMEDY, flag, positive
-from engine.capacity.model.layers import Attention, LatentAttention, Layer, MixtureOfExperts, Tensor
+from engine.capacity.model.layers import Layer, MixtureOfExperts
+from engine.capacity.model.mixers import Attention, LatentAttention
 from engine.capacity.model.positions import longest_position
 from engine.capacity.model.readers import read_layers
 from engine.capacity.model.recent_readers import read_extra
 from engine.capacity.model.stated import Stated, unread_warning
+from engine.capacity.model.tensors import Tensor
 from engine.capacity.text import shown
 from engine.errors import ConfigError
 

@@ -16,8 +16,10 @@ from engine.capacity.formats import FLOAT32, ComputeDtype, WeightPrecision
 from engine.capacity.hardware import Gpu
 from engine.capacity.memory.request import CompleteRequest
 from engine.capacity.memory.weights import SizedTensor, sized_tensors
-from engine.capacity.model.layers import Attention, LatentAttention, MixtureOfExperts, share
+from engine.capacity.model.layers import MixtureOfExperts
+from engine.capacity.model.mixers import Attention, LatentAttention
 from engine.capacity.model.spec import ModelSpec
+from engine.capacity.model.tensors import share
 
 #: Overhead of a step seen in serving engines, seconds: a layer, a request, a step.
 LAYER_OVERHEAD_S, REQUEST_OVERHEAD_S, STEP_OVERHEAD_S = 32e-6, 4e-6, 126e-6
