@@ -25,8 +25,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from engine.errors import ConfigError, shown
 
-#: The embedded model's name.
 DEFAULT_MODEL = "smollm2-135m"
+"""The embedded model: fetched as a package, small enough for any machine."""
 
 
 class Tier(StrEnum):

@@ -301,7 +301,7 @@ def test_bug_is_told_from_wrong_input(run: Run, monkeypatch: pytest.MonkeyPatch)
     def broken(config: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "_load", broken)
+    monkeypatch.setattr("engine.cli.generate.load_engine", broken)
     code, out, err = run("generate", "--prompt", "x", "--json")
     assert code == 1
     assert json.loads(out)["error"]["message"] == "RuntimeError: a bug"
