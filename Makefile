@@ -7,6 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 MODEL ?= smollm2-135m
 PORT ?= 8501
+TORCH ?= auto
 HEADROOM_HOME ?= $(HOME)/.cache/headroom
 PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 # Processes that share the suite: one a core, four at most (each holds a gigabyte or two).
@@ -17,30 +18,32 @@ SLOW_MARKS := model or browser or postgres or interpreter or beside or slow or w
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium check test lint format bench gpu peers soak attack clean
+.PHONY: help run setup setup-dev lock chromium check test test-waiting lint format docs reference bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 run: setup ## Open the dashboard on 127.0.0.1:8501 with the default model loading (MODEL=…, PORT=…).
-	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.port $(PORT)
+	@$(BIN)/python -m engine run --model $(MODEL) --port $(PORT)
 
-setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model.
+setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model (TORCH=cpu or cuda, default auto).
 	@$(BIN)/python -m engine fetch smollm2-135m
 
 setup-dev: $(VENV)/.installed-dev chromium
 	@$(BIN)/python -m engine fetch smollm2-135m
 	@$(BIN)/python -m tests.gemma
 
-# The stamps make a second run quick: pip runs only after a requirements file has changed.
-$(VENV)/.installed: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+# The stamps make a second run quick: packages are installed only after a lock has changed.
+$(VENV)/.installed: requirements.lock requirements-cpu.lock requirements-uv.lock
+	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH)
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH) --dev
 	@touch $@
+
+lock: ## Resolve requirements*.txt for every platform and write the locks, with hashes.
+	$(PYTHON) .ci/environment.py --venv $(VENV) --lock
 
 chromium: # The browser tests drive the system's Chromium; installed only where absent.
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
@@ -51,7 +54,11 @@ check: $(VENV)/.installed-dev lint ## Lint, types and the quick tests: three min
 	$(PYTEST) -q -m "not ($(SLOW_MARKS))" $(ARGS)
 
 test: setup-dev lint ## Lint, type-check and run the whole test suite; the slowest are in tests/artifacts/slowest.md.
-	$(PYTEST) --durations=40 $(ARGS)
+	$(PYTEST) -m "not waiting" --durations=40 $(ARGS)
+
+test-waiting: setup-dev ## Test the functions that no product code calls yet (kernels/waiting.py).
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m waiting tests/kernels/interpreter
+	$(BIN)/python -m pytest -m waiting tests/kernels/test_kernels_compile_ahead_of_time.py
 
 lint: $(VENV)/.installed-dev ## Ruff (lint and format check) and mypy.
 	$(BIN)/ruff check --no-cache .
@@ -61,6 +68,13 @@ lint: $(VENV)/.installed-dev ## Ruff (lint and format check) and mypy.
 format: $(VENV)/.installed-dev ## Let ruff fix what it can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev ## Build the documentation site into site/; a broken link fails.
+	$(BIN)/python -m zensical build --strict
+
+reference: $(VENV)/.installed-dev ## Write docs/api and the tables of docs/benchmarks.md again from the code and the saved results.
+	$(BIN)/python -m tests.docs.reference
+	$(BIN)/python -m tests.benchmarks.report_docs
 
 bench: setup-dev ## Measure the engine beside its peers on this machine, in one run (ARGS=…, see tests/benchmarks).
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from engine.config import Knob, Tier
+from engine.config import DEFAULT_MODEL, Knob, Tier
 from pages.background.feed import Feed
 from pages.background.recorder import Job, RunRecorder
 
 WorkerPhase = Literal["loading", "ready", "failed", "dead"]
-DEFAULT_MODEL = "smollm2-135m"
 
 
 class WorkerProcess(Protocol):
@@ -143,7 +142,7 @@ class Services:
         return self._workloads
 
     def change(self, changes: Mapping[str, Any], *, force: bool = False) -> concurrent.futures.Future[Any]:
-        """Reconfigure the engine beside the script; the future gives the ReconfigureResult or the error.
+        """Reconfigure the engine in the background; the future gives the ReconfigureResult or the error.
 
         Args:
             force: also while a run is being recorded, which is then marked as disturbed.

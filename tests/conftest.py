@@ -17,12 +17,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from engine.config import DEFAULT_MODEL
 from tests import durations, marks
 from tests.beside import PATIENCE_S, ROOT, Beside
 
 #: This is one of several processes that share the suite (pytest-xdist).
 IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
-DEFAULT_MODEL = "smollm2-135m"
 _BESIDE = pytest.StashKey[Beside]()
 
 

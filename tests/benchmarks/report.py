@@ -1,6 +1,6 @@
-"""Results on disk and in the README: pure rendering of the document that ``run`` makes.
+"""Results on disk and as tables: pure rendering of the document that ``run`` makes.
 
-python -m tests.benchmarks.report tests/benchmarks/results/<file>.json      # the README's table from saved results
+python -m tests.benchmarks.report tests/benchmarks/results/<file>.json      # the tables of saved results
 """
 
 from __future__ import annotations
@@ -37,27 +37,34 @@ def save(document: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def write_readme(readme: Path, text: str) -> None:
-    """Replace what stands between the benchmark marks."""
-    replace_between(readme, BEGIN, END, text)
-
-
-def replace_between(readme: Path, begin_mark: str, end_mark: str, text: str) -> None:
-    """Replace what stands between two marks.
+def replace_between(page: Path, begin_mark: str, end_mark: str, text: str) -> None:
+    """Replace what stands between two marks of a file.
 
     Raises:
         ValueError: if the marks are not there, once each and in order.
     """
-    whole = readme.read_text(encoding="utf-8")
+    whole = page.read_text(encoding="utf-8")
+    try:
+        page.write_text(with_text_between(whole, begin_mark, end_mark, text), encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from error
+
+
+def with_text_between(whole: str, begin_mark: str, end_mark: str, text: str) -> str:
+    """The text with what stands between the two marks replaced.
+
+    Raises:
+        ValueError: if the marks are not there, once each and in order.
+    """
     before, begin, rest = whole.partition(begin_mark)
     _, end, after = rest.partition(end_mark)
     if not begin or not end or begin_mark in after or end_mark in after:
-        raise ValueError(f"{readme} needs {begin_mark} and {end_mark}, once each")
-    readme.write_text(f"{before}{begin_mark}\n{text.strip()}\n{end_mark}{after}", encoding="utf-8")
+        raise ValueError(f"{begin_mark} and {end_mark} are needed, once each")
+    return f"{before}{begin_mark}\n{text.strip()}\n{end_mark}{after}"
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The README's section: how it was measured, the bars, the figures, the floors."""
+    """The section of a run: how it was measured, the bars, the figures, the floors."""
     parts = [_introduction(document), _bars(document), _figures(document), _quality_note(document)]
     parts += [_footnotes(document), _missed(document)]
     return "\n\n".join(part for part in parts if part)
@@ -277,16 +284,10 @@ def _shown(value: float | None) -> str:
 
 
 def main() -> None:
-    """Render saved results into the README."""
+    """Print the tables of saved results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path, help="replace the table there; without it the text is printed")
-    arguments = parser.parse_args()
-    text = markdown(json.loads(arguments.results.read_text(encoding="utf-8")))
-    if arguments.readme is None:
-        print(text)
-    else:
-        write_readme(arguments.readme, text)
+    print(markdown(json.loads(parser.parse_args().results.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ same run (``quality.py``); random weights have no quality.
 Threads that wait for each other at every product suffer far more from other work on the machine than one thread does
 (a step takes seconds instead of milliseconds): on a shared machine only ``--threads 1`` says anything at all.
 
-Results go to ``tests/benchmarks/results/<date>-<machine>-<hash>.json`` and into the README between its benchmark marks;
+Results go to ``tests/benchmarks/results/<date>-<machine>-<hash>.json`` and into docs/benchmarks.md between its marks;
 those of ``--quick`` (one repeat, at most 16 requests, an eighth of the output) only to ``tests/artifacts/benchmarks/``.
 """
 
@@ -44,7 +44,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from engine.measure.provenance import code_revision, hardware, versions
 from engine.models import fetch_default_model
-from tests.benchmarks import checkpoints, report
+from tests.benchmarks import checkpoints, report, report_docs
 from tests.benchmarks.bars import judge
 from tests.benchmarks.floor import Shape, floor, measure, read_shape
 from tests.benchmarks.metrics import METRICS, figures
@@ -119,7 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=checkpoints.CHECKPOINTS, help="default: smollm2-135m, on cuda llama-3.1-8b")
-    parser.add_argument("--no-readme", action="store_true", help="leave the README as it is")
+    parser.add_argument("--no-readme", action="store_true", help="leave docs/benchmarks.md as it is")
     return parser.parse_args(arguments)
 
 
@@ -141,7 +141,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         benchmarks=benchmarks,
         settings=[setting for setting in wanted if setting.engine not in missing],
         missing=missing,
-        shape=arguments.shape or (checkpoints.DEFAULT if arguments.device == "cpu" else "llama-3.1-8b"),
+        shape=arguments.shape or (checkpoints.DEFAULT_MODEL if arguments.device == "cpu" else "llama-3.1-8b"),
         device=arguments.device,
         threads=arguments.threads,
         repeats=1 if arguments.quick else arguments.repeats,
@@ -262,11 +262,11 @@ def run(plan: Plan) -> dict[str, Any]:
 def measure_quality(plan: Plan) -> dict[str, Any] | None:
     """``{reference, figures: {label: …}}`` of our settings, from a process of its own; None for random weights."""
     ours = [quality_knobs(setting.options) for setting in plan.settings if setting.engine == OURS]
-    if plan.shape != checkpoints.DEFAULT or not ours:
+    if plan.shape != checkpoints.DEFAULT_MODEL or not ours:
         return None
     say("measuring what our settings cost in quality …")
     shared = shared_knobs(plan.device, plan.threads)
-    order = {"model": checkpoints.DEFAULT, "shared": shared, "combinations": ours, "threads": plan.threads}
+    order = {"model": checkpoints.DEFAULT_MODEL, "shared": shared, "combinations": ours, "threads": plan.threads}
     with tempfile.TemporaryDirectory(prefix="headroom-bench-") as scratch:
         source, target = Path(scratch) / "in.json", Path(scratch) / "out.json"
         source.write_text(json.dumps(order), encoding="utf-8")
@@ -296,7 +296,7 @@ def _order(plan: Plan, sent: dict[bool, dict[str, list[Work]]], repeat: int) -> 
 def _run_setting(plan: Plan, setting: Setting, work: list[Work], folder: Path) -> Report:
     began = time.monotonic()
     say(f"{setting.engine} {setting.name}: {', '.join(f'{w.name} {w.variant}'.strip() for w in work)} …")
-    gguf = str(fetch_default_model()) if plan.shape == checkpoints.DEFAULT else ""
+    gguf = str(fetch_default_model()) if plan.shape == checkpoints.DEFAULT_MODEL else ""
     order = Order(
         peer=setting.engine,
         setting=setting.name,
@@ -428,7 +428,7 @@ def _provenance(plan: Plan, repeats: int, load_average: Sequence[float], warning
 
 
 def main() -> None:
-    """Measure, save, print the tables, write the README."""
+    """Measure, save, print the tables, write them into docs/benchmarks.md."""
     arguments = parse_arguments()
     plan = make_plan(arguments)
     document = run(plan)
@@ -437,8 +437,7 @@ def main() -> None:
     text = report.markdown(document)
     print(text)
     if not plan.quick and not arguments.no_readme:
-        report.write_readme(ROOT / "README.md", text)
-        say("README.md: table replaced")
+        report_docs.main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a document of results to the README's table; no peer is needed."""
+"""From a document of results to tables; no peer is needed."""
 
 from __future__ import annotations
 
@@ -153,21 +153,21 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(document):
     assert {line.count("|") for line in figures} == {12}
 
 
-def test_the_readme_is_changed_between_the_marks_only(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.write_readme(readme, "new table")
-    assert readme.read_text() == f"before\n{report.BEGIN}\nnew table\n{report.END}\nafter\n"
-    report.write_readme(readme, "newer")
-    assert readme.read_text().count(report.BEGIN) == 1
+def test_a_page_is_changed_between_the_marks_only(tmp_path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.replace_between(page, report.BEGIN, report.END, "new table")
+    assert page.read_text() == f"before\n{report.BEGIN}\nnew table\n{report.END}\nafter\n"
+    report.replace_between(page, report.BEGIN, report.END, "newer")
+    assert page.read_text().count(report.BEGIN) == 1
 
 
-def test_a_readme_without_its_marks_is_left_alone(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.END} {report.BEGIN}")
+def test_a_page_without_its_marks_is_left_alone(tmp_path):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"{report.END} {report.BEGIN}")
     with pytest.raises(ValueError, match="once each"):
-        report.write_readme(readme, "table")
-    assert readme.read_text() == f"{report.END} {report.BEGIN}"
+        report.replace_between(page, report.BEGIN, report.END, "table")
+    assert page.read_text() == f"{report.END} {report.BEGIN}"
 
 
 def test_results_are_filed_by_day_and_machine_and_read_back(document, tmp_path):

@@ -1,6 +1,6 @@
-"""The proof's document as tables: on the terminal, and in the README between its GPU marks.
+"""The proof's document as tables: on the terminal, and in docs/benchmarks.md between its GPU marks.
 
-python -m tests.gpu.table tests/benchmarks/results/<file>.json      # the README's section from saved results
+python -m tests.gpu.table tests/benchmarks/results/<file>.json      # the page's section from saved results
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The README's section."""
+    """The page's section."""
     parts = [
         introduction(document),
         _table(KERNEL_COLUMNS, kernel_rows(document)),
@@ -156,12 +156,12 @@ def _bar(verdict: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Write the README's section from a saved document."""
+    """Write the page's section from a saved document."""
     from tests.benchmarks.report import replace_between
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path)
-    replace_between(README, BEGIN, END, markdown(json.loads(parser.parse_args().results.read_text(encoding="utf-8"))))
+    replace_between(PAGE, BEGIN, END, markdown(json.loads(parser.parse_args().results.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
