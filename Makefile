@@ -54,7 +54,11 @@ check: $(VENV)/.installed-dev lint ## Lint, types and the quick tests: three min
 	$(PYTEST) -q -m "not ($(SLOW_MARKS))" $(ARGS)
 
 test: setup-dev lint ## Lint, type-check and run the whole test suite; the slowest are in tests/artifacts/slowest.md.
-	$(PYTEST) --durations=40 $(ARGS)
+	$(PYTEST) -m "not waiting" --durations=40 $(ARGS)
+
+test-waiting: setup-dev ## Test the functions that no product code calls yet (kernels/waiting.py).
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m waiting tests/kernels/interpreter
+	$(BIN)/python -m pytest -m waiting tests/kernels/test_kernels_compile_ahead_of_time.py
 
 lint: $(VENV)/.installed-dev ## Ruff (lint and format check) and mypy.
 	$(BIN)/ruff check --no-cache .
