@@ -116,7 +116,7 @@ ROUTES = {
     "POST /admin/runs": "Start a measured run, or a comparison of two settings.",
     "GET /admin/runs/{job_id}": "How far a run is, and its results.",
     "DELETE /admin/runs/{job_id}": "Cancel a run.",
-    "GET /admin/telemetry": "Samples of process, machine and GPUs numbered above `since`; a quarter of an hour is kept.",
+    "GET /admin/telemetry": "Samples of process, machine and GPUs above `since`; a quarter of an hour is kept.",
     "POST /admin/shutdown": "End the worker: answers in progress are drained first.",
 }
 
@@ -130,7 +130,7 @@ def http() -> str:
         "asks for the admin token (`Authorization: Bearer …`). `force=true` does what a run in progress would forbid, "
         "and marks that run as disturbed. [Security](../security.md) says who is answered at all.",
         table(("route", "what it does", "query"), [_route(*route) for route in routes()]),
-        "Errors of `/v1` have OpenAI's form, all others are `{\"error\": {\"message\", \"field\", \"remedy\"}}`. 400 or "
+        'Errors of `/v1` have OpenAI\'s form, all others are `{"error": {"message", "field", "remedy"}}`. 400 or '
         "422: the request is wrong. 401, 403: token or key. 409: a run is in progress. 413, 431: too large. 421: "
         "another host. 503: not ready, the queue is full, or shutting down; `Retry-After` says when to try again.",
         *_bodies(),
@@ -170,8 +170,8 @@ def _bodies() -> Iterator[str]:
         yield f"## Body of {title}"
         yield table(("field", "type", "default"), [_field(name, field) for name, field in body.model_fields.items()])
     yield (
-        "Unknown fields are refused. These fields of the OpenAI API are accepted and have no effect on one local model, "
-        f"or only with their neutral value: {_accepted()}."
+        "Unknown fields are refused. These fields of the OpenAI API are accepted and have no effect on one local "
+        f"model, or only with their neutral value: {_accepted()}."
     )
 
 
@@ -219,9 +219,9 @@ def knobs() -> str:
     parts = [
         NOTE,
         "# Knobs",
-        "Names and values are the same on the Live page, for `--set knob=value`, in HTTP and in the record. *live* takes "
-        "effect at the next step; *swap* pauses between two steps; *reload* loads the model again. A knob that is not "
-        "lossless may change the tokens.",
+        "Names and values are the same on the Live page, for `--set knob=value`, in HTTP and in the record. *live* "
+        "takes effect at the next step; *swap* pauses between two steps; *reload* loads the model again. A knob "
+        "that is not lossless may change the tokens.",
     ]
     for group in dict.fromkeys(knob.group for knob in all_knobs()):
         rows = [
@@ -287,7 +287,9 @@ def named_metrics() -> set[tuple[str, str, str]]:
     names = {  # a metric's help may stand under a name of its own
         node.targets[0].id: node.value.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
     }
     found = set()
     for node in ast.walk(tree):
