@@ -31,6 +31,6 @@ async def lifespan(_: App) -> AsyncIterator[dict[str, Any]]:
 
 try:
     check_environment()
-except ConfigError as problem:
-    sys.exit(str(problem))
+except ConfigError as error:
+    sys.exit(str(error))
 app = App("pages/frame.py", lifespan=lifespan, middleware=[Middleware(Door)])

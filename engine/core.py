@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine import sizing
-from engine.attention.base import get_backend
+from engine.attention.backends import get_backend
 from engine.batching.admission import Admission
 from engine.batching.request import Request, RequestState
 from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
@@ -25,7 +25,7 @@ from engine.cache.kv_cache import KVCache
 from engine.config import EngineConfig, Tier, knob
 from engine.device import on_device
 from engine.errors import CapacityError, ConfigError, RequestError, shown
-from engine.execution import Executor
+from engine.execution.executor import Executor
 from engine.isolation import Failure, Sampled, compute_apart, sample_apart, why_no_token
 from engine.models import load_model
 from engine.models.detokenizer import Detokenizer, stream_table
@@ -43,9 +43,11 @@ from engine.outputs import (
 from engine.quantization.registry import WeightChoice
 from engine.ring import Ring
 from engine.runner import Runner
-from engine.sampling.params import NO_TOKEN, SamplingParams, SamplingRow, get_sampler, warm_up_sampler
+from engine.sampling.params import NO_TOKEN, SamplingParams, SamplingRow
+from engine.sampling.samplers import get_sampler, warm_up_sampler
 from engine.speculation.draft_control import DraftControl
-from engine.speculation.proposers import Proposer, make_proposer
+from engine.speculation.proposers.base import Proposer
+from engine.speculation.proposers.table import make_proposer, needs_new_proposer
 from engine.speculation.statistics import DraftStatistics
 from engine.speculation.verification import accept_drafts
 from kernels.dispatch import Op, cache_unsupported_reason, choose
@@ -740,7 +742,7 @@ class Engine:
         target = self.config.with_changes(prepared.changes)
         differences = self.config.difference(target)
         attention, attention_path = self._make_attention(target)
-        new_proposer = bool({"speculation", "ngram_min", "ngram_max"} & differences.keys())
+        new_proposer = needs_new_proposer(target, differences.keys())
         proposer = make_proposer(target) if new_proposer else self._proposer
         notes: list[str] = []
         if "kv_dtype" in differences or prepared.shrinks_cache:

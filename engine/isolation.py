@@ -17,7 +17,8 @@ import torch
 from engine.batching.request import Request
 from engine.batching.scheduler import ScheduledRequest
 from engine.outputs import TokenLogprob
-from engine.sampling.params import NO_TOKEN, Sampler, SamplingRow
+from engine.sampling.params import NO_TOKEN, SamplingRow
+from engine.sampling.samplers import Sampler
 from engine.sizing import is_out_of_memory, release_memory
 
 LONGEST_REASON = 500

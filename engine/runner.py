@@ -14,7 +14,8 @@ import torch
 from engine.attention.base import AttentionBackend
 from engine.batching.scheduler import ScheduledRequest
 from engine.cache.kv_cache import KVCache
-from engine.execution import Executor, Step
+from engine.execution.base import Step
+from engine.execution.executor import Executor
 from engine.execution.step_tensors import BlockTables, build_step_tensors
 
 if TYPE_CHECKING:

@@ -150,8 +150,8 @@ class Door:
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         if len(hosts) != 1 or not host_is_allowed(hosts[0], self._allowed):
-            words = f"This dashboard is not known under the name of this request. Add it to {HOSTS_VARIABLE}.\n"
-            return 421, words
+            text = f"This dashboard is not known under the name of this request. Add it to {HOSTS_VARIABLE}.\n"
+            return 421, text
         if any(not origin_is_allowed(origin, hosts[0]) for origin in origins):
             return 403, "This dashboard takes no requests from pages of another origin.\n"
         return None

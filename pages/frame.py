@@ -7,6 +7,7 @@ import streamlit as st
 from pages.login import require_login
 from pages.services import get_services
 from pages.shared.brand import ICON, brand
+from pages.shared.links import PAGES
 from pages.shared.status import status_strip
 
 st.set_page_config(page_title="Headroom", page_icon=ICON, layout="wide")
@@ -14,10 +15,8 @@ brand()
 require_login()
 page = st.navigation(
     [
-        st.Page("plan/page.py", title="Plan", url_path="plan", icon=":material/architecture:", default=True),
-        st.Page("live/page.py", title="Live", url_path="live", icon=":material/monitoring:"),
-        st.Page("compare/page.py", title="Compare", url_path="compare", icon=":material/balance:"),
-        st.Page("history/page.py", title="History", url_path="history", icon=":material/history:"),
+        st.Page(entry.file, title=entry.title, url_path=entry.url_path, icon=entry.icon, default=entry is PAGES[0])
+        for entry in PAGES
     ],
     position="top",
 )

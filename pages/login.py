@@ -64,9 +64,9 @@ def _ask(settings: Mapping[str, Any]) -> None:
             st.error("Logging in needs the package Authlib: `pip install 'Authlib>=1.3.2'`.", icon=":material/error:")
             return
         for provider in _providers(settings):
-            words = f"Log in with {plain(provider.capitalize())}" if provider else "Log in"
+            label = f"Log in with {plain(provider.capitalize())}" if provider else "Log in"
             arguments = (provider,) if provider else ()
-            st.button(words, key=f"login-{provider}", type="primary", on_click=st.login, args=arguments)
+            st.button(label, key=f"login-{provider}", type="primary", on_click=st.login, args=arguments)
 
 
 def _providers(settings: Mapping[str, Any]) -> list[str]:

@@ -143,7 +143,7 @@ class Services:
         return self._workloads
 
     def change(self, changes: Mapping[str, Any], *, force: bool = False) -> concurrent.futures.Future[Any]:
-        """Reconfigure the engine beside the script; the future gives the ReconfigureResult or the error.
+        """Reconfigure the engine in the background; the future gives the ReconfigureResult or the error.
 
         Args:
             force: also while a run is being recorded, which is then marked as disturbed.

@@ -13,10 +13,11 @@ from typing import Annotated
 
 import typer
 
+from engine.measure.unsaved import kept_words
 from storage.documents import parse_documents
 from storage.errors import StorageError
 from storage.queries import RunFilter, RunRow
-from storage.spool import keep, kept_words
+from storage.spool import keep
 from storage.store import Store, open_store
 
 app = typer.Typer(

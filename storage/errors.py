@@ -49,7 +49,6 @@ _READ_ONLY = "Give this user write permission on the file and its folder, or nam
 _UNREACHABLE = "Check that the server runs and that host, port, user and database of HEADROOM_DB are right."
 _ENCODING = "Make the database with the encoding UTF8 (createdb -E UTF8 NAME), or leave the character out of the label."
 _REFUSED = "This is a value the database cannot hold; the record was left as it was."
-
 # Result codes of SQLite by the start of their name, https://www.sqlite.org/rescode.html
 _SQLITE = (
     ("SQLITE_FULL", "the disk is full", _FULL),
@@ -80,29 +79,29 @@ _SQLSTATE = (
 )
 
 
-def translate(problem: Exception, database: URL) -> StorageError:
+def translate(error: Exception, database: URL) -> StorageError:
     """A driver's or SQLAlchemy's error as a :class:`StorageError` with a remedy.
 
     Args:
-        problem: as raised.
+        error: as raised.
         database: its URL, which becomes the error's ``field``; what is secret in it is in no part of the error.
     """
-    if isinstance(problem, StorageError):
-        return problem
-    cause = problem.orig if isinstance(problem, DBAPIError) and problem.orig is not None else problem
-    what, remedy = _explain(problem, cause)
+    if isinstance(error, StorageError):
+        return error
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    what, remedy = _explain(error, cause)
     details = without_secrets(" ".join(str(cause).split()), database)
     full = remedy == _FULL
     return StorageError(f"{what} ({details}).", field=masked(database), remedy=remedy, disk_full=full)
 
 
-def cause_of(problem: Exception, database: URL) -> Exception | None:
+def cause_of(error: Exception, database: URL) -> Exception | None:
     """The error to name as the cause of a translated one: none if its text holds a secret of the URL."""
-    text = f"{problem} {getattr(problem, 'orig', '')}"
-    return problem if without_secrets(text, database) == text else None
+    text = f"{error} {getattr(error, 'orig', '')}"
+    return error if without_secrets(text, database) == text else None
 
 
-def _explain(problem: Exception, cause: BaseException) -> tuple[str, str]:
+def _explain(error: Exception, cause: BaseException) -> tuple[str, str]:
     """(what is wrong, what to do about it)."""
     if isinstance(cause, sqlite3.Error):
         name = getattr(cause, "sqlite_errorname", "")
@@ -113,9 +112,9 @@ def _explain(problem: Exception, cause: BaseException) -> tuple[str, str]:
     for start, what, remedy in _SQLSTATE:
         if state and state.startswith(start):
             return what, remedy
-    if isinstance(problem, DataError) or isinstance(cause, (UnicodeError, OverflowError)):
+    if isinstance(error, DataError) or isinstance(cause, (UnicodeError, OverflowError)):
         return "the database refused a value", _REFUSED
-    if isinstance(problem, OperationalError) and state is None and not isinstance(cause, sqlite3.Error):
+    if isinstance(error, OperationalError) and state is None and not isinstance(cause, sqlite3.Error):
         return "the database server cannot be reached", _UNREACHABLE  # a connection that never was has no SQLSTATE
     return "the database refused the operation", "Check that HEADROOM_DB names a database made by Headroom."
 

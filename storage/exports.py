@@ -23,7 +23,6 @@ BYTE_ORDER_MARK = "\ufeff"
 MOST_CHARACTERS = 32_767  # of a cell, https://support.microsoft.com/office/excel-specifications-and-limits
 # A formula may hide behind white space and quotes; full-width signs are read as the plain ones.
 _FORMULA = re.compile(r"[\s\"'\u2018\u2019\u201c\u201d]*[=+\-@\uff1d\uff0b\uff0d\uff20]|[ \"']*[\t\r\n]")
-
 Exported = RunResult | UnshowableRun
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 from engine.measure.results import Provenance
 from storage.owner import Owner
 from storage.records import METRICS, RUNS, printable, read_metrics, run_document, table, why_unshowable
-from storage.tables import Request
+from storage.tables import StoredRequest
 from storage.validation import is_moment
 
 
@@ -147,7 +147,7 @@ def _ordered(query: Select[Any], order_by: str, descending: bool) -> Select[Any]
 
 
 def _request_counts(connection: Connection) -> dict[str, int]:
-    requests = table(Request)
+    requests = table(StoredRequest)
     query = select(requests.c.run_id, func.count()).group_by(requests.c.run_id)
     return {row[0]: row[1] for row in connection.execute(query)}
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, Table, delete, insert, inspect, select
 
 from engine.measure.results import EventRecord, Provenance, RequestRecord, RunResult, SampleRecord, from_json
 from storage.owner import Owner
-from storage.tables import Base, Event, Metric, Request, Run, Sample
+from storage.tables import Base, StoredEvent, StoredMetric, StoredRequest, StoredRun, StoredSample
 from storage.types import Unreadable
 from storage.validation import UnfitError, check
 
@@ -24,13 +24,13 @@ def table(model: type[Base]) -> Table:
     return found
 
 
-RUNS = table(Run)
-METRICS = table(Metric)
+RUNS = table(StoredRun)
+METRICS = table(StoredMetric)
 # (table, field of RunResult, type of its items); columns are named as the record's fields
 _DETAILS = (
-    (table(Request), "requests", RequestRecord),
-    (table(Sample), "samples", SampleRecord),
-    (table(Event), "events", EventRecord),
+    (table(StoredRequest), "requests", RequestRecord),
+    (table(StoredSample), "samples", SampleRecord),
+    (table(StoredEvent), "events", EventRecord),
 )
 _PROVENANCE_FIELDS = tuple(field.name for field in dataclasses.fields(Provenance))
 _RUN_FIELDS = ("run_id", "kind", "status", "label", "started_unix_s", "duration_s", "comparison_id", "arm", "repeat")

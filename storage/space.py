@@ -27,7 +27,6 @@ from sqlalchemy import Engine
 from kernels.trust import PRIVATE_FILE
 
 logger = logging.getLogger(__name__)
-
 CHECKPOINT_PAGES = 256
 _LARGEST, _SMALLEST = 4 * 2**20, 256 * 2**10
 _SLICES = (1024, 64, 8)  # pages cut off at a time: the larger the quicker, the smaller the less log is needed
@@ -43,7 +42,7 @@ def prepare(connection: sqlite3.Connection) -> None:
 
 
 def keep_reserve(engine: Engine) -> None:
-    """Allocate the reserve beside the database, an eighth of what is free and at most 4 MiB."""
+    """Allocate the reserve next to the database, an eighth of what is free and at most 4 MiB."""
     path = _reserve(engine)
     if path is None or path.exists():
         return

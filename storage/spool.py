@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.measure.results import RunResult, to_json
-from engine.measure.unsaved import keep_document, kept_words
-
-__all__ = ["keep", "kept_words"]
+from engine.measure.unsaved import keep_document
 
 
 def keep(result: RunResult) -> Path | None:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from engine.measure.results import RunResult
+from engine.measure.unsaved import kept_words
 from storage import exports, queries, space
 from storage.database import database_url, make_engine, migrate, reader, require_file, require_record, writer
 from storage.documents import ended, parse_documents
@@ -18,7 +19,7 @@ from storage.masking import masked
 from storage.owner import Owner, this_process
 from storage.queries import ComparisonRow, Facets, RunFilter, RunRow
 from storage.records import RUNS, UnshowableRun, read_runs, run_values, write_details
-from storage.spool import keep, kept_words
+from storage.spool import keep
 
 EVERY_RUN = RunFilter()
 

@@ -35,7 +35,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {str: Text, int: BigInteger, float: FiniteDouble}  # noqa: RUF012 - SQLAlchemy's own protocol
 
 
-class Run(Base):
+class StoredRun(Base):
     """One run: what :class:`engine.measure.results.RunResult` and its Provenance say, and who is running it.
 
     ``metric_names`` keeps the metrics' order. ``owner_*`` name the process that announced a running run, so that a
@@ -88,7 +88,7 @@ def _run_key() -> Mapped[str]:
     return mapped_column(String(64), ForeignKey("runs.run_id", ondelete="CASCADE"), primary_key=True)
 
 
-class Metric(Base):
+class StoredMetric(Base):
     """One number of a run; NULL where it was not measured."""
 
     __tablename__ = "metrics"
@@ -99,7 +99,7 @@ class Metric(Base):
     value: Mapped[float | None]
 
 
-class Request(Base):
+class StoredRequest(Base):
     """One request of a run."""
 
     __tablename__ = "requests"
@@ -122,7 +122,7 @@ class Request(Base):
     error: Mapped[str | None]
 
 
-class Sample(Base):
+class StoredSample(Base):
     """The engine at one moment of a run."""
 
     __tablename__ = "samples"
@@ -144,7 +144,7 @@ class Sample(Base):
     gpu_sm_clock_mhz: Mapped[int | None]
 
 
-class Event(Base):
+class StoredEvent(Base):
     """A toggle or another event during a run."""
 
     __tablename__ = "events"

@@ -46,7 +46,7 @@ class UnfitError(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
-    """What a field must satisfy beside its type.
+    """What a field must satisfy besides its type.
 
     Attributes:
         low, high: inclusive bounds of a number, or of the numbers in a list.

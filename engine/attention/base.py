@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import NamedTuple
 
 import torch
 
-from engine.errors import ConfigError
-from kernels.dispatch import choose
 from kernels.kv_write import KVScales
 
 
@@ -57,80 +56,48 @@ class AttentionBatch:
         return sum(self.query_lens)
 
 
+class NewTokens(NamedTuple):
+    """What one layer computes for the T tokens of a step.
+
+    Attributes:
+        query: [T, num_heads, head_dim], rotary embedding already applied.
+        key, value: [T, num_kv_heads, head_dim], keys rotated.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One layer of a cache and how its scores are taken; the same at every step.
+
+    Attributes:
+        key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] in a format of
+            :mod:`kernels.kv_formats`.
+        kv_scales: of a quantized cache. Every query, a fresh prompt's too, then reads keys and values as they are
+            stored: what it sees depends neither on chunks nor on what was cached.
+        scale: factor on the scores, usually head_dim ** -0.5.
+        window: a query sees at most this many positions, itself included; None for all.
+    """
+
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    kv_scales: KVScales | None
+    scale: float
+    window: int | None
+
+
 class AttentionBackend(abc.ABC):
     """One way to attend over the paged cache. Stateless: everything it needs arrives with the call."""
 
     name: str
 
     @abc.abstractmethod
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None,
-        kv_scales: KVScales | None = None,
-    ) -> torch.Tensor:
-        """Write this step's keys and values into the cache, then attend.
-
-        Args:
-            query: [T, num_heads, head_dim], rotary embedding already applied.
-            key, value: [T, num_kv_heads, head_dim], keys rotated.
-            key_cache, value_cache: [num_blocks, block_size, num_kv_heads, head_dim] of this layer in a format of
-                :mod:`kernels.kv_formats`; written in place.
-            batch: the step's layout.
-            scale: factor on the scores, usually head_dim ** -0.5.
-            window: a query sees at most this many positions, itself included; None for all.
-            kv_scales: of a quantized cache; written in place. Every query, a fresh prompt's too, then reads keys and
-                values as they are stored: what it sees depends neither on chunks nor on what was cached.
+    def attend(self, new: NewTokens, layer: AttentionLayer, batch: AttentionBatch) -> torch.Tensor:
+        """Write this step's keys and values into the layer's cache, in place, then attend.
 
         Returns:
-            [T, num_heads, head_dim] in the dtype of ``query``.
+            [T, num_heads, head_dim] in the dtype of the queries.
         """
-
-
-def get_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int
-) -> tuple[AttentionBackend, str]:
-    """The attention backend of that name, and the path that it really takes, for the record.
-
-    Args:
-        name: value of the knob ``attention``: auto, native, sdpa, reference or triton.
-        device: where model and cache live.
-        dtype: of queries and cache.
-        head_dim: of one attention head.
-
-    Returns:
-        The backend and its path, e.g. ``"sdpa"`` or ``"triton (interpreter)"``.
-
-    Raises:
-        ConfigError: if it cannot run here; nothing else is put in its place.
-    """
-    choice = choose("paged_attention", name, device=device, dtype=dtype, head_dim=head_dim)
-    if choice.path is None:
-        raise ConfigError(f"{name!r} cannot run here: {choice.reason}", field="attention", remedy=choice.remedy or None)
-    return _make_backend(choice.path.partition(" ")[0]), choice.path
-
-
-def _make_backend(name: str) -> AttentionBackend:
-    # Imported here: the backends import this module, and Triton should load only where it is asked for.
-    if name == "triton":
-        from engine.attention.triton import TritonAttention
-
-        return TritonAttention()
-    if name == "native":
-        from engine.attention.native import NativeAttention
-
-        return NativeAttention()
-    if name == "reference":
-        from engine.attention.reference import ReferenceAttention
-
-        return ReferenceAttention()
-    from engine.attention.sdpa import SdpaAttention
-
-    return SdpaAttention()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
 from kernels.cpu.attention import kv_write, paged_attention
-from kernels.kv_write import KVScales
 
 
 class NativeAttention(AttentionBackend):
@@ -14,29 +13,18 @@ class NativeAttention(AttentionBackend):
 
     name = "native"
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None,
-        kv_scales: KVScales | None = None,
-    ) -> torch.Tensor:
+    def attend(self, new: NewTokens, layer: AttentionLayer, batch: AttentionBatch) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
-        kv_write(key, value, key_cache, value_cache, batch.slot_mapping, kv_scales)
+        query, key, value = new
+        kv_write(key, value, layer.key_cache, layer.value_cache, batch.slot_mapping, layer.kv_scales)
         return paged_attention(
             query,
-            key_cache,
-            value_cache,
+            layer.key_cache,
+            layer.value_cache,
             batch.block_tables,
             batch.query_start,
             batch.context_lens_tensor,
-            scale,
-            window,
-            kv_scales,
+            layer.scale,
+            layer.window,
+            layer.kv_scales,
         )

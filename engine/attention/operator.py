@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
 from engine.cache.kv_cache import KVCache
 
 _library = torch.library.Library("headroom", "FRAGMENT")
@@ -42,10 +42,16 @@ class AttendContext:
         self._backend: AttentionBackend | None = None
         self._cache: KVCache | None = None
         self._batch: AttentionBatch | None = None
+        self._layers: list[AttentionLayer] = []  # of the present cache
         _contexts[self.handle] = self
 
     def enter(self, backend: AttentionBackend, cache: KVCache, batch: AttentionBatch) -> None:
         """Set what the following calls of :meth:`attend` use."""
+        if cache is not self._cache:
+            self._layers = [
+                AttentionLayer(keys, values, cache.scales(layer), self._scales[layer], self._windows[layer])
+                for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True))
+            ]
         self._backend, self._cache, self._batch = backend, cache, batch
 
     @property
@@ -68,17 +74,7 @@ class AttendContext:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """:meth:`AttentionBackend.attend` of one layer under the present step's layout."""
-        return self.backend.attend(
-            query,
-            key,
-            value,
-            self.cache.keys[layer],
-            self.cache.values[layer],
-            self.batch,
-            scale=self._scales[layer],
-            window=self._windows[layer],
-            kv_scales=self.cache.scales(layer),
-        )
+        return self.backend.attend(NewTokens(query, key, value), self._layers[layer], self.batch)
 
     def scale(self, layer: int) -> float:
         """Factor on the attention scores of a layer."""

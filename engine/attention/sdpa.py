@@ -38,10 +38,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
 from engine.device import to_device
 from kernels.kv_formats import KVFormat, dequantize, format_of, quantize
-from kernels.kv_write import KVScales, kv_write_reference
+from kernels.kv_write import kv_write_reference
 
 _TILE_BYTES = 6 << 20  # keys and values of one tile; the best of 1.5 … 24 MiB measured, see above
 _TILE_BYTES_GPU = 256 << 20  # there a launch is dear and no cache holds a tile anyway: only bounds the workspace
@@ -54,33 +54,22 @@ class SdpaAttention(AttentionBackend):
 
     name = "sdpa"
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None,
-        kv_scales: KVScales | None = None,
-    ) -> torch.Tensor:
+    def attend(self, new: NewTokens, layer: AttentionLayer, batch: AttentionBatch) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
-        kv_write_reference(key, value, key_cache, value_cache, batch.slot_mapping, kv_scales)
-        plan = batch.plan.get(_plan_key(window))
+        query, key, value = new
+        kv_write_reference(key, value, layer.key_cache, layer.value_cache, batch.slot_mapping, layer.kv_scales)
+        plan = batch.plan.get(_plan_key(layer.window))
         if not isinstance(plan, _Plan):
-            plan = _make_plan(batch, window, query, key_cache)
-            batch.plan[_plan_key(window)] = plan
-        if kv_scales is not None and any(tile.fresh for tile in plan.tiles):
-            key, value = (_as_stored(x, format_of(key_cache)) for x in (key, value))
-        sides = _Sides(key, value, key_cache, value_cache, kv_scales, plan.workspace)
+            plan = _make_plan(batch, layer.window, query, layer.key_cache)
+            batch.plan[_plan_key(layer.window)] = plan
+        if layer.kv_scales is not None and any(tile.fresh for tile in plan.tiles):
+            key, value = (_as_stored(x, format_of(layer.key_cache)) for x in (key, value))
+        sources = _Sources(key, value, layer, plan.workspace)
         if len(plan.tiles) == 1 and isinstance(plan.tiles[0].rows, slice):
-            return _attend_tile(plan.tiles[0], query, sides, scale)
+            return _attend_tile(plan.tiles[0], query, sources)
         output = torch.empty_like(query)
         for tile in plan.tiles:
-            result = _attend_tile(tile, query, sides, scale)
+            result = _attend_tile(tile, query, sources)
             if isinstance(tile.rows, slice):
                 output[tile.rows] = result
             else:
@@ -120,14 +109,12 @@ class _Plan:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Sides:
-    """Where keys and values come from: this step's own rows, the cache with its scales, the plan's ``workspace``."""
+class _Sources:
+    """Where keys and values come from: this step's own rows, the layer's cache, gathered into ``workspace``."""
 
     key: torch.Tensor
     value: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    scales: KVScales | None
+    layer: AttentionLayer
     workspace: torch.Tensor
 
 
@@ -266,17 +253,12 @@ def _mask(
     return mask.repeat_interleave(group_size, dim=1)[:, None]
 
 
-def _attend_tile(
-    tile: _Tile,
-    query: torch.Tensor,
-    sides: _Sides,
-    scale: float,
-) -> torch.Tensor:
+def _attend_tile(tile: _Tile, query: torch.Tensor, sources: _Sources) -> torch.Tensor:
     """[n · q, num_heads, head_dim], the attention of one tile."""
     num_heads, head_dim = query.shape[1:]
-    num_kv_heads = sides.key.shape[1]
+    num_kv_heads = sources.key.shape[1]
     rows_q = _take(query, tile.rows).view(tile.num_seqs, tile.query_len, num_heads, head_dim)
-    keys, values = _tile_kv(tile, sides)
+    keys, values = _tile_kv(tile, sources)
     if tile.fresh or tile.query_len > _FOLD_MAX_QUERIES:
         attended = F.scaled_dot_product_attention(
             rows_q.transpose(1, 2),
@@ -284,14 +266,14 @@ def _attend_tile(
             values,
             attn_mask=tile.mask,
             is_causal=tile.fresh,
-            scale=scale,
+            scale=sources.layer.scale,
             enable_gqa=num_heads != num_kv_heads,
         )
         return attended.transpose(1, 2).reshape(-1, num_heads, head_dim)
     # Fold: [n, q, KV, g, D] → [n, KV, q · g, D], the queries that share a KV head side by side.
     grouped = (tile.num_seqs, tile.query_len, num_kv_heads, num_heads // num_kv_heads, head_dim)
     folded = rows_q.view(grouped).transpose(1, 2).flatten(2, 3)
-    attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=tile.mask, scale=scale)
+    attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=tile.mask, scale=sources.layer.scale)
     unfolded = attended.view(tile.num_seqs, num_kv_heads, tile.query_len, -1, head_dim).transpose(1, 2)
     return unfolded.reshape(-1, num_heads, head_dim)
 
@@ -300,21 +282,21 @@ def _take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
 
 
-def _tile_kv(tile: _Tile, sides: _Sides) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile_kv(tile: _Tile, sources: _Sources) -> tuple[torch.Tensor, torch.Tensor]:
     """The tile's keys and values, each [n, num_kv_heads, S, head_dim]: fresh, in place, gathered, or decoded."""
-    key, value = sides.key, sides.value
+    key, value, layer = sources.key, sources.value, sources.layer
     shape = (tile.num_seqs, tile.kv_len, *key.shape[1:])
     if tile.slots is None:
         keys, values = _take(key, tile.rows), _take(value, tile.rows)
-    elif sides.scales is not None:
-        keys = _decoded(sides.key_cache, sides.scales[0], tile.slots, key.dtype)
-        values = _decoded(sides.value_cache, sides.scales[1], tile.slots, key.dtype)
+    elif layer.kv_scales is not None:
+        keys = _decoded(layer.key_cache, layer.kv_scales[0], tile.slots, key.dtype)
+        values = _decoded(layer.value_cache, layer.kv_scales[1], tile.slots, key.dtype)
     else:
-        keys, values = sides.key_cache.flatten(0, 1), sides.value_cache.flatten(0, 1)
+        keys, values = layer.key_cache.flatten(0, 1), layer.value_cache.flatten(0, 1)
         if isinstance(tile.slots, slice):
             keys, values = keys[tile.slots], values[tile.slots]
         else:
-            buffer = sides.workspace[:, : tile.slots.shape[0]]
+            buffer = sources.workspace[:, : tile.slots.shape[0]]
             keys = torch.index_select(keys, 0, tile.slots, out=buffer[0])
             values = torch.index_select(values, 0, tile.slots, out=buffer[1])
     return keys.reshape(shape).transpose(1, 2), values.reshape(shape).transpose(1, 2)

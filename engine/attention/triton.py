@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionBatch
-from kernels.kv_write import KVScales, kv_write_triton
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
+from kernels.kv_write import kv_write_triton
 from kernels.paged_attention import paged_attention_triton
 
 
@@ -14,30 +14,19 @@ class TritonAttention(AttentionBackend):
 
     name = "triton"
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None,
-        kv_scales: KVScales | None = None,
-    ) -> torch.Tensor:
+    def attend(self, new: NewTokens, layer: AttentionLayer, batch: AttentionBatch) -> torch.Tensor:
         """As :meth:`AttentionBackend.attend`."""
-        kv_write_triton(key, value, key_cache, value_cache, batch.slot_mapping, kv_scales)
+        query, key, value = new
+        kv_write_triton(key, value, layer.key_cache, layer.value_cache, batch.slot_mapping, layer.kv_scales)
         attended, _ = paged_attention_triton(
             query,
-            key_cache,
-            value_cache,
+            layer.key_cache,
+            layer.value_cache,
             batch.block_tables,
             batch.query_start,
             batch.context_lens_tensor,
-            scale,
-            window,
-            scales=kv_scales,
+            layer.scale,
+            layer.window,
+            scales=layer.kv_scales,
         )
         return attended

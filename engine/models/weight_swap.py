@@ -159,12 +159,12 @@ def _original(checkpoint: Checkpoint, sources: tuple[str, ...]) -> torch.Tensor:
 
 def planned_bytes(spec: ModelSpec, choice: WeightChoice, dtype: torch.dtype) -> int:
     """Bytes of all weights in the formats of ``choice``, by the planner's formula."""
-    name = dtype_name(dtype)
-    if choice.weights == "model":
+    name, planned_as = dtype_name(dtype), choice.planned_as
+    if planned_as == "model":
         total = weight_bytes(spec, name)
     else:
-        # torch's operator wants an INT4 group's zero point in bfloat16, beside its scale
-        total = weight_bytes(spec, weight_format(choice.format_name, zero_point_bits=16), dtype=name)
+        # torch's operator wants an INT4 group's zero point in bfloat16, next to its scale
+        total = weight_bytes(spec, weight_format(planned_as, zero_point_bits=16), dtype=name)
     if choice.head == "int8":
         rows, width = spec.vocab_size, spec.hidden_size
         total += rows * (width + 2) - rows * width * dtype.itemsize  # one bfloat16 scale a row

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from engine.capacity import weight_format
+from engine.config import add_choice
 from engine.errors import ConfigError
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat
 from engine.quantization.int4 import GROUP_SIZES, Int4Format, largest_group_size
@@ -50,6 +52,39 @@ QUANTIZED_FORMATS: dict[str, MakeFormat] = {
     **{name: functools.partial(_make_scaled, name) for name in KINDS},
 }
 
+#: Registered formats → the planner's format of the same size; ``"model"`` where the planner has none.
+_PLANNED_AS: dict[str, str] = {}
+
+
+def register_weight_format(name: str, make: MakeFormat, *, planned_as: str = "model") -> Callable[[], None]:
+    """Make a weight format a value of the knob ``weights``: page, command line, API and engine have it from then on.
+
+    The engine sizes its cache with the weights as they are resident. Only before they exist (to refuse a swap or a load
+    that cannot fit) it asks the planner.
+
+    Args:
+        name: the value, e.g. ``"int6"``.
+        make: a :class:`WeightFormat` that is constructed with these arguments, or a function that makes one.
+        planned_as: the planner's format that takes the same bytes, e.g. ``"int8"``. By default the model's compute
+            dtype, which is more than a smaller format needs, so that a swap may be refused that would have fitted.
+
+    Returns:
+        A function that takes it away again; no engine may use it then.
+
+    Raises:
+        ConfigError: if the knob has that value already, or the planner has no format ``planned_as``.
+    """
+    if planned_as != "model":
+        weight_format(planned_as)
+    remove_choice = add_choice("weights", name)
+    QUANTIZED_FORMATS[name], _PLANNED_AS[name] = make, planned_as
+
+    def remove() -> None:
+        remove_choice()
+        del QUANTIZED_FORMATS[name], _PLANNED_AS[name]
+
+    return remove
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WeightChoice:
@@ -83,8 +118,13 @@ class WeightChoice:
         return f"int4-g{self.group_size}" if self.weights == "int4" else self.weights
 
     @property
+    def planned_as(self) -> str:
+        """The planner's name of a format of the same size; ``"model"`` for the compute dtype."""
+        return _PLANNED_AS.get(self.weights, self.format_name)
+
+    @property
     def label(self) -> str:
-        """All of it in words, e.g. ``"int4-g64, head int8"``."""
+        """All of it for people, e.g. ``"int4-g64, head int8"``."""
         return self.format_name + (f", head {self.head}" if self.head != "model" else "")
 
     def same_as(self, other: WeightChoice) -> bool:

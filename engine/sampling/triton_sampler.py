@@ -1,4 +1,4 @@
-"""The sampler of a batch by our Triton kernels: the same tokens as :func:`engine.sampling.params.sample`, unsorted."""
+"""The sampler of a batch by our Triton kernels, without sorting: the tokens of :mod:`engine.sampling.torch_sampler`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from engine.device import to_device
 from engine.outputs import TokenLogprob
-from engine.sampling.params import SamplingParams, SamplingRow, logprobs_of, sample
+from engine.sampling.params import SamplingParams, SamplingRow
+from engine.sampling.torch_sampler import logprobs_of, sample
 from kernels.sampling import SamplingTensors, sample_triton
 
 # A probability that the likeliest of any vocabulary exceeds: below it top-p keeps that one alone, and float32 would
@@ -19,7 +20,7 @@ _LEAST_TOP_P = 1e-9
 
 
 def sample_on_device(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Choose one token a row; as :func:`engine.sampling.params.sample`.
+    """Choose one token a row; as :func:`engine.sampling.torch_sampler.sample`.
 
     What a row asks for goes to the device in one copy, and the tokens come back in one: nothing else waits.
     """

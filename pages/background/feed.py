@@ -94,10 +94,10 @@ class Feed:
         return self._snapshot
 
     def read(self, max_age_s: float = 0.4, patience_s: float = 0.25, *, samples: bool = True) -> Snapshot:
-        """A reading at most ``max_age_s`` old if it can be had within ``patience_s``, else the last one.
+        """A reading at most ``max_age_s`` old if there is one within ``patience_s``, else the last one.
 
         The worker answers between two steps, and a page must not stand still for a long step: the reading goes on
-        beside it and is there the next time. Never raises: ``Snapshot.error`` says what went wrong. Without ``samples``
+        meanwhile and is there the next time. Never raises: ``Snapshot.error`` says what went wrong. Without ``samples``
         it does not ask for the telemetry, which has something new every time; whoever asks next gets what was missed.
         """
         with self._lock:

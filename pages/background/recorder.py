@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from engine.measure.results import Provenance, RunResult, from_json
-from storage.spool import keep, kept_words
+from engine.measure.unsaved import kept_words
+from storage.spool import keep
 
 logger = logging.getLogger(__name__)
-
 JobState = Literal["running", "completed", "failed", "cancelled"]
 _POLL_S = 0.6
 #: A worker that is alive but does not answer for so long has lost the job.
@@ -163,15 +163,15 @@ class RunRecorder:
                 return
             time.sleep(_POLL_S)
 
-    def _reason_of_loss(self, problem: Exception, heard: float) -> str | None:
+    def _reason_of_loss(self, error: Exception, heard: float) -> str | None:
         """Why the job is lost, None if the worker may only be slow to answer."""
         death = self._death_notice()
         if death is not None:
             return f"The engine worker died: {death}."
-        if getattr(problem, "status_code", None) == 404:
+        if getattr(error, "status_code", None) == 404:
             return "The worker was restarted and does not know this run any more."
         if time.monotonic() - heard > _SILENT_S:
-            return f"The worker did not answer for {_SILENT_S:.0f} s ({problem})."
+            return f"The worker did not answer for {_SILENT_S:.0f} s ({error})."
         return None
 
     def _take(self, job: Job, view: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Chat streams that run beside the script: a rerun of the page (a toggle, another prompt) does not touch them."""
+"""Chat streams that run next to the script: a rerun of the page (a toggle, another prompt) does not touch them."""
 
 from __future__ import annotations
 

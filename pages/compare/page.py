@@ -143,7 +143,7 @@ def _empty() -> None:
             "with the same requests in each pair, so that drift of the machine falls on both. Here you will see:\n\n"
             "- each metric of A and B with its spread, and the difference with a 95 % interval\n"
             "- every single run\n"
-            "- what the literature claims of this change, beside what was measured on this machine\n"
+            "- what the literature claims of this change, next to what was measured on this machine\n"
             "- which code path really ran"
         )
 

@@ -10,9 +10,10 @@ import streamlit as st
 
 from engine.config import Knob, Tier
 from pages.services import Services
-from pages.shared.actions import act, show_problem
-from pages.shared.knobs import control, knob_label, stored_note
+from pages.shared.actions import act, show_action_error
+from pages.shared.knob_controls import control, knob_label
 from pages.shared.messages import value_text
+from pages.shared.quality_reference import stored_note
 from pages.shared.text import plain
 from pages.shared.workloads import workload_choice
 
@@ -95,7 +96,7 @@ def setup_form(services: Services, config: Mapping[str, Any], *, busy: bool) -> 
         list(names),
         key="compare-knobs",
         format_func=lambda name: names[name].label,
-        help="Every other knob stays as it is in force on the Live page.",
+        help="Every other knob stays as it is set on the Live page.",
         persist_state="session",
     )
     arm_a, arm_b = _arms([names[name] for name in chosen], config)
@@ -120,7 +121,7 @@ def setup_form(services: Services, config: Mapping[str, Any], *, busy: bool) -> 
         on_click=act,
         args=("compare-start", _start, services),
     )
-    show_problem("compare-start")
+    show_action_error("compare-start")
 
 
 def _start(services: Services) -> None:
@@ -152,14 +153,14 @@ def _take_preset(available: Sequence[Preset], config: Mapping[str, Any]) -> None
 
 
 def _arms(knobs: Sequence[Knob], config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two settings, each knob with one control a side; both start from what is in force."""
+    """The two settings, each knob with one control a side; both start from the current setting."""
     arms: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for knob in knobs:
         with st.container(border=True, gap="small"):
             st.markdown(knob_label(knob))
-            for arm, letter, values in zip("ab", "AB", arms, strict=True):
+            for arm, label, values in zip("ab", "AB", arms, strict=True):
                 key = f"compare-{arm}-{knob.name}"
                 if key not in st.session_state:
                     st.session_state[key] = config.get(knob.name, knob.default)
-                values[knob.name] = control(knob, key, label=letter)
+                values[knob.name] = control(knob, key, label=label)
     return arms

@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from pages.shared.actions import act, show_problem
+from pages.shared.actions import act, show_action_error
 from pages.shared.messages import show_error
 from pages.shared.run_values import moment_text, run_name
 from pages.shared.text import plain
@@ -56,7 +56,7 @@ def import_popover(store: Store, label: str = "Import") -> None:
             on_click=act,
             args=("history-import", _import, store),
         )
-        show_problem("history-import")
+        show_action_error("history-import")
 
 
 def _import(store: Store) -> None:
@@ -71,7 +71,7 @@ def show_notice() -> None:
     notice = st.session_state.pop("history-notice", None)
     if notice:
         st.toast(notice, icon=":material/check:")
-    error = st.session_state.pop("history-problem", None)
+    error = st.session_state.pop("history-error", None)
     if error is not None:
         show_error(error)
 
@@ -122,7 +122,7 @@ def _delete(store: Store, run_ids: Sequence[str]) -> None:
     try:
         st.session_state["history-notice"] = f"{_runs(store.delete_runs(run_ids))} deleted."
     except StorageError as error:
-        st.session_state["history-problem"] = error
+        st.session_state["history-error"] = error
 
 
 def _count_text(listed: int, selected: int) -> str:

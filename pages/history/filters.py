@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from pages.shared.run_values import reader_timezone, setting_words
+from pages.shared.run_values import reader_timezone, setting_labels
 from storage import Facets, RunFilter, RunRow
 
 _DISTURBED_HELP = "Runs during which a knob was changed by force or other requests came: left out of every average."
@@ -17,8 +17,8 @@ _KINDS = {"bench": "single runs", "compare": "runs of a comparison"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Choice:
-    """What the reader chose: what the database filters, and settings (``"weights int4"``) that a run must have."""
+class ChosenFilters:
+    """The filters as they are set: what the database filters by, and settings (``"weights int4"``) of a run."""
 
     where: RunFilter
     settings: tuple[str, ...]
@@ -26,14 +26,14 @@ class Choice:
     @property
     def is_empty(self) -> bool:
         """True if nothing is filtered out."""
-        return self == Choice(RunFilter(), ())
+        return self == ChosenFilters(RunFilter(), ())
 
     def apply(self, rows: Sequence[RunRow]) -> list[RunRow]:
         """The rows with all of the chosen settings."""
-        return [row for row in rows if set(self.settings) <= set(setting_words(row.provenance.config))]
+        return [row for row in rows if set(self.settings) <= set(setting_labels(row.provenance.config))]
 
 
-def filter_bar(facets: Facets, settings: Sequence[str]) -> Choice:
+def filter_bar(facets: Facets, settings: Sequence[str]) -> ChosenFilters:
     """Draw the filters; ``settings`` are the changed knobs that occur in the record."""
     columns = st.columns([2, 1.25, 1.25, 1.75, 2.1, 0.95], vertical_alignment="bottom")
     text = columns[0].text_input(
@@ -72,7 +72,7 @@ def filter_bar(facets: Facets, settings: Sequence[str]) -> Choice:
         comparison_id=st.query_params.get("comparison"),
         disturbed=disturbed == ["yes"] if len(disturbed) == 1 else None,
     )
-    return Choice(where, tuple(chosen))
+    return ChosenFilters(where, tuple(chosen))
 
 
 def _clear() -> None:

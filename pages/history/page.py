@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
 
 from engine.measure.results import RunResult
 from pages.history.actions import action_bar, import_popover, show_notice
-from pages.history.compare import compare_runs
 from pages.history.detail import run_detail
-from pages.history.filters import Choice, filter_bar
+from pages.history.filters import ChosenFilters, filter_bar
+from pages.history.side_by_side import compare_runs
 from pages.history.table import runs_table, select_runs
+from pages.shared.links import COMPARE, LIVE, link_to
 from pages.shared.messages import show_error
-from pages.shared.run_values import setting_words
+from pages.shared.run_values import setting_labels
 from pages.shared.store import get_store
 from pages.shared.text import badge_label, plain
 from storage import RunFilter, RunRow, StorageError, Store, UnshowableRun
@@ -41,11 +41,11 @@ def _page(store: Store) -> None:
     _follow_link(store)
     outline = store.outline()
     everything = store.list_runs(limit=_MOST_LISTED)
-    occurring = sorted({words for row in everything for words in setting_words(row.provenance.config)})
-    choice = filter_bar(facets, occurring)
-    rows = everything if choice.is_empty else choice.apply(store.list_runs(choice.where, limit=_MOST_LISTED))
+    occurring = sorted({label for row in everything for label in setting_labels(row.provenance.config)})
+    filters = filter_bar(facets, occurring)
+    rows = everything if filters.is_empty else filters.apply(store.list_runs(filters.where, limit=_MOST_LISTED))
     st.fragment(_watch, run_every=_POLL_S)(store, outline)
-    _comparison_notice(choice)
+    _comparison_notice(filters)
     if not rows:
         st.info("No run matches these filters.", icon=":material/filter_alt_off:")
         return
@@ -92,12 +92,12 @@ def _follow_link(store: Store) -> None:
         st.query_params.pop("run", None)
 
 
-def _comparison_notice(choice: Choice) -> None:
-    if choice.where.comparison_id is None:
+def _comparison_notice(filters: ChosenFilters) -> None:
+    if filters.where.comparison_id is None:
         return
     with st.container(horizontal=True, vertical_alignment="center"):
         st.badge(
-            badge_label(f"Runs of comparison {choice.where.comparison_id[:8]}"),
+            badge_label(f"Runs of comparison {filters.where.comparison_id[:8]}"),
             icon=":material/balance:",
             color="primary",
         )
@@ -126,9 +126,8 @@ def _empty(store: Store) -> None:
         command = "python -m engine bench --model smollm2-135m --workload quick --json | python -m storage record"
         st.code(command, language="bash", width="content")
         with st.container(horizontal=True, horizontal_alignment="center", vertical_alignment="center"):
-            with contextlib.suppress(StreamlitAPIException):  # shown without the frame that knows the other pages
-                st.page_link("live.py", label="Open Live", icon=":material/monitoring:")
-                st.page_link("compare.py", label="Open Compare", icon=":material/balance:")
+            link_to(LIVE)
+            link_to(COMPARE)
             import_popover(store, "Import runs")
     st.fragment(_watch, run_every=_POLL_S)(store, {})
 

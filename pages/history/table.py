@@ -17,8 +17,8 @@ from pages.shared.run_values import (
     code_text,
     reader_timezone,
     run_name,
-    setting_words,
-    status_words,
+    setting_labels,
+    status_labels,
 )
 from storage import RunRow
 
@@ -44,7 +44,7 @@ def runs_table(rows: Sequence[RunRow]) -> list[str]:
         hide_index=True,
         placeholder="–",
         column_order=_SHOWN,
-        column_config=_columns(95 if all(len(status_words(row)) == 1 for row in rows) else 170),
+        column_config=_columns(95 if all(len(status_labels(row)) == 1 for row in rows) else 170),
         on_select="rerun",
         selection_mode="multi-row",
         selection_default={"selection": {"rows": [run_ids.index(run_id) for run_id in remembered]}},
@@ -69,10 +69,10 @@ def table_of(rows: Sequence[RunRow]) -> pd.DataFrame:
     table = {
         "Started": started.tz_convert(zone) if zone is not None else started,
         "Label": [row.label if row.unshowable is None else f"{run_name(row)}: {row.unshowable}" for row in rows],
-        "Status": [status_words(row) for row in rows],
+        "Status": [status_labels(row) for row in rows],
         "Model": [row.model for row in rows],
         "Workload": [row.workload_name for row in rows],
-        "Setting": [setting_words(row.provenance.config) for row in rows],
+        "Setting": [setting_labels(row.provenance.config) for row in rows],
         "Arm": [f"{row.arm} {'' if row.repeat is None else row.repeat + 1}" if row.arm else "" for row in rows],
         **{name: pd.array([row.metrics.get(name) for row in rows], dtype="Float64") for name in METRICS},
         "Requests": [row.num_requests for row in rows],

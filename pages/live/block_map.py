@@ -7,7 +7,7 @@ import dataclasses
 
 import streamlit as st
 
-#: Letters of :attr:`engine.outputs.EngineStatus.blocks`, in the order in which they win a tie.
+#: States in :attr:`engine.outputs.EngineStatus.blocks`, in the order in which they win a tie.
 STATES = {"s": "shared", "u": "in use", "c": "cached prefix", ".": "free"}
 _COLORS = {"s": "#d97706", "u": "#0d9488", "c": "#818cf8"}
 _MAX_CELLS = 1536
@@ -44,7 +44,7 @@ def aggregate(blocks: str, per_cell: int) -> list[Cell]:
         part = blocks[start : start + per_cell]
         counts = {state: part.count(state) for state in "suc"}
         busy = sum(counts.values())
-        state = max(counts, key=lambda letter: counts[letter]) if busy else "."
+        state = max(counts, key=counts.__getitem__) if busy else "."
         cells.append(Cell(state, busy / len(part)))
     return cells
 
@@ -75,10 +75,10 @@ def block_map(blocks: str, block_size: int) -> None:
     per_cell = blocks_per_cell(len(blocks))
     total = max(len(blocks), 1)
     entries = []
-    for letter, label in STATES.items():
-        count = blocks.count(letter)
-        color = _COLORS.get(letter, "#808080")
-        opacity = "" if letter in _COLORS else ";opacity:.3"
+    for state, label in STATES.items():
+        count = blocks.count(state)
+        color = _COLORS.get(state, "#808080")
+        opacity = "" if state in _COLORS else ";opacity:.3"
         entries.append(
             f'<span style="white-space:nowrap"><i style="display:inline-block;width:.7em;height:.7em;border-radius:2px;'
             f'background:{color}{opacity};margin-right:.35em"></i>{label} <b>{count:,}</b> '

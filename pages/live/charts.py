@@ -19,7 +19,6 @@ from pages.shared.series import long
 _HEIGHT = 165
 _MARKS_SHOWN = 4
 _MARK_COLOR = "#f43f5e"
-
 Spec = dict[str, Any]
 
 
@@ -41,7 +40,7 @@ class Chart(NamedTuple):
 
 
 def live_charts(table: pd.DataFrame, marks: pd.DataFrame, window_s: float) -> None:
-    """Draw the six charts, two in a row, from :func:`pages.shared.series.bin_steps` and its marks."""
+    """Draw the six charts, two in a row, from :func:`pages.live.series.bin_steps` and its marks."""
     draw_charts(_CHARTS, table, marks, window_s)
 
 
@@ -59,7 +58,7 @@ def draw_charts(
 
     Args:
         table: with ``t``, seconds before the end (≤ 0), and every chart's columns.
-        marks: see :func:`pages.shared.series.event_marks`; they have labels in the first row if ``labelled``.
+        marks: see :func:`pages.live.series.event_marks`; they have labels in the first row if ``labelled``.
         height: of a chart, pixels.
     """
     for row in range(0, len(charts), in_a_row):
@@ -127,9 +126,9 @@ _TOOLTIP = [
 
 
 def _x(window_s: float) -> Spec:
-    words = "datum.value == 0 ? 'now' : datum.value <= -120 ? datum.value / 60 + ' min' : datum.value + ' s'"
+    label_expr = "datum.value == 0 ? 'now' : datum.value <= -120 ? datum.value / 60 + ' min' : datum.value + ' s'"
     ticks = [-window_s * part / 4 for part in range(4, -1, -1)]
-    axis = {"title": None, "labelExpr": words, "values": ticks, "grid": False, "labelFlush": True}
+    axis = {"title": None, "labelExpr": label_expr, "values": ticks, "grid": False, "labelFlush": True}
     return {"field": "t", "type": "quantitative", "axis": axis, "scale": {"domain": [-window_s, 0], "nice": False}}
 
 

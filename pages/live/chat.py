@@ -21,7 +21,8 @@ _EXAMPLES = (
 
 def streams() -> list[ChatStream]:
     """The streams of this browser session, oldest first."""
-    return st.session_state.setdefault("chat_streams", [])
+    found: list[ChatStream] = st.session_state.setdefault("chat_streams", [])
+    return found
 
 
 def chat(services: Services, *, ready: bool) -> None:

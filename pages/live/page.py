@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import streamlit as st
 
-from engine.outputs import EngineStatus
 from pages.background.feed import Snapshot
-from pages.live.block_map import block_map
+from pages.live.cache import cache_and_memory
+from pages.live.changes import current_config, settle_change
 from pages.live.charts import live_charts
 from pages.live.chat import chat, streams
 from pages.live.event_log import clock_text, event_log
-from pages.live.memory import memory_bar
+from pages.live.facts import engine_facts
+from pages.live.knob_panel import knob_panel
+from pages.live.load_model import load_form
+from pages.live.series import bin_steps, event_marks
 from pages.live.telemetry_charts import telemetry_charts
+from pages.live.toasts import show_toasts
+from pages.live.workload import workload_launcher
 from pages.services import Services, get_services
-from pages.shared.knobs import config_in_force, knob_panel, load_form, settle_change, show_toasts
-from pages.shared.messages import bytes_text, seconds_text
-from pages.shared.quality_reference import reference_note
-from pages.shared.series import bin_steps, event_marks
-from pages.shared.text import plain
-from pages.shared.workloads import workload_launcher
 
 _BUSY_S = 1.0
 # While nothing happens only ages and the hardware's curves move; the strip at the top wakes the page at once.
@@ -80,7 +77,7 @@ def _knobs(services: Services, was_pending: bool) -> None:
         st.rerun()
     snapshot = services.feed.read()
     if snapshot.engine is not None:
-        config = config_in_force(snapshot)
+        config = current_config(snapshot)
         st.session_state["config_shown"] = config
         knob_panel(services, services.knobs(), config)
     show_toasts()
@@ -105,15 +102,15 @@ def _charts(services: Services, ready: bool, was_busy: bool, window: str) -> Non
     if ready and (_is_busy(services, snapshot) != was_busy or _config_moved(snapshot)):
         st.rerun()  # another pace, or another client changed a knob
     if engine is not None:
-        _facts(engine, snapshot)
+        engine_facts(engine, snapshot)
     steps = snapshot.steps
     if not steps:
-        words = "with the first request: send a prompt or run a workload." if ready else "once the model is ready."
-        st.info(f"Charts appear {words}", icon=":material/monitoring:")
+        when = "with the first request: send a prompt or run a workload." if ready else "once the model is ready."
+        st.info(f"Charts appear {when}", icon=":material/monitoring:")
     else:
         _history_charts(snapshot, was_busy)
     if engine is not None:
-        _memory(services, engine)
+        cache_and_memory(services, engine)
 
 
 def _hardware(services: Services) -> None:
@@ -127,79 +124,7 @@ def _config_moved(snapshot: Snapshot) -> bool:
     shown = st.session_state.get("config_shown")
     if snapshot.engine is None or shown is None or st.session_state.get("pending_change") is not None:
         return False
-    return bool(shown != config_in_force(snapshot))
-
-
-def _facts(engine: EngineStatus, snapshot: Snapshot) -> None:
-    model, totals = engine.model, engine.totals
-    since = snapshot.taken_unix_s - 3.0
-    recent = [step for step in snapshot.steps[-400:] if step.time_unix_s > since] if snapshot.busy else []
-    speed = sum(step.output_tokens for step in recent) / 3.0
-    columns = st.columns(5)
-    columns[0].metric(
-        "Tokens/s", f"{speed:,.1f}" if recent else "idle", help="Output tokens, mean of the last 3 seconds."
-    )
-    columns[1].metric("Running / waiting", f"{engine.running} / {engine.waiting}")
-    used = sum(letter in "us" for letter in engine.blocks)
-    columns[2].metric("KV in use", f"{100 * used / max(engine.num_blocks, 1):.1f} %", help=_capacity_text(engine))
-    columns[3].metric(
-        "Tokens out", f"{totals.get('output_tokens', 0):,}", help="Output tokens since the model was loaded."
-    )
-    columns[4].metric("Preempted", f"{totals.get('preemptions', 0):,}", help="Preemptions since the model was loaded.")
-    _preparation(engine.execution)
-    with st.expander(plain(_model_line(model, engine.path.get("execution", "eager"))), icon=":material/info:"):
-        st.table(_details(engine), border="horizontal")
-
-
-def _preparation(execution: Mapping[str, Any]) -> None:
-    """How far the preparation of an execution mode is, and what could not be prepared."""
-    running = execution.get("preparing")
-    if running:
-        current = f", now {plain(running['current'])}" if running["current"] else ""
-        text = f"Preparing **{plain(execution['asked'])}**: {running['done']} of {running['total']} shapes{current}"
-        share = running["done"] / max(running["total"], 1)
-        st.progress(share, text=f"{text} ({seconds_text(running['seconds'])}). Requests are served meanwhile.")
-    for failure in execution.get("failed", ()):
-        words = plain(f"{failure['tokens']} tokens stay eager: {failure['error']}")
-        st.warning(f"**{plain(execution['asked'])}**: {words}", icon=":material/warning:")
-
-
-def _execution_text(execution: Mapping[str, Any]) -> str:
-    prepared = ", ".join(execution.get("prepared", ())) or "nothing"
-    asked, last = execution.get("asked", "eager"), execution.get("last", "eager")
-    if asked == last == "eager":
-        return "eager"
-    if last == "eager" and not execution.get("prepared"):
-        return f"{asked}: eager ({execution.get('reason', '')})"
-    return f"{asked}, prepared for {prepared} tokens; the last step ran {last} ({execution.get('reason', '')})"
-
-
-def _capacity_text(engine: EngineStatus) -> str:
-    tokens = engine.num_blocks * engine.block_size
-    return f"{engine.num_blocks:,} blocks of {engine.block_size} tokens hold {tokens:,} tokens."
-
-
-def _model_line(model: Mapping[str, Any], execution: str) -> str:
-    parameters = float(model.get("parameters") or 0) / 1e6
-    size = f"{parameters / 1000:.2f} B" if parameters >= 1000 else f"{parameters:.0f} M"
-    facts = f"{model.get('name')}: {size} parameters, {model.get('layers')} layers, {execution} execution"
-    return f"{facts} · what really runs"
-
-
-def _details(engine: EngineStatus) -> dict[str, str]:
-    model = engine.model
-    heads = f"{model.get('heads')} query, {model.get('kv_heads')} key/value"
-    facts = {
-        "Family": f"{model.get('family')}, from {model.get('source')}",
-        "Stored as": reference_note(str(model.get("stored_as", ""))),
-        "Attention heads": f"{heads}, {model.get('head_dim')} wide",
-        "Context": f"{engine.max_model_len:,} tokens (the model's own: {int(model.get('context_length') or 0):,})",
-        "KV cache": f"{_capacity_text(engine)} {bytes_text(engine.memory.kv_cache)}.",
-        "Execution": _execution_text(engine.execution),
-        "Fingerprint": str(model.get("fingerprint", ""))[:16],
-    }
-    facts |= {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}
-    return {plain(name): plain(fact) for name, fact in facts.items()}
+    return bool(shown != current_config(snapshot))
 
 
 def _history_charts(snapshot: Snapshot, busy: bool) -> None:
@@ -215,63 +140,8 @@ def _history_charts(snapshot: Snapshot, busy: bool) -> None:
     live_charts(table, event_marks(snapshot.events, end_unix_s=end, window_s=span), span)
 
 
-def _prefix_hits(engine: EngineStatus) -> str:
-    asked, hits = (engine.totals.get(f"prefix_{name}_tokens", 0) for name in ("query", "hit"))
-    share = f"{100 * hits / asked:.0f} % of {asked:,} prompt tokens" if asked else "no prompt looked up yet"
-    return f"prefix hits: {share}"
-
-
-def _reset_prefix_cache(services: Services) -> None:
-    try:
-        text = f"Prefix cache reset: {services.client.reset_prefix_cache():,} blocks forgotten."
-    except Exception as error:  # the worker may be gone
-        text = f"The prefix cache could not be reset: {plain(error)}"
-    st.session_state.setdefault("toasts", []).append(text)
-
-
-def _resize(services: Services) -> None:
-    try:
-        before, after = services.client.resize().changed.get("num_blocks", (0, 0))
-        text = (
-            f"The KV cache holds {after:,} blocks now (before: {before:,})." if after else "Nothing to take any more."
-        )
-    except Exception as error:  # memory that is not there after all, or the worker may be gone
-        text = f"The KV cache stays as it is: {error}"
-    st.session_state.setdefault("toasts", []).append(text)
-
-
 def _last_event(snapshot: Snapshot) -> float:
     return snapshot.events[-1].time_unix_s if snapshot.events else 0.0
-
-
-def _memory(services: Services, engine: EngineStatus) -> None:
-    with st.container(border=True):
-        with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-            st.markdown(f"**KV cache blocks** · {_prefix_hits(engine)}", width="content")
-            st.button(
-                "Reset",
-                key="reset-prefix-cache",
-                icon=":material/mop:",
-                help="Forget every reusable prefix. Requests in flight keep their blocks.",
-                on_click=_reset_prefix_cache,
-                args=(services,),
-            )
-        block_map(engine.blocks, engine.block_size)
-    with st.container(border=True):
-        st.markdown("**Memory**")
-        memory_bar(engine.memory)
-        if engine.resize:
-            tokens = engine.resize["num_blocks"] * engine.block_size
-            gained = bytes_text(engine.resize["gained_bytes"])
-            st.button(
-                f"Give the KV cache {gained} more",
-                key="resize-cache",
-                icon=":material/expand:",
-                help=f"Lighter weights have left this memory: {tokens:,} tokens would fit. Running requests are "
-                "computed again with the tokens they have; heavier weights take the memory back.",
-                on_click=_resize,
-                args=(services,),
-            )
 
 
 main()

@@ -14,11 +14,9 @@ from pages.shared.messages import bytes_text
 from pages.shared.text import plain
 
 Sample = Mapping[str, Any]
-
 _GIB = 2.0**30
 _BINS = 120
 _HEIGHT = 120
-
 #: Title, unit, columns of :func:`values_of` with their labels, and the value that the axis ends at.
 _Panel = tuple[str, str, dict[str, str], float | str | None]
 GPU_PANELS: tuple[_Panel, ...] = (
@@ -40,7 +38,7 @@ def telemetry_charts(samples: Sequence[Sample], marks: pd.DataFrame, end_unix_s:
 
     Args:
         samples: :class:`engine.telemetry.readings.Sample`, oldest first.
-        marks: toggles, see :func:`pages.shared.series.event_marks`.
+        marks: toggles, see :func:`pages.live.series.event_marks`.
         end_unix_s: right edge, wall clock; window_s: width, seconds.
     """
     if not samples:
@@ -61,7 +59,7 @@ def _end(top: float | str | None, latest: Mapping[str, float | None]) -> float |
 
 
 def _reading(panel: _Panel, latest: Mapping[str, float | None]) -> str:
-    """The newest values in words: ``Power 350 of 700 W``, ``Processor worker 34, machine 99 % of all cores``."""
+    """The newest values as text: ``Power 350 of 700 W``, ``Processor worker 34, machine 99 % of all cores``."""
     title, unit, keys, top = panel
     shown = [_number(latest.get(key)) if len(keys) == 1 else f"{keys[key]} {_number(latest.get(key))}" for key in keys]
     limit = latest.get(top) if isinstance(top, str) else None
@@ -82,11 +80,11 @@ def headline(sample: Sample) -> str:
         if not gpus:
             return f"{machine} · no GPU reading: {plain(sample.get('gpu_reason') or 'there is no NVIDIA GPU.')}"
         return f"{machine} · the model is not on a GPU; {plain(', '.join(map(_other_gpu, gpus)))}"
-    words = [f"**{plain(gpu['name'] or 'GPU')}** · GPU {gpu['index']} of NVML"]
+    parts = [f"**{plain(gpu['name'] or 'GPU')}** · GPU {gpu['index']} of NVML"]
     if gpu["error"]:
-        words.append(f":red-badge[cannot be read: {plain(gpu['error'])}]")
-    words += [f":orange-badge[clocks held back: {plain(reason)}]" for reason in gpu["throttle_reasons"] or ()]
-    return " ".join(words)
+        parts.append(f":red-badge[cannot be read: {plain(gpu['error'])}]")
+    parts += [f":orange-badge[clocks held back: {plain(reason)}]" for reason in gpu["throttle_reasons"] or ()]
+    return " ".join(parts)
 
 
 def _other_gpu(gpu: Mapping[str, Any]) -> str:

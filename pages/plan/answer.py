@@ -10,7 +10,9 @@ import streamlit as st
 from engine.capacity import Deployment, OperatingPoint, Plan, Remedy
 from engine.capacity.advice.deployment import warnings_of
 from engine.capacity.words import gib
-from pages.plan.inputs import apply_changes, key, size_text
+from pages.plan.fields import key
+from pages.plan.inputs import apply_changes
+from pages.plan.model import size_text
 from pages.shared.text import plain
 
 

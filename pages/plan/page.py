@@ -81,7 +81,7 @@ def _memory_details(inputs: PlanInputs, found: Deployment) -> None:
             concurrency_chart(found.plan, curve)
         else:
             st.markdown("**Not even the shortest request fits**")
-            st.caption("The weights and what the engine needs beside them leave no room for a KV cache.")
+            st.caption("The weights and what the engine needs besides them leave no room for a KV cache.")
     with right, st.container(border=True, height="stretch"):
         _parameters(found.plan)
 

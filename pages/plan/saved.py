@@ -10,18 +10,10 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from engine.capacity import (
-    Deployment,
-    as_json,
-    as_markdown,
-    as_yaml,
-    compare_documents,
-    launch_commands,
-    plan_document,
-)
+from engine.capacity import Deployment, as_json, as_markdown, as_yaml, compare_documents, launch_commands, plan_document
 from engine.paths import headroom_home, private_dir
 from kernels.trust import private_file
-from pages.plan.inputs import DEFAULTS, key
+from pages.plan.fields import DEFAULTS, key
 from pages.shared.text import plain
 
 _LONGEST_NAME = 60

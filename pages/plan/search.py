@@ -7,7 +7,8 @@ import streamlit as st
 
 from engine.capacity import Goal, Solution, gpus, solve_cached
 from engine.capacity.speed.workload import Objectives
-from pages.plan.inputs import PlanInputs, apply_changes, key
+from pages.plan.fields import key
+from pages.plan.inputs import PlanInputs, apply_changes
 
 _SHOWN = 8
 

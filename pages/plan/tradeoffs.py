@@ -1,4 +1,4 @@
-"""What moves the answer most, and what could be had instead."""
+"""What moves the answer most, and what the alternatives are."""
 
 from __future__ import annotations
 

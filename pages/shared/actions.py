@@ -17,7 +17,7 @@ from pages.shared.messages import show_error
 
 
 def act(place: str, work: Callable[..., Any], *args: Any) -> None:
-    """Callback of a button: do the work; :func:`show_problem` with the same ``place`` tells what it raised."""
+    """Callback of a button: do the work; :func:`show_action_error` with the same ``place`` tells what it raised."""
     st.session_state.pop(_key(place), None)
     try:
         work(*args)
@@ -25,7 +25,7 @@ def act(place: str, work: Callable[..., Any], *args: Any) -> None:
         st.session_state[_key(place)] = error
 
 
-def show_problem(place: str) -> None:
+def show_action_error(place: str) -> None:
     """An error box with what the last action of that place has raised, until the next one."""
     error = st.session_state.get(_key(place))
     if error is not None:
@@ -33,4 +33,4 @@ def show_problem(place: str) -> None:
 
 
 def _key(place: str) -> str:
-    return f"problem-{place}"
+    return f"error-{place}"

@@ -13,8 +13,6 @@ _MARK = """<svg xmlns="http://www.w3.org/2000/svg" width="132" height="28" viewB
 <rect x="18" y="17" width="5" height="8" rx="2" fill="#14b8a6"/>
 <text x="30" y="20" font-family="system-ui, sans-serif" font-size="17" font-weight="700" fill="#14a394">Headroom</text>
 </svg>"""
-
-
 #: The mark alone, for the browser's tab (a Material icon would be fetched from the internet).
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" width="32" height="32" viewBox="0 0 28 28">
 <rect x="3" y="3" width="6" height="22" rx="2" fill="#14b8a6" opacity=".35"/>

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import streamlit as st
-
 from engine.measure.energy import METRIC_NAMES
 from engine.measure.results import RunResult
 from pages.shared.text import plain
@@ -20,21 +16,8 @@ def has_energy(run: RunResult) -> bool:
     return run.metrics.get("energy_j") is not None
 
 
-def energy_words(run: RunResult) -> str:
+def energy_text(run: RunResult) -> str:
     """A sentence, as Markdown: energy, how it was measured, idle power, what held clocks back; or why there is none."""
     found = next((event.summary for event in run.events if event.kind == "energy"), None)
     text = found or "energy not measured: the run is from a version that did not measure it"
     return f"{plain(text[:1].upper() + text[1:])}."
-
-
-def compared_energy(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult]) -> None:
-    """How the energy of two settings was measured, with a first run's figures of each; or why it was not."""
-    first = [(letter, runs[0]) for letter, runs in (("A", runs_a), ("B", runs_b)) if runs]
-    if not any(has_energy(run) for _, run in first):
-        st.caption(energy_words(first[0][1]))
-        return
-    st.markdown(
-        "**Energy** :small[:gray[of the GPU's board; first run of each setting, means and ratios in the table]]"
-    )
-    for letter, run in first:
-        st.caption(f"**{letter}** · {energy_words(run)}")

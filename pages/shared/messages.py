@@ -1,34 +1,25 @@
-"""Errors, values and durations in words, the same on every page."""
+"""Errors, values and durations as text, the same on every page."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
 
 from pages.shared.text import plain
 
 
-def error_text(problem: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An error for people, as Markdown: the field in bold, what is wrong, the remedy."""
-    field, message = getattr(problem, "field", None), getattr(problem, "message", None)
-    remedy = getattr(problem, "remedy", None)
-    text = message or str(problem) or type(problem).__name__
+    field, message = getattr(error, "field", None), getattr(error, "message", None)
+    remedy = getattr(error, "remedy", None)
+    text = message or str(error) or type(error).__name__
     return f"{f'**{plain(field)}**: ' if field else ''}{plain(text)}{f' {plain(remedy)}' if remedy else ''}"
 
 
-def show_error(problem: BaseException) -> None:
+def show_error(error: BaseException) -> None:
     """An error box that names the field and the remedy."""
-    st.error(error_text(problem), icon=":material/error:")
-
-
-def history_link(**query: str) -> None:
-    """A link to the History page, with ``run=…`` or ``comparison=…`` to open there; nothing where a page is shown
-    without the frame that knows the others."""
-    with contextlib.suppress(StreamlitAPIException):
-        st.page_link("history.py", label="Open in History", icon=":material/history:", query_params=query)
+    st.error(error_text(error), icon=":material/error:")
 
 
 def value_text(value: Any) -> str:

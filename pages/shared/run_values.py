@@ -1,4 +1,4 @@
-"""Runs in words: metrics with their units, the setting as what was changed, names for tables and legends."""
+"""Runs as text: metrics with their units, the setting as what was changed, names for tables and legends."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def changed_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "model" and (name, value) not in defaults.items()}
 
 
-def setting_words(config: Mapping[str, Any]) -> list[str]:
+def setting_labels(config: Mapping[str, Any]) -> list[str]:
     """The setting as its changes, one phrase a knob: ``["weights int4", "batching static"]``."""
     return [f"{name.replace('_', ' ')} {value_text(value)}" for name, value in changed_knobs(config).items()]
 
 
-def status_words(run: RunRow) -> list[str]:
+def status_labels(run: RunRow) -> list[str]:
     """How a run ended, and whether something else happened meanwhile: chips of its row."""
     if run.unshowable is not None:
         return [UNSHOWABLE]
@@ -120,8 +120,8 @@ def run_name(run: RunRow | RunResult) -> str:
     if isinstance(run, RunRow) and run.unshowable is not None:
         return run.label or f"run {run.run_id[:12]}"
     arm = f"{run.arm}{'' if run.repeat is None else run.repeat + 1}" if run.arm else ""
-    words = [run.label or str(run.provenance.workload.get("name", "")) or "run", arm]
-    return " · ".join(word for word in words if word)
+    parts = [run.label or str(run.provenance.workload.get("name", "")) or "run", arm]
+    return " · ".join(part for part in parts if part)
 
 
 def code_text(revision: str, dirty: bool | None) -> str:

@@ -10,7 +10,7 @@ from engine.measure.results import to_json
 from engine.outputs import EngineStatus
 from pages.background.recorder import Job
 from pages.services import Services, WorkerView
-from pages.shared.actions import act, show_problem
+from pages.shared.actions import act, show_action_error
 from pages.shared.messages import seconds_text
 from pages.shared.text import badge_label, plain
 
@@ -37,7 +37,7 @@ def _strip(services: Services) -> None:
         _loading(view)
     elif view.phase == "ready":
         _ready(services)
-        _former_model(view)
+        _previous_model(view)
     elif view.phase == "failed":
         _failed(view)
     else:
@@ -72,8 +72,8 @@ def _ready(services: Services) -> None:
             st.badge(badge_label(_job_line(job)), icon=":material/science:", color="blue")
 
 
-def _former_model(view: WorkerView) -> None:
-    """While another model is being loaded beside the one that serves, and after that has failed."""
+def _previous_model(view: WorkerView) -> None:
+    """While another model is being loaded while the previous one serves, and after that has failed."""
     if view.progress is not None and view.progress < 1.0:
         st.progress(min(max(float(view.progress), 0.0), 1.0), text=plain(view.stage))
     if view.error:
@@ -122,7 +122,7 @@ def _dead(services: Services, view: WorkerView) -> None:
         on_click=act,
         args=("restart", services.restart),
     )
-    show_problem("restart")
+    show_action_error("restart")
     _log(view)
 
 
@@ -160,4 +160,4 @@ def _unrecorded(services: Services, job: Job) -> None:
             on_click=act,
             args=(place, services.recorder.forget, job),
         )
-    show_problem(place)
+    show_action_error(place)

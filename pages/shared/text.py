@@ -91,8 +91,8 @@ def _blocks(parent: SyntaxTreeNode, *, tight: bool = False) -> list[str]:
 
 def _block(node: SyntaxTreeNode) -> list[str]:
     if node.type == "heading":
-        words = " ".join(_inline(node).splitlines())
-        return [f"{'#' * int(node.tag[1:])} {words}"]
+        title = " ".join(_inline(node).splitlines())
+        return [f"{'#' * int(node.tag[1:])} {title}"]
     if node.type in ("bullet_list", "ordered_list"):
         return _list(node)
     if node.type == "blockquote":
@@ -135,7 +135,7 @@ def _table(node: SyntaxTreeNode) -> list[str]:
 
 
 def _inline(node: SyntaxTreeNode) -> str:
-    """The words of a paragraph, heading or cell."""
+    """The text of a paragraph, heading or cell."""
     return "".join(_spans(child for inline in node.children for child in inline.children))
 
 

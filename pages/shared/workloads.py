@@ -1,4 +1,4 @@
-"""Start a named workload on the loaded model, follow it, cancel it."""
+"""The choice of a named workload, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ import streamlit as st
 
 from pages.background.recorder import Job
 from pages.services import Services
-from pages.shared.actions import act, show_problem
-from pages.shared.messages import history_link, seconds_text, show_error
+from pages.shared.actions import act, show_action_error
+from pages.shared.messages import seconds_text, show_error
 from pages.shared.text import plain
-
-_POLL_S = 1.0
-_HEADLINES = (
-    ("output_tokens_s", "Output tokens/s", "{:,.1f}"),
-    ("ttft_ms_p50", "TTFT p50", "{:,.0f} ms"),
-    ("tpot_ms_mean", "TPOT mean", "{:,.1f} ms"),
-    ("e2e_ms_p99", "End to end p99", "{:,.0f} ms"),
-)
 
 
 def workload_choice(services: Services, key: str) -> Mapping[str, Any] | None:
@@ -38,67 +30,6 @@ def workload_choice(services: Services, key: str) -> Mapping[str, Any] | None:
     return chosen
 
 
-def workload_launcher(services: Services, *, ready: bool) -> None:
-    """The launcher with its progress; polls only while a job runs."""
-    active = services.recorder.active() is not None
-    st.fragment(_launcher, run_every=_POLL_S if active else None)(services, ready, active)
-
-
-def _launcher(services: Services, ready: bool, was_active: bool) -> None:
-    job = services.recorder.active()
-    if (job is not None) != was_active:
-        st.rerun()
-    if not ready:
-        st.caption("Workloads can be run once the model is ready.")
-    else:
-        _start_form(services, busy=job is not None)
-    for past in services.recorder.jobs()[:3]:
-        if past.kind == "bench":
-            job_card(services, past)
-
-
-def _start_form(services: Services, *, busy: bool) -> None:
-    workload = workload_choice(services, "live-workload")
-    if workload is None:
-        return
-    left, right = st.columns([1, 1.4], vertical_alignment="bottom")
-    left.number_input("Seed", 0, 2**31 - 1, 0, key="live-seed", persist_state="session")
-    label = "A run is in progress" if busy else "Run and record"
-    right.button(
-        label,
-        type="primary",
-        icon=":material/play_arrow:",
-        disabled=busy,
-        width="stretch",
-        key="live-run",
-        on_click=act,
-        args=("live-run", _launch, services),
-    )
-    show_problem("live-run")
-
-
-def _launch(services: Services) -> None:
-    name, seed = str(st.session_state["live-workload"]), int(st.session_state["live-seed"])
-    services.recorder.launch({"workload": name, "seed": seed, "label": name}, title=name)
-
-
-def job_card(services: Services, job: Job) -> None:
-    """Progress of a job while it runs, its headline numbers or its error afterwards."""
-    title = plain(job.title)
-    with st.container(border=True, gap="small"):
-        if job.active:
-            progress(services, job)
-        elif job.state == "completed" and job.results:
-            st.markdown(f"**{title}** :green-badge[recorded]" if not job.unrecorded else f"**{title}**")
-            _headlines(job)
-            history_link(run=job.results[-1].run_id)
-        else:
-            color = "red" if job.state == "failed" else "gray"
-            st.markdown(f"**{title}** :{color}-badge[{job.state}]")
-            if job.error:
-                st.caption(plain(job.error))
-
-
 def progress(services: Services, job: Job) -> None:
     """Progress bar, time left and the cancel button of a running job."""
     share = min(job.done / job.total, 1.0) if job.total else 0.0
@@ -106,12 +37,4 @@ def progress(services: Services, job: Job) -> None:
     st.progress(share, text=f"**{plain(job.title)}**: {plain(job.detail or 'starting')}{left}")
     place = f"cancel-{job.job_id}"
     st.button("Cancel", icon=":material/cancel:", key=place, on_click=act, args=(place, services.recorder.cancel, job))
-    show_problem(place)
-
-
-def _headlines(job: Job) -> None:
-    metrics = job.results[-1].metrics
-    shown = [(label, form.format(metrics[name])) for name, label, form in _HEADLINES if metrics.get(name) is not None]
-    for row in range(0, len(shown), 2):
-        for column, (label, text) in zip(st.columns(2), shown[row : row + 2], strict=False):
-            column.metric(label, text)
+    show_action_error(place)

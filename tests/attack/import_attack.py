@@ -17,7 +17,7 @@ import sqlalchemy
 from engine.measure.results import to_json
 from storage import RunFilter, StorageError, Store, open_store
 from storage.cli import _line
-from storage.tables import Run
+from storage.tables import StoredRun
 from tests.attack.outcome import Tally
 from tests.attack.target import ROOT
 from tests.storage.run_examples import failed_run, make_run
@@ -197,7 +197,7 @@ def _lines(rows: list[Any]) -> None:
 def _empty_by_force(store: Store, kept: set[str]) -> None:
     """Past a run that breaks the record, so that the next document is judged for itself."""
     with store._writing() as connection:
-        connection.execute(sqlalchemy.delete(Run).where(Run.run_id.not_in(kept)))
+        connection.execute(sqlalchemy.delete(StoredRun).where(StoredRun.run_id.not_in(kept)))
 
 
 def _whole(store: Store, tally: Tally, when: str) -> None:

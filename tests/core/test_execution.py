@@ -15,7 +15,8 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError
-from engine.execution import TokenRange, compiler, preparation
+from engine.execution import compiler, preparation
+from engine.execution.base import TokenRange
 from engine.execution.blueprint import draw
 from engine.execution.packages import packages_dir
 from engine.models import LoadedModel, load_model

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import RequestError
-from engine.sampling.params import LIMITS, NO_TOKEN, SamplingParams, SamplingRow, sample
+from engine.sampling.params import LIMITS, NO_TOKEN, SamplingParams, SamplingRow
+from engine.sampling.torch_sampler import sample
 
 VOCAB = 12
 

@@ -32,7 +32,7 @@ def test_prefix_hits_rise_with_a_repeated_prompt_and_stand_still_without_the_cac
     assert totals(dashboard)["prefix_query_tokens"] == looked_up
 
 
-def test_a_control_that_is_used_while_the_page_draws_itself_anew_reaches_the_engine_and_shows_it(page, dashboard):
+def test_a_control_that_is_used_while_the_page_draws_itself_again_reaches_the_engine_and_shows_it(page, dashboard):
     page.goto(f"{dashboard.url}/live")
     wait_ready(page)
     limit_answers(page, 2000)

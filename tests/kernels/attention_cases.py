@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from engine.attention.base import AttentionBackend, AttentionBatch
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
 from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache, quantize
 from kernels.kv_write import KVScales, kv_write_reference
 
@@ -127,17 +127,8 @@ def oracle(case: Case) -> torch.Tensor:
 
 def attend(backend: AttentionBackend, case: Case) -> torch.Tensor:
     """Run ``backend`` on the case."""
-    return backend.attend(
-        case.query,
-        case.key,
-        case.value,
-        case.key_cache,
-        case.value_cache,
-        case.batch,
-        scale=case.scale,
-        window=case.window,
-        kv_scales=case.kv_scales,
-    )
+    layer = AttentionLayer(case.key_cache, case.value_cache, case.kv_scales, case.scale, case.window)
+    return backend.attend(NewTokens(case.query, case.key, case.value), layer, case.batch)
 
 
 def quantized(case: Case, name: str) -> Case:

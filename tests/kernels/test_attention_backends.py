@@ -9,7 +9,7 @@ from attention_cases import AWKWARD, attend, make_case, oracle, quantized
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engine.attention.base import get_backend
+from engine.attention.backends import get_backend
 from engine.errors import ConfigError
 from kernels.cpu.attention import kv_write
 from kernels.cpu.build import native

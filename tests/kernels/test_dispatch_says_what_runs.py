@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from engine.attention.base import get_backend
+from engine.attention.backends import get_backend
 from engine.errors import ConfigError
 from kernels import dispatch
 from kernels.dispatch import IMPLEMENTATIONS, cache_unsupported_reason, choose

@@ -10,7 +10,8 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from engine.measure.comparison import compare
-from pages.history.compare import groups_by_run, groups_by_setting, metric_row
+from pages.history.figures import metric_row
+from pages.history.groups import groups_by_run, groups_by_setting
 from pages.history.table import table_of
 from pages.shared import run_values as history_values
 from pages.shared.store import close_stores, get_store

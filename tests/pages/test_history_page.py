@@ -19,10 +19,11 @@ from engine.config import EngineConfig, parse_assignments
 from engine.measure.metrics import METRICS
 from engine.measure.results import EventRecord, to_json
 from engine.measure.workloads import WORKLOADS
-from pages.history import compare as history_compare
+from pages.history import side_by_side
 from pages.history.charts import distribution_curves, histogram, latencies, marks_table, request_timeline
-from pages.history.compare import groups_by_run, groups_by_setting, metric_row
-from pages.history.detail import repeat_command
+from pages.history.figures import metric_row
+from pages.history.groups import groups_by_run, groups_by_setting
+from pages.history.provenance import repeat_command
 from pages.shared import run_values as history_values
 from pages.shared.run_values import changed_knobs
 from pages.shared.store import close_stores, get_store
@@ -446,6 +447,6 @@ def test_toggles_are_marked_in_the_charts_and_the_start_is_not():
     ]
 
 
-@pytest.mark.parametrize("module", [history_values, history_compare])
+@pytest.mark.parametrize("module", [history_values, side_by_side])
 def test_the_examples_in_the_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0

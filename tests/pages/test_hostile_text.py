@@ -190,7 +190,8 @@ def test_history_shows_a_hostile_run_and_two_side_by_side_as_text(record):
 
 
 def test_plan_shows_the_name_of_a_hostile_file_as_text():
-    from pages.plan.inputs import UPLOAD, key
+    from pages.plan.fields import key
+    from pages.plan.model import UPLOAD
 
     page = page_of("plan")
     page.session_state[key("model")] = UPLOAD

@@ -278,7 +278,7 @@ def test_beside_quantized_weights_stands_what_their_loss_is_counted_from(page, c
 
 
 @pytest.mark.parametrize(("happens", "times"), [("nothing", 1), ("a request", 2), ("a change", 2)])
-def test_a_page_that_stands_still_is_drawn_anew_when_something_happens(services, client, happens, times):
+def test_a_page_that_stands_still_is_drawn_again_when_something_happens(services, client, happens, times):
     def page_with_strip():
         import streamlit as st
 

@@ -9,7 +9,7 @@ import pytest
 from engine.outputs import EngineEvent
 from pages.background.feed import Feed
 from pages.live.block_map import aggregate, blocks_per_cell, svg
-from pages.shared.series import bin_steps, event_marks
+from pages.live.series import bin_steps, event_marks
 from tests.pages.engine_fakes import FakeClient
 
 

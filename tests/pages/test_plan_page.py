@@ -26,8 +26,9 @@ from engine.capacity import (
     sensitivity,
 )
 from engine.errors import HeadroomError
-from pages.plan.inputs import NGRAM, SHAPE, UPLOAD, key, read_config
+from pages.plan.fields import NGRAM, key
 from pages.plan.memory import segments
+from pages.plan.model import SHAPE, UPLOAD, read_config
 from pages.plan.roofline import operator_table
 from pages.plan.shape import shape_key
 

@@ -133,7 +133,7 @@ def test_an_engine_that_gave_up_can_be_restarted(services, client, worker):
     assert worker.restarts == 1
 
 
-def test_a_failed_load_tells_that_the_former_model_serves_on(services, client):
+def test_a_failed_load_tells_that_the_previous_model_serves_on(services, client):
     client.phase = {"status": "ready", "error": {"message": "no such file", "remedy": "Give a path."}}
     page = AppTest.from_string(STRIP, default_timeout=20).run()
     assert "no such file" in page.warning[0].value

@@ -15,21 +15,21 @@ from tests.rehearsal.simulated_gpu import Event, Simulation
 #: Where the tokens of a step come back: the one wait of a step.
 TOKENS = {
     ("engine/sampling/triton_sampler.py", "sample_on_device"),
-    ("engine/sampling/params.py", "sample"),  # greedy rows with nothing to penalize; `sampling=torch`
+    ("engine/sampling/torch_sampler.py", "sample"),  # greedy rows with nothing to penalize; `sampling=torch`
 }
 #: What else a step may wait for, and why. A test names what it allows; whatever is not here fails.
 NAMED_WAITS = {
-    ("engine/sampling/params.py", "logprobs_of"): "log-probabilities that a client asked for, all in one copy",
+    ("engine/sampling/torch_sampler.py", "logprobs_of"): "log-probabilities that a client asked for, all in one copy",
     ("engine/layers/mixture.py", "forward"): "eager mixtures, and quantized experts: one product for each expert that "
     "has tokens, so their counts come to the host, once a layer; fused execution of plain experts needs none",
     ("kernels/paged_attention.py", "paged_attention_reference"): "attention=reference walks the sequences on the "
     "host: it is the truth the others are held to, and slow",
-    ("engine/sampling/params.py", "_penalize"): "sampling=torch copies what rows ask for from ordinary memory; "
+    ("engine/sampling/torch_sampler.py", "_penalize"): "sampling=torch copies what rows ask for from ordinary memory; "
     "a GPU has sampling=triton",
-    ("engine/sampling/params.py", "_draw"): "as _penalize",
-    ("engine/sampling/params.py", "_draw_group"): "as _penalize",
-    ("engine/sampling/params.py", "_cut_by_rank"): "as _penalize",
-    ("engine/sampling/params.py", "_column"): "as _penalize",
+    ("engine/sampling/torch_sampler.py", "_draw"): "as _penalize",
+    ("engine/sampling/torch_sampler.py", "_draw_group"): "as _penalize",
+    ("engine/sampling/torch_sampler.py", "_cut_by_rank"): "as _penalize",
+    ("engine/sampling/torch_sampler.py", "_column"): "as _penalize",
 }
 TORCH_SAMPLER = ("_penalize", "_draw", "_draw_group", "_cut_by_rank", "_column", "sample")
 #: From pinned memory: the step's tensors, what its rows ask of the sampler, marks of tokens that were seen and of those

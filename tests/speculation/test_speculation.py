@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.batching.request import Request
+from engine.config import EngineConfig
 from engine.outputs import RequestTimes
 from engine.sampling.params import SamplingParams
-from engine.speculation.proposers import NgramProposer
+from engine.speculation.proposers.ngram import NgramProposer
+from engine.speculation.proposers.table import make_proposer, needs_new_proposer
 from engine.speculation.verification import accept_drafts
 
 
@@ -102,3 +104,17 @@ def test_acceptance_of_a_point_mass_draft_keeps_the_target_distribution():
             counts[accept_drafts(sampled, [draft])[0]] += 1
         assert counts[3] == 0
         assert all(abs(count / 20000 - p) < 0.02 for count, p in zip(counts, target, strict=True))
+
+
+def test_a_new_proposer_is_made_only_for_the_knobs_that_it_reads():
+    ngram, off = EngineConfig(speculation="ngram", ngram_min=1, ngram_max=3), EngineConfig(speculation="off")
+    proposer = make_proposer(ngram)
+    assert isinstance(proposer, NgramProposer)
+    assert (proposer.shortest, proposer.longest) == (1, 3)
+    assert make_proposer(off) is None
+    assert [needs_new_proposer(ngram, {name}) for name in ("speculation", "ngram_max", "draft_length")] == [
+        True,
+        True,
+        False,
+    ]
+    assert [needs_new_proposer(off, {name}) for name in ("speculation", "ngram_max")] == [True, False]

@@ -137,7 +137,7 @@ def test_a_private_group_may_write_and_a_shared_one_not(tmp_path, monkeypatch):
     assert why_not_trusted(tmp_path) is not None
 
 
-def test_kernels_that_somebody_else_could_have_written_are_built_anew(home, monkeypatch):
+def test_kernels_that_somebody_else_could_have_written_are_built_again(home, monkeypatch):
     built = []
 
     def compile_instead(command):

@@ -117,7 +117,7 @@ def _empty_log(store):
     connection.close()
 
 
-def test_deleting_gives_the_space_back_on_any_disk_also_in_a_file_of_a_former_version(tmp_path):
+def test_deleting_gives_the_space_back_on_any_disk_also_in_a_file_of_a_previous_version(tmp_path):
     for number, previous in enumerate((False, True)):
         file = tmp_path / f"record-{number}.db"
         store = open_store(f"sqlite:///{file}")

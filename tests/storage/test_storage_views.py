@@ -57,7 +57,7 @@ def test_a_configuration_that_is_no_json_leaves_the_other_rows_of_the_view_alone
     assert rows == {make_run(1).run_id: None, make_run(2).run_id: "int4"}
 
 
-def test_views_of_other_knobs_are_made_anew_when_the_record_is_opened(store, database, monkeypatch):
+def test_views_of_other_knobs_are_made_again_when_the_record_is_opened(store, database, monkeypatch):
     columns = wide_columns()
     with store._writing() as connection, monkeypatch.context() as patch:
         patch.setattr("storage.views.METRICS", {"output_tokens_s": METRICS["output_tokens_s"]})

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import GridExecutor
 
-from engine.attention.base import get_backend
+from engine.attention.backends import get_backend
 from engine.attention.triton import TritonAttention
 from kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from tests.kernels import guarded_memory

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampling.params import SamplingParams, SamplingRow, sample
+from engine.sampling.params import SamplingParams, SamplingRow
+from engine.sampling.torch_sampler import sample
 from engine.sampling.triton_sampler import sample_on_device
 from kernels.language import tl, triton
 from kernels.philox import draw_uniform, uniform

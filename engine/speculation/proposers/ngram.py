@@ -1,26 +1,12 @@
-"""Where drafts come from. A proposer guesses; :mod:`engine.speculation.verification` decides.
-
-A new proposer is one class here (or a file beside this one) and one row in :func:`make_proposer`.
-"""
+"""Prompt lookup: the text itself is the draft model."""
 
 from __future__ import annotations
 
-import abc
+from typing import ClassVar
 
 from engine.batching.request import Request
 from engine.config import EngineConfig
-
-
-class Proposer(abc.ABC):
-    """Guesses how a request goes on. May keep state per request, dropped by :meth:`forget`."""
-
-    @abc.abstractmethod
-    def propose(self, request: Request, count: int) -> list[int]:
-        """Up to ``count`` tokens that might follow ``request.token_ids``; none if there is no good guess."""
-
-    @abc.abstractmethod
-    def forget(self, request_id: str) -> None:
-        """The request is done."""
+from engine.speculation.proposers.base import Proposer
 
 
 class NgramProposer(Proposer):
@@ -36,10 +22,17 @@ class NgramProposer(Proposer):
     text; the knob's bound of 16 tokens makes that unnecessary.
     """
 
+    knobs: ClassVar[tuple[str, ...]] = ("ngram_min", "ngram_max")
+
     def __init__(self, shortest: int, longest: int) -> None:
         self.shortest = shortest
         self.longest = longest
         self._indices: dict[str, _NgramIndex] = {}
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> NgramProposer:
+        """See :class:`Proposer`."""
+        return cls(config.ngram_min, config.ngram_max)
 
     def propose(self, request: Request, count: int) -> list[int]:
         """See :class:`Proposer`. Where the match runs into the end of the text, the guess repeats the period."""
@@ -83,10 +76,3 @@ class _NgramIndex:
                 if follow is not None:
                     return follow
         return None
-
-
-def make_proposer(config: EngineConfig) -> Proposer | None:
-    """The proposer that the knobs ask for; None if speculation is off."""
-    if config.speculation == "ngram":
-        return NgramProposer(config.ngram_min, config.ngram_max)
-    return None

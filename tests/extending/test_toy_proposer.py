@@ -1,0 +1,86 @@
+"""A proposer from outside: one class and one registration, switched on while a request runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.batching.request import Request
+from engine.config import EngineConfig, knob, schema
+from engine.core import Engine
+from engine.errors import ConfigError
+from engine.models import load_model
+from engine.sampling.params import SamplingParams
+from engine.speculation.proposers.base import Proposer
+from engine.speculation.proposers.table import register_proposer
+
+PROMPT = [72, 101, 108, 108, 111]
+
+
+class Echo(Proposer):
+    """The last token again; every other time a token that is never right, for rejections."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, int] = {}
+
+    def propose(self, request: Request, count: int) -> list[int]:
+        turn = self.asked[request.request_id] = self.asked.get(request.request_id, 0) + 1
+        return [request.token_ids[-1] if turn % 2 else 0] * count
+
+    def forget(self, request_id: str) -> None:
+        self.asked.pop(request_id, None)
+
+
+@pytest.fixture
+def registered() -> Iterator[str]:
+    remove = register_proposer("echo", Echo)
+    yield "echo"
+    remove()
+
+
+def make_engine(folder: Path, **knobs: object) -> Engine:
+    base = {"block_size": 4, "max_num_seqs": 4, "memory_limit_gib": 0.25, "draft_control": "fixed"}
+    return Engine(load_model(str(folder), dtype="float32", device="cpu"), EngineConfig.from_mapping(base | knobs))
+
+
+def tokens_of(engine: Engine, switch: dict[str, object] | None = None) -> dict[str, list[int]]:
+    """Greedy and sampled output of two requests; ``switch`` changes knobs after four steps."""
+    greedy = SamplingParams(max_tokens=30, ignore_eos=True)
+    engine.add_request("greedy", PROMPT, greedy)
+    engine.add_request("sampled", PROMPT, SamplingParams(max_tokens=30, ignore_eos=True, temperature=1.0, seed=5))
+    finished: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished():
+        if steps == 4 and switch is not None:
+            engine.reconfigure(switch)
+        finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
+        engine.check_invariants()
+        steps += 1
+    return finished
+
+
+def test_a_registered_proposer_is_switched_on_mid_request_and_changes_no_token(tiny_llama: Path, registered: str):
+    expected = tokens_of(make_engine(tiny_llama))
+    engine = make_engine(tiny_llama)
+    assert tokens_of(engine, {"speculation": registered}) == expected
+    status = engine.status()
+    assert status.path["speculation"] == status.config["speculation"] == registered
+    assert status.speculation["drafts"] > 0
+    assert status.speculation["draft_tokens"] > status.speculation["accepted_tokens"]
+
+
+def test_a_registered_proposer_is_offered_like_the_others_and_labelled_lossless(registered: str):
+    offered = next(entry for entry in schema() if entry["name"] == "speculation")
+    assert offered["choices"] == ("off", "ngram", registered)
+    assert offered["lossless"] is True
+
+
+def test_a_proposer_that_is_not_registered_any_more_is_refused_and_a_taken_name_too():
+    register_proposer("echo", Echo)()
+    with pytest.raises(ConfigError, match="echo"):
+        EngineConfig.from_mapping({"speculation": "echo"})
+    with pytest.raises(ConfigError, match="already has"):
+        register_proposer("ngram", Echo)
+    assert knob("speculation").choices == ("off", "ngram")

@@ -1,0 +1,146 @@
+"""A weight format from outside: one class and one registration, switched on while a request runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engine.capacity import weight_bytes
+from engine.config import EngineConfig, knob, schema
+from engine.core import Engine
+from engine.errors import ConfigError
+from engine.models import load_model
+from engine.models.weight_swap import planned_bytes
+from engine.quantization.formats import WeightFormat
+from engine.quantization.registry import WeightChoice, register_weight_format
+from engine.quantization.rows import Weight, row_slices
+from engine.sampling.params import SamplingParams
+from tests.support import transformers_greedy
+
+PROMPT, LONG = [72, 101, 108, 108, 111], list(range(40, 64))
+
+
+class Eighths(WeightFormat):
+    """Every weight is a multiple of an eighth, in a byte."""
+
+    name = "eighths"
+    bits = 8
+
+    def __init__(self, weight: Weight, group_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.q = torch.empty(self.shape, dtype=torch.int8, device=device)
+        for rows, values in row_slices(weight, device, torch.float32):
+            self.q[rows] = to_eighths(values).to(torch.int8)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self.q[index].float() / 8
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.q}
+
+    def dequantize(self) -> torch.Tensor:
+        return self.q.float() / 8
+
+    @property
+    def path(self) -> str:
+        return "eighths: widened to a matmul"
+
+
+def to_eighths(values: torch.Tensor) -> torch.Tensor:
+    return (values * 8).round().clamp(-127, 127)
+
+
+@pytest.fixture
+def registered() -> Iterator[str]:
+    remove = register_weight_format("eighths", Eighths, planned_as="int8")
+    yield "eighths"
+    remove()
+
+
+@pytest.fixture
+def engine(tiny_llama: Path) -> Engine:
+    knobs = {"block_size": 4, "max_num_seqs": 4, "memory_limit_gib": 0.25}
+    return Engine(load_model(str(tiny_llama), dtype="float32", device="cpu"), EngineConfig.from_mapping(knobs))
+
+
+def ask(engine: Engine, name: str, prompt: list[int], count: int) -> None:
+    engine.add_request(name, prompt, SamplingParams(max_tokens=count, ignore_eos=True))
+
+
+def finish(engine: Engine) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    while engine.has_unfinished():
+        tokens |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
+        engine.check_invariants()
+    return tokens
+
+
+def rounded_reference(folder: Path, prompt: list[int], count: int) -> list[int]:
+    """The tokens of transformers with the blocks' weights rounded to eighths."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in reference.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = to_eighths(module.weight.data) / 8
+    reference.generation_config.eos_token_id = None
+    return transformers_greedy(reference, [prompt], count)[0]
+
+
+def test_a_registered_format_is_switched_on_mid_request_and_computes_with_its_own_weights(
+    engine: Engine, tiny_llama: Path, registered: str
+):
+    ask(engine, "running", LONG, 20)
+    for _ in range(5):
+        engine.step()
+    before = engine.model.weight_bytes()
+    engine.reconfigure({"weights": registered})
+    ask(engine, "fresh", PROMPT, 16)
+    tokens = finish(engine)
+    assert len(tokens["running"]) == 20
+    assert tokens["fresh"] == rounded_reference(tiny_llama, PROMPT, 16)
+    assert engine.model.weight_bytes() < before
+    status = engine.status()
+    assert status.config["weights"] == registered
+    assert status.path["weights"].startswith("eighths: widened to a matmul")
+    engine.reconfigure({"weights": "model"})
+    assert engine.path()["weights"].startswith("model")
+
+
+def test_a_registered_format_is_offered_like_the_others_and_labelled_lossy(registered: str):
+    offered = next(entry for entry in schema() if entry["name"] == "weights")
+    assert registered in offered["choices"]
+    assert knob("weights").lossless is False
+    assert EngineConfig.from_mapping({"weights": registered}).weights == registered
+
+
+def test_the_planner_counts_a_registered_format_as_it_declares_and_otherwise_as_the_model(engine: Engine):
+    spec = engine.model.spec
+    for planned_as, expected in (
+        ("int8", weight_bytes(spec, "int8", dtype="float32")),
+        (None, weight_bytes(spec, "float32")),
+    ):
+        remove = register_weight_format(
+            "eighths", Eighths, **({} if planned_as is None else {"planned_as": planned_as})
+        )
+        assert planned_bytes(spec, WeightChoice("eighths"), torch.float32) == expected
+        remove()
+
+
+def test_what_is_not_registered_any_more_or_declares_no_format_of_the_planner_is_refused():
+    register_weight_format("eighths", Eighths)()
+    with pytest.raises(ConfigError, match="eighths") as caught:
+        EngineConfig.from_mapping({"weights": "eighths"})
+    assert "w4a8" in caught.value.remedy
+    with pytest.raises(ConfigError, match="'halves' is not a weight format"):
+        register_weight_format("eighths", Eighths, planned_as="halves")
+    with pytest.raises(ConfigError, match="already has"):
+        register_weight_format("int8", Eighths)
+    assert knob("weights").choices == ("model", "int8", "int4", "w4a8", "w8a8", "fp8")
