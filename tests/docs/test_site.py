@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from engine.config import knob
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -79,3 +82,12 @@ def test_every_path_that_the_texts_name_exists():
         if not any(ROOT.glob(path.rstrip("/")))
     }
     assert not missing
+
+
+def test_the_example_of_an_extension_works():
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert "echo" in knob("speculation").choices
+    names["remove"]()
+    assert "echo" not in knob("speculation").choices
