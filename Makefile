@@ -7,35 +7,38 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 MODEL ?= smollm2-135m
 PORT ?= 8501
+TORCH ?= auto
 HEADROOM_HOME ?= $(HOME)/.cache/headroom
 PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev chromium test lint format docs reference image bench gpu peers soak attack clean
+.PHONY: help run setup setup-dev lock chromium test lint format docs reference image bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 run: setup ## Open the dashboard on 127.0.0.1:8501 with the default model loading (MODEL=…, PORT=…).
-	@HEADROOM_MODEL=$(MODEL) $(BIN)/python -m streamlit run app.py --server.port $(PORT)
+	@$(BIN)/python -m engine run --model $(MODEL) --port $(PORT)
 
-setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model.
+setup: $(VENV)/.installed ## Install what is needed to run and fetch the default model (TORCH=cpu or cuda, default auto).
 	@$(BIN)/python -m engine fetch smollm2-135m
 
 setup-dev: $(VENV)/.installed-dev chromium
 	@$(BIN)/python -m engine fetch smollm2-135m
 	@$(BIN)/python -m tests.gemma
 
-# The stamps make a second run quick: pip runs only after a requirements file has changed.
-$(VENV)/.installed: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+# The stamps make a second run quick: packages are installed only after a lock has changed.
+$(VENV)/.installed: requirements.lock requirements-cpu.lock requirements-uv.lock
+	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH)
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH) --dev
 	@touch $@
+
+lock: ## Resolve requirements*.txt for every platform and write the locks, with hashes.
+	$(PYTHON) .ci/environment.py --venv $(VENV) --lock
 
 chromium: # The browser tests drive the system's Chromium; installed only where absent.
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \

@@ -3,3 +3,5 @@
 Nothing in this package imports Streamlit or ``storage``; the worker process and the command line
 (``python -m engine``) are its two faces. See the architecture section of the README for the rooms.
 """
+
+__version__ = "0.1.0"

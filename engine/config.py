@@ -25,6 +25,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from engine.errors import ConfigError, shown
 
+DEFAULT_MODEL = "smollm2-135m"
+"""The embedded model: fetched as a package, small enough for any machine."""
+
 
 class Tier(StrEnum):
     """When a change of a knob takes effect."""
@@ -307,12 +310,12 @@ class EngineConfig:
     )
     # -- capacity envelope -----------------------------------------------------------------------------
     model: str = _knob(
-        "smollm2-135m",
+        DEFAULT_MODEL,
         label="Model",
         group="Envelope",
         tier=Tier.RELOAD,
         lossless=False,
-        help="smollm2-135m (the embedded default), a folder of safetensors, a .gguf file, or a hub id.",
+        help=f"{DEFAULT_MODEL} (the embedded default), a folder of safetensors, a .gguf file, or a hub id.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _knob(
         "auto",

@@ -60,10 +60,7 @@ class Runner:
             device=self.model.device,
             block_tables=self._block_tables,
         )
-        context = self.executor.context
-        context.enter(attention, self.cache, tensors.batch)
-        pure_decode = tensors.batch.num_tokens == len(rows)
-        hidden = self.executor.forward(Step(tensors.token_ids, tensors.positions, context, pure_decode))
+        hidden = self.executor.forward(Step(tensors.token_ids, tensors.positions, tensors.batch, attention))
         if not tensors.sampled.shape[0]:  # a chunk in the middle of a prompt: the head has nothing to do
             return hidden.new_empty(0, self.model.decoder.vocab_size)
         if tensors.sampled.shape[0] != hidden.shape[0]:  # else every position, in order
@@ -92,9 +89,8 @@ class Runner:
             block_size=size,
             device=self.model.device,
         )
-        context = self.executor.context
-        context.enter(attention, scratch, tensors.batch)  # every step enters its own again
-        return decoder.logits(decoder(tensors.token_ids, tensors.positions, context.attend)).float()
+        step = Step(tensors.token_ids, tensors.positions, tensors.batch, attention)
+        return decoder.logits(self.executor.forward_over(scratch, step)).float()
 
 
 def _flatten(rows: Sequence[ScheduledRequest]) -> tuple[list[int], list[int]]:

@@ -1,1 +1,1 @@
-"""Triton kernels, one concept a file, each beside its torch reference; :mod:`kernels.dispatch` says which runs."""
+"""Triton kernels, one concept a file, each next to its torch reference; :mod:`kernels.dispatch` says which runs."""

@@ -20,26 +20,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from kernels.dispatch import kernel_files
 from kernels.variant import Variant
+from kernels.waiting import waiting_files
 
-MODULES = (
-    "paged_attention",
-    "attention_mass",
-    "kv_write",
-    "rotary_kv_write",
-    "weight_only_linear",
-    "scaled_linear",
-    "quantize_rows",
-    "expert_linear",
-    "rms_norm",
-    "gated_mul",
-    "rotary",
-    "embedding",
-    "soft_cap",
-    "sampling",
-    "verification",
-)
-"""Files of this folder that declare ``aot_variants``."""
+MODULES = kernel_files()
+"""Files of this folder that declare ``aot_variants`` and whose kernels something calls."""
 
 TARGETS = (80, 90, 100)  # A100, H100/H200, B200
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # per block, CUDA C programming guide, table 27
@@ -145,9 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--only", default=",".join(MODULES), help="files of this folder, by name")
+    parser.add_argument("--waiting", action="store_true", help="kernels that nothing calls yet, instead of the others")
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities, e.g. 80,90")
     arguments = parser.parse_args()
-    reports = compile_all(arguments.only.split(","), [int(target) for target in arguments.targets.split(",")])
+    modules = waiting_files() if arguments.waiting else arguments.only.split(",")
+    reports = compile_all(modules, [int(target) for target in arguments.targets.split(",")])
     if arguments.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
         return

@@ -1,11 +1,11 @@
 """How much attention each cached position got in a step: what score-based eviction keeps count of (H2O, SnapKV).
 
 Attention itself never has the weights of all queries on a position together, as every query's softmax walks along the
-positions; with the logarithms of the denominators that it leaves behind, each weight can be had again on its own.
+positions; with the logarithms of the denominators that it leaves behind, each weight can be computed again on its own.
 """
 
 # ruff: noqa: ANN001
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import torch
@@ -42,7 +42,7 @@ def attention_mass_reference(
     """Sum over a sequence's queries, and over the query heads of a KV head, of the weights on each position.
 
     Args:
-        lse: float32 [T, num_heads], what :func:`kernels.paged_attention.paged_attention_triton` returned beside its
+        lse: float32 [T, num_heads], what :func:`kernels.paged_attention.paged_attention_triton` returned with its
             output for the same arguments.
         query, key_cache, block_tables, query_start, context_lens, scale, window, soft_cap, scales: the same.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -20,7 +20,6 @@ from kernels.kv_formats import KV_FORMATS
 
 Op = Literal[
     "paged_attention",
-    "attention_mass",
     "linear",
     "kv_write",
     "rotary_kv_write",
@@ -30,33 +29,21 @@ Op = Literal[
     "expert_linear",
     "rms_norm",
     "gated_mul",
-    "rotary",
-    "embedding",
-    "soft_cap",
     "sample",
-    "verify",
 ]
+"""Every operation. Those of Triton lie in the file of their name (see :func:`kernel_files`)."""
 
-_TORCH_OR_TRITON = ("reference", "triton")
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+_OTHER_IMPLEMENTATIONS: dict[Op, tuple[str, ...]] = {
     "paged_attention": ("sdpa", "reference", "native", "triton"),
     "linear": ("torch", "native", "triton"),
-    "attention_mass": _TORCH_OR_TRITON,
-    "kv_write": _TORCH_OR_TRITON,
-    "rotary_kv_write": _TORCH_OR_TRITON,
-    "weight_only_linear": _TORCH_OR_TRITON,
-    "scaled_linear": _TORCH_OR_TRITON,
-    "quantize_rows": _TORCH_OR_TRITON,
-    "expert_linear": _TORCH_OR_TRITON,
-    "rms_norm": _TORCH_OR_TRITON,
-    "gated_mul": _TORCH_OR_TRITON,
-    "rotary": _TORCH_OR_TRITON,
-    "embedding": _TORCH_OR_TRITON,
-    "soft_cap": _TORCH_OR_TRITON,
     "sample": ("torch", "triton"),
-    "verify": _TORCH_OR_TRITON,
 }
-_OF_HEADS = ("paged_attention", "attention_mass", "kv_write", "rotary_kv_write")
+IMPLEMENTATIONS: dict[Op, tuple[str, ...]] = {
+    op: _OTHER_IMPLEMENTATIONS.get(op, ("reference", "triton")) for op in get_args(Op)
+}
+#: ``linear`` is weight_only_linear or scaled_linear, by the weight's format.
+_OTHER_FILES: dict[Op, str | None] = {"linear": None, "sample": "sampling"}
+_OF_HEADS = ("paged_attention", "kv_write", "rotary_kv_write")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_CAPABILITY = (8, 9)
 TRITON_MAX_HEAD_DIM = 256  # a tile of queries, keys and values must fit into registers and shared memory
@@ -77,6 +64,11 @@ class Choice:
     path: str | None
     reason: str
     remedy: str = ""
+
+
+def kernel_files() -> tuple[str, ...]:
+    """Files of this folder with the operations' Triton kernels, by name."""
+    return tuple(file for op in IMPLEMENTATIONS if (file := _OTHER_FILES.get(op, op)) is not None)
 
 
 def choose(
@@ -121,7 +113,7 @@ def _choose_best(op: Op, device: torch.device, dtype: torch.dtype, head_dim: int
     raise AssertionError(f"nothing runs {op} on {device}")  # the last of each row runs everywhere
 
 
-_BY_SPEED: dict[str, tuple[str, ...]] = {
+_BY_SPEED: dict[Op, tuple[str, ...]] = {
     "paged_attention": ("triton", "native", "sdpa"),
     "linear": ("triton", "native", "torch"),
     "sample": ("triton", "torch"),

@@ -1,7 +1,7 @@
 """The gated activation of an MLP: ``activation(gate) * up`` on the output of the fused gate/up projection."""
 
 # ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import functools

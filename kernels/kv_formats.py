@@ -16,7 +16,7 @@ them apart interleaves neighbours, which stays within a thread's registers.
 """
 
 # ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import dataclasses
@@ -79,30 +79,6 @@ def format_of(cache: torch.Tensor) -> KVFormat:
     if cache.dtype.is_floating_point:
         return KV_FORMATS["model"]
     raise ValueError(f"no KV cache format stores {cache.dtype}")
-
-
-def empty_cache(
-    format: KVFormat,
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Payload and scales of a layer's keys or values, uninitialised.
-
-    Raises:
-        ValueError: if INT4 is asked for with an odd ``head_dim``.
-    """
-    if head_dim % format.values_per_element:
-        raise ValueError(f"head_dim must be a multiple of {format.values_per_element} for {format.name}")
-    slots = (num_blocks, block_size, num_kv_heads)
-    width = head_dim // format.values_per_element
-    payload = torch.empty((*slots, width), dtype=format.dtype or dtype, device=device)
-    if not format.num_scales:
-        return payload, None
-    return payload, torch.empty((*slots, format.num_scales), dtype=torch.float16, device=device)
 
 
 def quantize(x: torch.Tensor, format: KVFormat) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -21,7 +21,7 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched, k
         def jit(function: Any = None, **_: Any) -> Any:
             return (lambda decorated: decorated) if function is None else function
 
-    triton = _Absent()  # type: ignore[assignment]
-    tl = _Absent()  # type: ignore[assignment]
+    triton = _Absent()
+    tl = _Absent()
 
 __all__ = ["tl", "triton"]

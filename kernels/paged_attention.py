@@ -6,7 +6,7 @@ of the chunks that a long context is cut into.
 """
 
 # ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import dataclasses
@@ -55,7 +55,7 @@ def paged_attention_reference(
         scale: factor on the scores.
         window: a query sees at most this many positions, itself included; None for all.
         soft_cap: scores are bounded smoothly to this (Gemma 2, section 2); None for no bound.
-        sinks: float32 [num_heads], a score beside those of the keys that takes its share of the softmax and gives
+        sinks: float32 [num_heads], a score besides those of the keys that takes its share of the softmax and gives
             nothing (GPT-OSS; Xiao et al. 2023); None for none.
         scales: of a quantized cache.
 
@@ -183,7 +183,7 @@ def _capability(device: torch.device) -> int:
 
 def _num_splits(num_programs: int, table_tokens: int) -> int:
     """How many programs share the context of one sequence and KV head, from shapes alone."""
-    chunks = triton.cdiv(table_tokens, CHUNK)
+    chunks: int = triton.cdiv(table_tokens, CHUNK)
     return max(1, min(chunks, SPLIT_PROGRAMS // max(num_programs, 1)))
 
 

@@ -5,7 +5,7 @@ the batch nor on preemption or speculation, nor on whether the host or the devic
 """
 
 # ruff: noqa: ANN001, ANN201
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import numpy as np

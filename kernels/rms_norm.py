@@ -1,7 +1,7 @@
 """Root-mean-square norm, with the residual addition that precedes it fused in."""
 
 # ruff: noqa: ANN001
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import torch

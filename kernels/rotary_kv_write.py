@@ -5,7 +5,7 @@ into a tensor of their own, keys are rotated and, like values, written to their 
 """
 
 # ruff: noqa: ANN001
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import torch
@@ -48,7 +48,7 @@ def rotary_kv_write_reference(
         The rotated queries, [T, num_heads, head_dim] in the dtype of ``heads``.
     """
     num_kv_heads = (heads.shape[1] - num_heads) // 2
-    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if query_norm is not None and key_norm is not None:
         query = torch.nn.functional.rms_norm(query, query_norm.shape, query_norm, eps)
         key = torch.nn.functional.rms_norm(key, key_norm.shape, key_norm, eps)

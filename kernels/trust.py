@@ -1,6 +1,6 @@
 """Folders and files of this user alone: made so, and checked before code that lies in them is loaded.
 
-Whoever can write to a shared library, or exchange a folder above it, runs code as whoever loads it. So compiled code
+Whoever can write to a shared library, or replace a folder above it, runs code as whoever loads it. So compiled code
 is loaded only from where nobody else can write, as ssh (StrictModes) uses only such keys. Modes are set whatever the
 umask is.
 """
@@ -76,7 +76,7 @@ def tighten(path: Path) -> None:
 def why_not_trusted(path: Path) -> str | None:
     """None if ``path`` and every folder above it belong to this user or root and nobody else can write to them.
 
-    A folder with the sticky bit (/tmp) may stand above: others cannot exchange what is in it. Write permission for a
+    A folder with the sticky bit (/tmp) may stand above: others cannot replace what is in it. Write permission for a
     group of which this user is the only member is nobody else's.
 
     Returns:

@@ -52,7 +52,7 @@ def tune(
     Args:
         time_of: seconds of a launch; raises if it does not run here.
         deadline: ``time.monotonic()`` after which no problem is begun.
-        tell: progress in words.
+        tell: takes a line of progress.
 
     Returns:
         ``{key: {"config": name, "us": microseconds}}``, as a table has it.
@@ -91,9 +91,9 @@ def device_seconds(launch: Launch) -> float:
     for _ in range(3):
         launch()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    samples = []
+    samples: list[float] = []
     for _ in range(SAMPLES):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         flush.zero_()  # also gives the host time to enqueue what follows
         start.record()
         launch()
@@ -123,7 +123,7 @@ def main() -> int:
     }
     for name, problems in tunable(wanted):
         print(name, flush=True)
-        found = tune(problems(torch.device("cuda:0")), device_seconds, deadline, lambda words: print(words, flush=True))
+        found = tune(problems(torch.device("cuda:0")), device_seconds, deadline, lambda line: print(line, flush=True))
         merge(path, {name: found}, provenance)
     print(path)
     return 0

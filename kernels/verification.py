@@ -11,7 +11,7 @@ of its draft j being ``draft_start[i] + i + j``.
 """
 
 # ruff: noqa: ANN001
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (the parameters of a Triton kernel are pointers and scalars of the launch: there is no Python type to write)
 
 import itertools

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from engine.config import Knob, Tier
+from engine.config import DEFAULT_MODEL, Knob, Tier
 from pages.background.feed import Feed
 from pages.background.recorder import Job, RunRecorder
 
 WorkerPhase = Literal["loading", "ready", "failed", "dead"]
-DEFAULT_MODEL = "smollm2-135m"
 
 
 class WorkerProcess(Protocol):

@@ -17,9 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from engine.config import DEFAULT_MODEL
 from tests.beside import FILES, ROOT, Beside
 
-DEFAULT_MODEL = "smollm2-135m"
 _BESIDE = pytest.StashKey[Beside]()
 
 

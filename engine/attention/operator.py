@@ -21,8 +21,8 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
 from engine.cache.kv_cache import KVCache
 
-_library = torch.library.Library("headroom", "FRAGMENT")
-_library.define("attend(Tensor query, Tensor key, Tensor value, Tensor where) -> Tensor")
+_library = torch.library.Library("headroom", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("attend(Tensor query, Tensor key, Tensor value, Tensor where) -> Tensor")  # type: ignore[no-untyped-call]
 _handles = itertools.count()
 # The one thing shared by all engines: which handle is whose. An entry goes when its engine does.
 _contexts: weakref.WeakValueDictionary[int, AttendContext] = weakref.WeakValueDictionary()
@@ -113,5 +113,5 @@ def _attend_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, w
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
-_library.impl("attend", _attend, "CompositeExplicitAutograd")
+_library.impl("attend", _attend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("headroom::attend", _attend_shape, lib=_library)

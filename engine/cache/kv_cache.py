@@ -3,7 +3,7 @@
 keys[layer], values[layer]: [num_blocks, block_size, num_kv_heads, head_dim], INT4 half as wide
 token at position p of a request: block_table[p // block_size], row p % block_size
 
-:mod:`kernels.kv_formats` says what a slot holds in each number format; a quantized cache has scales beside it.
+:mod:`kernels.kv_formats` says what a slot holds in each number format; a quantized cache has scales next to it.
 """
 
 from __future__ import annotations

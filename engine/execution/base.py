@@ -1,4 +1,4 @@
-"""What the modes of execution share: a step's tensors, the interface of a prepared shape, the dispatcher's answer."""
+"""What the modes of execution share: a step's tensors, what runs over them, and the decision which one does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from engine.attention.operator import AttendContext
+from engine.attention.base import AttentionBackend, AttentionBatch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,36 +23,45 @@ class TokenRange:
     def __str__(self) -> str:
         return str(self.low) if self.low == self.high else f"{self.low}–{self.high}"
 
-    def words(self) -> str:
+    def label(self) -> str:
         """For progress: ``"2–64 tokens"``."""
         return f"{self} token{'s' * (self.high > 1)}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """The tensors of one forward pass. Set by the runner.
+    """The data of one forward pass. Set by the runner.
 
     Attributes:
         token_ids, positions: int64 [T], the ragged batch laid end to end.
-        context: how its attention reaches the cache.
-        pure_decode: every sequence computes exactly one token.
+        batch: its layout for attention.
+        backend: what attends.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    context: AttendContext
-    pure_decode: bool
+    batch: AttentionBatch
+    backend: AttentionBackend
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return self.token_ids.shape[0]
 
+    @property
+    def pure_decode(self) -> bool:
+        """Every sequence computes exactly one token."""
+        return self.num_tokens == len(self.batch.query_lens)
+
 
 class Execution(abc.ABC):
-    """One way to run the decoder over a step."""
+    """One way to run the decoder over a step.
 
-    mode: str
+    Attributes:
+        name: of the mode, for status and record.
+    """
+
+    name: str
 
     @abc.abstractmethod
     def forward(self, step: Step) -> torch.Tensor:
@@ -64,23 +73,38 @@ class PreparedShape(Execution):
 
     Attributes:
         tokens: those numbers.
-        decode_only: it serves pure decode batches only.
     """
 
     tokens: TokenRange
-    decode_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Answer:
-    """What the dispatcher says about one step.
+class Decision:
+    """What runs a step.
 
     Attributes:
-        mode: ``"eager"``, ``"native"``, ``"fused"``, ``"compiled"`` or ``"graphs"``.
-        shape: the prepared shape to run, None for eager.
+        execution: what runs it.
         reason: why this one.
     """
 
-    mode: str
-    shape: PreparedShape | None
+    execution: Execution
     reason: str
+
+    @property
+    def mode(self) -> str:
+        """``"eager"``, ``"native"``, ``"fused"``, ``"compiled"``, ``"graphs"`` or a registered one."""
+        return self.execution.name
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a preparation is.
+
+    Attributes:
+        done, total: pieces of work, the failed ones among them.
+        current: the piece at work or next, e.g. ``"2–64 tokens"``; may be empty.
+    """
+
+    done: int
+    total: int
+    current: str

@@ -151,8 +151,8 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._tensors = tensors
 
-    def persistent_load(self, number: Any) -> torch.Tensor:
-        return self._tensors[number]
+    def persistent_load(self, pid: int) -> torch.Tensor:
+        return self._tensors[pid]
 
 
 # -- its arguments -----------------------------------------------------------------------------------------

@@ -133,14 +133,14 @@ def _configure(num_threads: int) -> None:
     torch.set_num_threads(1)
 
 
-def _answer(request: CompileRequest, line: str) -> dict[str, Any]:
+def _respond(request: CompileRequest, line: str) -> dict[str, Any]:
     began = time.perf_counter()
     low, high = map(int, line.split())
     try:
         tokens = compile_shape(request, TokenRange(low, high))
     except Exception as error:
-        words = str(error).strip().splitlines() or [""]
-        return {"error": f"{type(error).__name__}: {words[0][:300]}"}
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
     return {"low": tokens.low, "high": tokens.high, "seconds": time.perf_counter() - began}
 
 
@@ -162,7 +162,7 @@ def _serve(inbox: IO[bytes], outbox: IO[str]) -> None:
             while not lines:
                 arrived.wait()
             line = lines.pop(0)
-        print(json.dumps(_answer(request, line)), file=outbox, flush=True)
+        print(json.dumps(_respond(request, line)), file=outbox, flush=True)
 
 
 def main() -> None:

@@ -1,95 +1,82 @@
-"""Compiled execution: every layer is one call of a compiled program, which takes its weights as inputs.
+"""Compiled execution: every layer is one call of a program that torch's compiler made of it.
 
-Measured beside one program for the whole decoder: that one is up to a tenth quicker a step, but takes four times as
-long to compile and copies thirty layers of equal code (README, "Execution modes").
+Shapes are compiled in a process of their own, or come from disk, alongside the running engine
+(:mod:`engine.execution.preparation`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import weakref
 
-import torch
-from torch import nn
-
-from engine.attention.operator import AttendContext
-from engine.execution.base import PreparedShape, Step, TokenRange
-from engine.execution.blueprint import DecoderBlueprint, argument_tensors
-from engine.execution.packages import PackagedShape
-from engine.models.decoder import Decoder
+from engine.attention.base import AttentionBackend
+from engine.execution.base import Progress, TokenRange
+from engine.execution.compiler import missing_compiler
+from engine.execution.environment import NEEDS_OWN_DECODER, ExecutionEnvironment, Kernels, Unsupported
+from engine.execution.preparation import Preparation
+from engine.execution.shaped import ShapedMode
 
 
-class LayerProgram:
-    """A loaded AOTInductor package. Not re-entrant: every engine loads its own.
+class CompiledMode(ShapedMode):
+    """Two shapes, one token and more, unless the code of the layers needs more of them."""
 
-    Torch's own loader is called without ``torch._inductor``, whose import takes seconds in which the interpreter lock
-    is held and requests would wait.
-    """
+    name = "compiled"
 
-    def __init__(self, package: str, device: torch.device) -> None:
-        index = device.index if device.type == "cuda" and device.index is not None else -1
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(package, "model", True, 1, index)
+    def __init__(self, environment: ExecutionEnvironment) -> None:
+        super().__init__(environment)
+        self.preparation: Preparation | None = None
 
-    def __call__(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        result: torch.Tensor = self._loader.boxed_run(inputs)[0]
-        return result
-
-
-class CompiledExecution(PreparedShape):
-    """Runs every layer through its program; embedding, angles and final norm stay eager.
-
-    Args:
-        decoder: whose layers these are.
-        blueprint: of the layers as they are now; its weights are the ones computed with.
-        programs: one for each kind of layer.
-        context: of the engine.
-        tokens: the numbers of tokens that the programs serve.
-    """
-
-    mode = "compiled"
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        blueprint: DecoderBlueprint,
-        programs: Sequence[LayerProgram],
-        context: AttendContext,
-        tokens: TokenRange,
-    ) -> None:
-        self.tokens = tokens
-        self._decoder = decoder
-        self._layers = {
-            layer: (programs[kind], [context.where(index), *weights])
-            for index, (layer, kind, weights) in enumerate(
-                zip(decoder.layers, blueprint.layers, blueprint.weights, strict=True)
+    @classmethod
+    def unsupported_reason(cls, environment: ExecutionEnvironment, kernels: Kernels) -> Unsupported | None:
+        """As :meth:`ExecutionMode.unsupported_reason`."""
+        if environment.own_decoder is None:
+            return NEEDS_OWN_DECODER
+        if (compiler := missing_compiler()) is not None:
+            return Unsupported(
+                f"it needs a C++ compiler, and there is no {compiler!r} on this machine.",
+                "Install g++ (Debian: apt install g++), or set CXX to your compiler; eager needs none.",
             )
-        }
+        # The compiler sees torch's operators; a kernel of ours that is launched from Python is none.
+        if kernels.weights != "model" and kernels.linear == "triton":
+            return Unsupported(
+                "the kernels of the quantized linear layers are launched, not compiled.",
+                "Choose fused or graphs, or set linear to torch in the same change.",
+            )
+        return None
 
-    def forward(self, step: Step) -> torch.Tensor:
-        """As :meth:`Execution.forward`."""
-        hidden: torch.Tensor = self._decoder(
-            step.token_ids, step.positions, step.context.attend, run_layer=self._run_layer
-        )
-        return hidden
+    def prepare(self, attention: AttentionBackend) -> None:
+        """As :meth:`ExecutionMode.prepare`."""
+        environment, decoder = self.environment, self.environment.own_decoder
+        assert decoder is not None, "checked before"
+        wanted = [TokenRange(1, 1)]
+        if environment.max_tokens > 1:
+            wanted.append(TokenRange(2, environment.max_tokens))
+        self.preparation = Preparation(decoder, environment.context, environment.device, wanted)
+        weakref.finalize(self, self.preparation.cancel)  # an engine that is dropped leaves no compiler behind
+        self.preparation.start()
 
-    def _run_layer(self, layer: nn.Module, *arguments: Any) -> torch.Tensor:
-        program, constants = self._layers[layer]
-        return program([*argument_tensors(arguments), *constants])
+    def poll(self) -> None:
+        """As :meth:`ExecutionMode.poll`."""
+        while self.preparation is not None and not self.preparation.news.empty():
+            self.take_over(self.preparation.news.get())
 
+    @property
+    def preparing(self) -> bool:
+        """As :attr:`ExecutionMode.preparing`."""
+        return self.preparation is not None and self.preparation.running
 
-def load_shape(
-    packaged: PackagedShape,
-    wanted: TokenRange,
-    decoder: Decoder,
-    blueprint: DecoderBlueprint,
-    context: AttendContext,
-    device: torch.device,
-) -> CompiledExecution:
-    """What a shape on disk has of the wanted token counts, bound to the decoder's present weights.
+    def progress(self) -> Progress:
+        """As :meth:`ExecutionMode.progress`."""
+        done = len(self.prepared()) + len(self.failed())
+        if self.preparation is None:
+            return Progress(done, done, "")
+        current = self.preparation.current
+        left = self.preparation.num_left + (current is not None)
+        return Progress(done, done + left, "" if current is None else current.label())
 
-    Raises:
-        RuntimeError: if a package cannot be loaded.
-    """
-    programs = [LayerProgram(str(path), device) for path in packaged.programs]
-    tokens = TokenRange(wanted.low, min(wanted.high, packaged.tokens.high))
-    return CompiledExecution(decoder, blueprint, programs, context, tokens)
+    def close(self) -> None:
+        """As :meth:`ExecutionMode.close`; the compiling process ends at once."""
+        if self.preparation is not None and self.preparation.running:
+            self.preparation.cancel()
+            self.environment.add_event("execution", "preparation cancelled", {})
+        self.preparation = None
+        super().close()

@@ -1,4 +1,4 @@
-"""The engine's side of the compiling process, and the check that there is a compiler at all."""
+"""The engine's side of the compiling process, and whether there is a compiler at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
 from engine.execution.base import TokenRange
 from engine.execution.compile_worker import CompileRequest
 from engine.execution.packages import compiler_cache_dir
@@ -25,19 +24,10 @@ class CompileError(Exception):
     """A shape could not be compiled; the message says why."""
 
 
-def check_compiler() -> None:
-    """Refuse compiled execution where nothing can compile.
-
-    Raises:
-        ConfigError: with the remedy.
-    """
+def missing_compiler() -> str | None:
+    """Name of the C++ compiler that compiled execution needs and this machine does not have; None if it has it."""
     name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
-        raise ConfigError(
-            f"'compiled' needs a C++ compiler, and there is no {name!r} on this machine.",
-            field="execution",
-            remedy="Install g++ (Debian: apt install g++), or set CXX to your compiler; eager needs none.",
-        )
+    return name if shutil.which(name) is None else None
 
 
 class CompilerProcess:
@@ -65,7 +55,7 @@ class CompilerProcess:
             line = process.stdout.readline()
         except (OSError, ValueError):
             line = b""
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_line()}
         if "error" in answer:
             raise CompileError(answer["error"])
 
@@ -111,9 +101,9 @@ class CompilerProcess:
             process.stdin.flush()
         return process
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         if self._closed:
             return "cancelled"
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"the compiling process died: {lines[-1][:300] if lines else 'without a word'}"
+        return f"the compiling process died: {lines[-1][:300] if lines else 'without a message'}"

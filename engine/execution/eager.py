@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from engine.execution.base import Execution, Step
-from engine.models.decoder import Decoder
-from engine.models.fallback import TransformersDecoder
+from engine.attention.base import AttentionBackend
+from engine.execution.base import Decision, Step
+from engine.execution.environment import ExecutionEnvironment, Kernels, Unsupported
+from engine.execution.mode import ExecutionMode
 
 
-class EagerExecution(Execution):
-    """Needs no preparation and serves every step.
+class EagerMode(ExecutionMode):
+    """Needs no preparation and serves every step of every model; weights are read at each step."""
 
-    Args:
-        decoder: of the model; read at each step, so swapped weights are seen at once.
-    """
+    name = "eager"
 
-    mode = "eager"
+    @classmethod
+    def unsupported_reason(cls, environment: ExecutionEnvironment, kernels: Kernels) -> Unsupported | None:
+        """None: it runs everywhere."""
+        return None
 
-    def __init__(self, decoder: Decoder | TransformersDecoder) -> None:
-        self._decoder = decoder
+    def prepare(self, attention: AttentionBackend) -> None:
+        """Nothing to do."""
+
+    def decide(self, step: Step) -> Decision:
+        """As :meth:`ExecutionMode.decide`."""
+        return Decision(self, "asked for")
 
     def forward(self, step: Step) -> torch.Tensor:
         """As :meth:`Execution.forward`."""
-        hidden: torch.Tensor = self._decoder(step.token_ids, step.positions, step.context.attend)
+        hidden: torch.Tensor = self.environment.decoder(step.token_ids, step.positions, self.environment.context.attend)
         return hidden

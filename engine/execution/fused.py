@@ -27,14 +27,16 @@ from typing import NamedTuple, cast
 
 import torch
 
-from engine.attention.operator import AttendContext
-from engine.execution.base import PreparedShape, Step, TokenRange
+from engine.attention.base import AttentionBackend
+from engine.execution.base import Progress, Step
+from engine.execution.direct import DirectMode
+from engine.execution.environment import NEEDS_OWN_DECODER, ExecutionEnvironment, Kernels, Unsupported
+from engine.execution.warm_up import KernelWarmUp
 from engine.layers.linear import Linear
 from engine.layers.mixture import MixtureMLP
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder, DecoderLayer
-from engine.models.fallback import TransformersDecoder
 from engine.quantization.triton import TritonScaledFormat
 from kernels.dispatch import Op, choose
 from kernels.expert_linear import expert_linear_triton, sort_by_expert
@@ -45,6 +47,7 @@ from kernels.rms_norm import rms_norm_triton
 from kernels.rotary_kv_write import rotary_kv_write_triton
 
 ATTENTION = "triton"
+REMEDY = "Choose auto or eager, or set attention to triton in the same change."
 OPERATIONS: tuple[Op, ...] = ("rms_norm", "rotary_kv_write", "gated_mul")
 Angles = tuple[torch.Tensor, torch.Tensor]
 
@@ -61,25 +64,51 @@ Rows = torch.Tensor | EightBitRows
 """[T, K] as a linear layer takes it."""
 
 
-class FusedExecution(PreparedShape):
-    """The layers of one model over the cache of the step's engine; weights are read where they lie at each step.
+class FusedMode(DirectMode):
+    """The layers of one model over the cache of its engine; weights are read where they lie at each step.
 
-    Args:
-        decoder: of the model; :func:`fused_unsupported_reason` has said None to it.
-        context: scales and windows of the layers.
-        max_tokens: the largest step.
+    Attributes:
+        warm_up: what Triton is to compile before a request needs it; None where it compiles nothing.
     """
 
-    mode = "fused"
+    name = "fused"
 
-    def __init__(self, decoder: Decoder, context: AttendContext, max_tokens: int) -> None:
-        self.tokens = TokenRange(1, max_tokens)
-        self._decoder = decoder
-        self._context = context
+    def __init__(self, environment: ExecutionEnvironment) -> None:
+        super().__init__(environment)
+        self.warm_up: KernelWarmUp | None = None
+
+    @classmethod
+    def unsupported_reason(cls, environment: ExecutionEnvironment, kernels: Kernels) -> Unsupported | None:
+        """As :meth:`ExecutionMode.unsupported_reason`."""
+        decoder = environment.own_decoder
+        if decoder is None:
+            return NEEDS_OWN_DECODER
+        reason = _unsupported_reason(decoder, environment.device, kernels.attention)
+        return None if reason is None else Unsupported(reason, REMEDY)
+
+    def make(self, attention: AttentionBackend) -> None:
+        """As :meth:`DirectMode.make`."""
+        if self.environment.compiles_at_launch:
+            self.warm_up = KernelWarmUp(self.environment, attention, self)
+
+    def poll(self) -> None:
+        """As :meth:`ExecutionMode.poll`."""
+        if self.warm_up is not None:
+            self.warm_up.run_next()
+
+    @property
+    def has_work(self) -> bool:
+        """As :attr:`ExecutionMode.has_work`."""
+        return self.warm_up is not None and bool(self.warm_up.pending)
+
+    def progress(self) -> Progress:
+        """As :meth:`ExecutionMode.progress`."""
+        return super().progress() if self.warm_up is None else self.warm_up.progress()
 
     def forward(self, step: Step) -> torch.Tensor:
         """As :meth:`Execution.forward`."""
-        decoder = self._decoder
+        decoder = self.environment.own_decoder
+        assert decoder is not None, "checked before"
         angles = [rotary(step.positions) for rotary in decoder.rotaries]
         layers = [cast("DecoderLayer", layer) for layer in decoder.layers]
         total = decoder.embed(step.token_ids)
@@ -96,7 +125,7 @@ class FusedExecution(PreparedShape):
 
     def _attend(self, layer: DecoderLayer, x: Rows, angles: Angles, step: Step) -> torch.Tensor:
         """[T, hidden_size] → the same: products, norms of heads, rotary, cache write and attention of one layer."""
-        batch, cache = step.context.batch, step.context.cache
+        batch, cache, context = step.batch, self.environment.cache, self.environment.context
         heads = product(layer.qkv_proj, x)
         heads = heads.view(heads.shape[0], -1, layer.head_dim)
         keys, values, scales = cache.keys[layer.index], cache.values[layer.index], cache.scales(layer.index)
@@ -119,11 +148,11 @@ class FusedExecution(PreparedShape):
             batch.block_tables,
             batch.query_start,
             batch.context_lens_tensor,
-            self._context.scale(layer.index),
-            self._context.window(layer.index),
+            context.scale(layer.index),
+            context.window(layer.index),
             scales=scales,
         )
-        return layer.o_proj(attended.view(heads.shape[0], -1))
+        return product(layer.o_proj, attended.view(heads.shape[0], -1))
 
 
 def _mlp(layer: DecoderLayer, x: Rows) -> torch.Tensor:
@@ -131,7 +160,7 @@ def _mlp(layer: DecoderLayer, x: Rows) -> torch.Tensor:
     if isinstance(mlp, GatedMLP):
         gate_up, kind = product(mlp.gate_up_proj, x), activation_kind(mlp.down_proj)
         if kind is None:
-            return mlp.down_proj(gated_mul_triton(gate_up, mlp.activation_name))
+            return product(mlp.down_proj, gated_mul_triton(gate_up, mlp.activation_name))
         rows = gated_mul_quantize_triton(gate_up, mlp.activation_name, kind)
         return product(mlp.down_proj, EightBitRows(*rows, gate_up.dtype))
     assert isinstance(mlp, MixtureMLP)
@@ -190,18 +219,7 @@ def _weight(module: torch.nn.Module) -> torch.Tensor | None:
     return module.weight if isinstance(module, RMSNorm) else None
 
 
-def fused_unsupported_reason(
-    decoder: Decoder | TransformersDecoder, device: torch.device, attention: str
-) -> str | None:
-    """Why fused execution cannot run a model, in a sentence; None if it can.
-
-    Args:
-        decoder: of the model.
-        device: where it lives.
-        attention: the backend's name.
-    """
-    if not isinstance(decoder, Decoder):
-        return "this model runs through transformers, not through our own decoder."
+def _unsupported_reason(decoder: Decoder, device: torch.device, attention: str) -> str | None:
     if attention != ATTENTION:
         return f"it needs attention={ATTENTION}, not {attention}."
     if decoder.config.activation not in ACTIVATIONS:

@@ -1,130 +1,130 @@
-"""CUDA graphs: the decode batch of a bucket captured once and replayed.
+"""CUDA graphs: decode batches of a few sizes are captured once and replayed, each by a single launch.
 
-A replay reads the same addresses as the capture did, so a step's tensors are copied into static buffers. A batch
-smaller than its bucket is padded with sequences of one token whose keys and values go to a *scratch block*, one block
-of the cache behind those of the pool, which no request ever owns; nobody samples them.
-
-    bucket 4, three sequences          tokens      a  b  c  0
-                                       slots      17 33  5  scratch · block_size
-                                       contexts    9 40 12  1
-                                       table       …  …  …  scratch, 0, 0 …
-
-Largest bucket first, all from one memory pool: the smaller ones fit into what the largest left.
-
-**Never run on a GPU yet**: on the CPU a stand-in for :class:`GraphCapture` records every operation and every launch and
-repeats these alone (``tests/kernels/recorded_graph.py``).
+The largest bucket is captured first, one between two steps, all from one memory pool: the smaller ones fit into what
+the largest left. Fused layers serve, and are what is captured, where they are supported.
 """
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable
+import time
 
-import torch
+from engine.attention.base import AttentionBackend
+from engine.execution.base import Decision, Progress, Step, TokenRange
+from engine.execution.captured_graph import CapturedGraph, CudaGraphCapture, GraphCapture, StaticBuffers
+from engine.execution.eager import EagerMode
+from engine.execution.environment import NEEDS_OWN_DECODER, ExecutionEnvironment, Kernels, Unsupported
+from engine.execution.fused import FusedMode
+from engine.execution.shaped import ShapedMode, ShapeNews
 
-from engine.attention.base import AttentionBackend, AttentionBatch
-from engine.attention.operator import AttendContext
-from engine.cache.kv_cache import KVCache
-from engine.device import capture_graph, graph_pool
-from engine.execution.base import Execution, PreparedShape, Step, TokenRange
-
-
-class GraphCapture(abc.ABC):
-    """Records work on the device."""
-
-    @abc.abstractmethod
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """Record ``work``: a function that repeats it, and the tensor in which its result then lies."""
+ATTENTION = "triton"  # the others plan on the host at every step, which a captured graph would not repeat
+BUCKETS = (1, 2, 4, 8)
+BUCKET_STEP = 16
 
 
-class CudaGraphCapture(GraphCapture):
-    """``torch.cuda.CUDAGraph``, all captures from one memory pool."""
-
-    def __init__(self) -> None:
-        self._pool = graph_pool()
-
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """As :meth:`GraphCapture.capture`."""
-        return capture_graph(work, self._pool)
+def graph_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to capture, ascending: 1, 2, 4, 8, 16, 24, 32, 48, 64, 80 … and ``max_num_seqs``."""
+    regular = (*BUCKETS, 16, 24, *range(32, max_num_seqs, BUCKET_STEP))
+    return (*(size for size in regular if size < max_num_seqs), max_num_seqs)
 
 
-class StaticBuffers:
-    """The addresses that a bucket's graph reads, filled with padding until a step is copied in.
-
-    Args:
-        size: sequences in the bucket.
-        max_blocks: width of the block tables.
-        scratch_block: block that padding writes to.
-        block_size: tokens a block.
-        device: of the model.
-    """
-
-    def __init__(self, size: int, max_blocks: int, scratch_block: int, block_size: int, device: torch.device) -> None:
-        self._padding_slot, self._scratch_block = scratch_block * block_size, scratch_block
-        wide, narrow = {"dtype": torch.int64, "device": device}, {"dtype": torch.int32, "device": device}
-        self.token_ids = torch.zeros(size, **wide)  # type: ignore[call-overload]
-        self.positions = torch.zeros(size, **wide)  # type: ignore[call-overload]
-        self.batch = AttentionBatch(
-            query_lens=[1] * size,
-            context_lens=[1] * size,
-            query_start=torch.arange(size + 1, **narrow),  # type: ignore[call-overload]
-            context_lens_tensor=torch.ones(size, **narrow),  # type: ignore[call-overload]
-            block_tables=torch.zeros(size, max_blocks, **narrow),  # type: ignore[call-overload]
-            slot_mapping=torch.full((size,), self._padding_slot, **wide),  # type: ignore[call-overload]
-        )
-        self.batch.block_tables[:, 0] = scratch_block
-
-    def fill(self, step: Step) -> None:
-        """Copy a step of at most ``size`` decoding sequences in, padding behind it. No synchronisation."""
-        count, source = step.num_tokens, step.context.batch
-        self.token_ids[:count].copy_(step.token_ids)
-        self.positions[:count].copy_(step.positions)
-        self.batch.slot_mapping[:count].copy_(source.slot_mapping)
-        self.batch.slot_mapping[count:].fill_(self._padding_slot)
-        self.batch.context_lens_tensor[:count].copy_(source.context_lens_tensor)
-        self.batch.context_lens_tensor[count:].fill_(1)
-        # Columns behind a step's own width are never read: a context says how far its table goes.
-        self.batch.block_tables[:count, : source.block_tables.shape[1]].copy_(source.block_tables)
-        self.batch.block_tables[count:, 0].fill_(self._scratch_block)
+def bucket_ranges(max_num_seqs: int) -> tuple[TokenRange, ...]:
+    """The batch sizes that each captured graph serves, padded up to the last of the range."""
+    sizes = graph_buckets(max_num_seqs)
+    return tuple(TokenRange(low + 1, high) for low, high in zip((0, *sizes), sizes, strict=False))
 
 
-class GraphExecution(PreparedShape):
-    """The captured decode batch of one bucket.
+class GraphsMode(ShapedMode):
+    """A graph for each bucket of :func:`bucket_ranges`."""
 
-    Args:
-        run: the forward pass to capture; it reads weights where they lie now, so after a swap the graph must be
-            dropped.
-        context: of the engine; holds backend and cache of the present step, as captured.
-        buffers: of the bucket's size.
-        capture: records.
-        tokens: batch sizes served, the last one the bucket's own.
-    """
+    name = "graphs"
+    uses_attention = True
 
-    mode = "graphs"
-    decode_only = True
+    def __init__(self, environment: ExecutionEnvironment) -> None:
+        super().__init__(environment)
+        self._to_capture: list[TokenRange] = []
+        self._attention: AttentionBackend | None = None
+        self._capture: GraphCapture | None = None
 
-    def __init__(
-        self,
-        run: Execution,
-        context: AttendContext,
-        backend: AttentionBackend,
-        cache: KVCache,
-        buffers: StaticBuffers,
-        capture: GraphCapture,
-        tokens: TokenRange,
-    ) -> None:
-        self.tokens = tokens
-        self._buffers = buffers
+    @classmethod
+    def unsupported_reason(cls, environment: ExecutionEnvironment, kernels: Kernels) -> Unsupported | None:
+        """As :meth:`ExecutionMode.unsupported_reason`."""
+        if environment.own_decoder is None:
+            return NEEDS_OWN_DECODER
+        if environment.device.type != "cuda":
+            return Unsupported(
+                f"these are CUDA graphs, and the model is on {environment.device}.",
+                "Choose compiled or eager, or load the model on a CUDA device.",
+            )
+        if kernels.attention != ATTENTION:
+            return Unsupported(
+                f"it needs attention={ATTENTION}: {kernels.attention} plans on the host at every step.",
+                f"Set attention to {ATTENTION} in the same change.",
+            )
+        return None
 
-        def work() -> torch.Tensor:
-            context.enter(backend, cache, buffers.batch)
-            return run.forward(Step(buffers.token_ids, buffers.positions, context, pure_decode=True))
+    def prepare(self, attention: AttentionBackend) -> None:
+        """As :meth:`ExecutionMode.prepare`."""
+        environment = self.environment
+        self._to_capture = sorted(bucket_ranges(environment.max_num_seqs), key=lambda tokens: tokens.high, reverse=True)
+        self._attention, self._capture = attention, self.make_capture()
+        if FusedMode.unsupported_reason(environment, environment.present_kernels(attention.name)) is None:
+            self.fallback = FusedMode(environment)
+            self.fallback.prepare(attention)
 
-        with torch.inference_mode():
-            self._replay, self._result = capture.capture(work)
+    def make_capture(self) -> GraphCapture:
+        """What records this engine's graphs."""
+        return CudaGraphCapture()
 
-    def forward(self, step: Step) -> torch.Tensor:
-        """As :meth:`Execution.forward`; the result is valid until the next replay."""
-        self._buffers.fill(step)
-        self._replay()
-        return self._result[: step.num_tokens]
+    def poll(self) -> None:
+        """As :meth:`ExecutionMode.poll`: first what the fallback has to do, for that is what will be captured."""
+        if self.fallback.has_work:
+            self.fallback.poll()
+        elif self._to_capture:
+            self._capture_next(self._to_capture.pop(0))
+
+    def _capture_next(self, tokens: TokenRange) -> None:
+        began, environment = time.perf_counter(), self.environment
+        assert self._capture is not None
+        assert self._attention is not None
+        cache = environment.cache
+        try:
+            buffers = StaticBuffers(
+                tokens.high,
+                -(-environment.max_model_len // cache.block_size),
+                cache.num_blocks - 1,
+                cache.block_size,
+                environment.device,
+            )
+            shape = CapturedGraph(self.fallback, environment, self._attention, buffers, self._capture, tokens)
+        except Exception as error:  # out of memory, or an operation that cannot be captured
+            text = f"{type(error).__name__}: {error}"
+            self.take_over(ShapeNews(tokens, None, time.perf_counter() - began, error=text))
+            return
+        self.take_over(ShapeNews(tokens, shape, time.perf_counter() - began, "captured"))
+
+    @property
+    def has_work(self) -> bool:
+        """As :attr:`ExecutionMode.has_work`."""
+        return self.fallback.has_work or bool(self._to_capture)
+
+    def progress(self) -> Progress:
+        """As :meth:`ExecutionMode.progress`; the fallback's pieces count along."""
+        before = self.fallback.progress()
+        done = before.done + len(self.prepared()) + len(self.failed())
+        left = before.total - before.done + len(self._to_capture)
+        current = before.current or (self._to_capture[0].label() if self._to_capture else "")
+        return Progress(done, done + left, current)
+
+    def decide(self, step: Step) -> Decision:
+        """As :meth:`ExecutionMode.decide`."""
+        if step.backend.name != ATTENTION:
+            reason = f"a graph needs attention {ATTENTION}, not {step.backend.name}"
+            return Decision(EagerMode(self.environment), reason)
+        if not step.pure_decode:
+            return Decision(self.fallback, "a graph holds pure decode batches only")
+        return super().decide(step)
+
+    def close(self) -> None:
+        """As :meth:`ExecutionMode.close`."""
+        self._to_capture, self._capture = [], None
+        super().close()

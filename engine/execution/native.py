@@ -10,34 +10,43 @@ from typing import cast
 
 import torch
 
+from engine.attention.base import AttentionBackend
 from engine.attention.operator import AttendContext
-from engine.cache.kv_cache import KVCache
-from engine.execution.base import PreparedShape, Step, TokenRange
+from engine.execution.base import Step
+from engine.execution.direct import DirectMode
+from engine.execution.environment import NEEDS_OWN_DECODER, ExecutionEnvironment, Kernels, Unsupported
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import Decoder, DecoderLayer
-from engine.models.fallback import TransformersDecoder
 from engine.quantization.native import NativeFormat
 from kernels.cpu.build import native, why_not
 from kernels.cpu.decoder import ACTIVATIONS, DecoderShape, LayerWeights, NativeDecoder, RotaryAngles
-from kernels.cpu.linear import PackedWeight
+from kernels.cpu.linear import PanelWeight
+
+REMEDY = "Choose auto or eager, or set attention and linear to native in the same change."
 
 
-class NativeExecution(PreparedShape):
-    """The layers of one model over the cache of one engine, with the weights that are in force now.
+class NativeMode(DirectMode):
+    """The layers of one model over the cache of one engine, with the weights as they are now."""
 
-    Args:
-        decoder: of the model; :func:`native_unsupported_reason` has said None to it.
-        context: how the engine's attention reaches the cache: its scales and windows.
-        cache: of the engine.
-        max_tokens: the largest step.
-    """
+    name = "native"
+    _decoder: Decoder
+    _native: NativeDecoder
 
-    mode = "native"
+    @classmethod
+    def unsupported_reason(cls, environment: ExecutionEnvironment, kernels: Kernels) -> Unsupported | None:
+        """As :meth:`ExecutionMode.unsupported_reason`."""
+        decoder = environment.own_decoder
+        if decoder is None:
+            return NEEDS_OWN_DECODER
+        reason = _unsupported_reason(decoder, environment.device, kernels)
+        return None if reason is None else Unsupported(reason, REMEDY)
 
-    def __init__(self, decoder: Decoder, context: AttendContext, cache: KVCache, max_tokens: int) -> None:
-        self.tokens = TokenRange(1, max_tokens)
+    def make(self, attention: AttentionBackend) -> None:
+        """As :meth:`DirectMode.make`."""
+        decoder, context, cache = self.environment.own_decoder, self.environment.context, self.environment.cache
+        assert decoder is not None, "checked before"
         self._decoder = decoder
         config = decoder.config
         shape = DecoderShape(
@@ -62,7 +71,7 @@ class NativeExecution(PreparedShape):
 
     def forward(self, step: Step) -> torch.Tensor:
         """As :meth:`Execution.forward`; between the layers all is kept in float32."""
-        batch = step.context.batch
+        batch = step.batch
         hidden = self._decoder.embed(step.token_ids).float()  # of its own: embed never gives a view of the table
         self._native.step(
             hidden, step.positions, batch.slot_mapping, batch.block_tables, batch.query_start, batch.context_lens_tensor
@@ -70,19 +79,7 @@ class NativeExecution(PreparedShape):
         return hidden.to(self._decoder.dtype)
 
 
-def native_unsupported_reason(
-    decoder: Decoder | TransformersDecoder, device: torch.device, attention: str, linear: str
-) -> str | None:
-    """Why native execution cannot run a model, in a sentence; None if it can.
-
-    Args:
-        decoder: of the model.
-        device: where it lives.
-        attention: the backend's name.
-        linear: the kernels of its linear layers, ``"native"`` or ``"torch"``.
-    """
-    if not isinstance(decoder, Decoder):
-        return "this model runs through transformers, not through our own decoder."
+def _unsupported_reason(decoder: Decoder, device: torch.device, kernels: Kernels) -> str | None:
     if device.type != "cpu":
         return f"it runs on the CPU, and the model is on {device}."
     if decoder.config.mixture is not None:
@@ -91,10 +88,10 @@ def native_unsupported_reason(
         return f"it has no {decoder.config.activation}."
     if reason := why_not():
         return reason
-    if attention != "native":
-        return f"it needs attention=native, not {attention}."
-    if linear != "native":
-        return f"it needs linear=native, not {linear}."
+    if kernels.attention != "native":
+        return f"it needs attention=native, not {kernels.attention}."
+    if kernels.linear != "native":
+        return f"it needs linear=native, not {kernels.linear}."
     return _unpacked(decoder)
 
 
@@ -106,12 +103,6 @@ def _unpacked(decoder: Decoder) -> str | None:
         if outputs % panel:
             return f"{name} has {outputs} outputs, which are no multiple of {panel}."
     return None
-
-
-def linear_kernels(decoder: Decoder | TransformersDecoder) -> str:
-    """``"native"`` if every linear layer of the blocks is in the layout of the CPU kernels now, else ``"torch"``."""
-    formats = (linear.format for _, linear, _ in decoder.linears())
-    return "native" if all(isinstance(format, NativeFormat) for format in formats) else "torch"
 
 
 def _layer_weights(layer: DecoderLayer, context: AttendContext, rotary: int) -> LayerWeights:
@@ -138,6 +129,6 @@ def _norm(module: torch.nn.Module) -> torch.Tensor | None:
     return module.weight.detach().float().contiguous() if isinstance(module, RMSNorm) else None
 
 
-def _packed(linear: Linear) -> tuple[PackedWeight, torch.Tensor | None]:
+def _packed(linear: Linear) -> tuple[PanelWeight, torch.Tensor | None]:
     assert isinstance(linear.format, NativeFormat)
     return linear.format.packed, None if linear.bias is None else linear.bias.detach().float().contiguous()

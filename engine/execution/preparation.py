@@ -1,4 +1,4 @@
-"""Preparing compiled shapes beside the running engine.
+"""Preparing compiled shapes alongside the running engine.
 
 A thread describes the layers, takes each shape from disk or has it compiled in a process of its own, loads it, and puts
 news into a queue. The stepping thread reads the queue between two steps; nothing else is shared.
@@ -6,7 +6,6 @@ news into a queue. The stepping thread reads the queue between two steps; nothin
 
 from __future__ import annotations
 
-import dataclasses
 import queue
 import threading
 import time
@@ -18,31 +17,13 @@ from engine.attention.operator import AttendContext
 from engine.execution.base import PreparedShape, TokenRange
 from engine.execution.blueprint import DecoderBlueprint, draw
 from engine.execution.compile_worker import CompileRequest
-from engine.execution.compiled import load_shape
+from engine.execution.compiled_shape import load_shape
 from engine.execution.compiler import CompileError, CompilerProcess
 from engine.execution.packages import compiler_cache_dir, find_shape, packages_dir
+from engine.execution.shaped import ShapeNews
 from engine.models.decoder import Decoder
 from engine.paths import private_dir
 from kernels.trust import why_not_trusted
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ShapeNews:
-    """What became of one shape.
-
-    Attributes:
-        tokens: the numbers of tokens concerned.
-        shape: ready to run; None if it failed.
-        seconds: how long it took.
-        origin: "compiled" or "from disk".
-        error: why it failed, else empty.
-    """
-
-    tokens: TokenRange
-    shape: PreparedShape | None
-    seconds: float
-    origin: str = ""
-    error: str = ""
 
 
 class Preparation:
@@ -116,8 +97,8 @@ class Preparation:
         try:
             shape, origin = self._load_or_compile(tokens, blueprint)
         except Exception as error:
-            words = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
-            self._tell(ShapeNews(tokens, None, time.perf_counter() - began, error=words))
+            text = str(error) if isinstance(error, CompileError) else f"{type(error).__name__}: {error}"
+            self._tell(ShapeNews(tokens, None, time.perf_counter() - began, error=text))
             return
         if shape.tokens.high < tokens.high:
             self._wanted.insert(0, TokenRange(shape.tokens.high + 1, tokens.high))

@@ -3,20 +3,22 @@
 Which kernels a step launches, and with which constants, follows from how many sequences and tokens it has. A few sizes
 meet all of them: decodes of 1, 2, 4, … sequences, one long context (its chunks are shared among programs), and prompts
 of 2, 4, 8, … tokens up to where larger ones launch nothing else. All of them read and write the *scratch block*, the
-one that pads graphs (:mod:`engine.execution.graphs`). The head and the sampler follow; every mode has the same.
+one that pads graphs (:mod:`engine.execution.captured_graph`). The head and the sampler follow; every mode has the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
+from typing import Any
 
 import torch
 
 from engine.attention.base import AttentionBackend
-from engine.attention.operator import AttendContext
 from engine.cache.kv_cache import KVCache
-from engine.execution.base import Step
+from engine.execution.base import Execution, Progress, Step
+from engine.execution.environment import ExecutionEnvironment
 from engine.execution.step_tensors import build_step_tensors
 
 LARGEST_PROMPT = 1024
@@ -37,7 +39,7 @@ class WarmUp:
     tokens_each: int
     context: int
 
-    def words(self) -> str:
+    def label(self) -> str:
         """For progress: ``"a prompt of 64 tokens"``."""
         if self.tokens_each > 1:
             return f"a prompt of {self.tokens_each:,} tokens"
@@ -58,10 +60,64 @@ def warm_ups(max_tokens: int, max_num_seqs: int, max_model_len: int) -> list[War
     return [*reversed(prompts), *decodes, WarmUp(1, 1, max_model_len)]
 
 
-def warm_up_step(
-    size: WarmUp, cache: KVCache, context: AttendContext, backend: AttentionBackend, device: torch.device
-) -> Step:
-    """A step of that size over the last block of the cache, entered in ``context``; on the CPU valid until the next."""
+class KernelWarmUp:
+    """The steps of one engine, computed one by one between those of its requests.
+
+    Args:
+        environment: of the mode.
+        attention: the backend.
+        run: what computes them.
+
+    Attributes:
+        pending: the steps still to come.
+    """
+
+    def __init__(self, environment: ExecutionEnvironment, attention: AttentionBackend, run: Execution) -> None:
+        self.pending = warm_ups(environment.max_tokens, environment.max_num_seqs, environment.max_model_len)
+        self._environment, self._attention, self._run = environment, attention, run
+        self._num_done = 0
+        self._began = time.perf_counter()
+
+    def run_next(self) -> None:
+        """Compute a step for nobody, if one is left."""
+        if not self.pending:
+            return
+        size = self.pending.pop(0)
+        try:
+            self._compute(size)
+        except Exception as error:  # requests go on, and what fails for them is told there
+            self.pending.clear()
+            text = f"{type(error).__name__}: {error}"
+            self._add_event(f"warm-up stopped at {size.label()}: {text}", {"error": text})
+            return
+        self._num_done += 1
+        if not self.pending:
+            seconds = time.perf_counter() - self._began
+            summary = f"kernels ready: {self._num_done} sizes of a step in {seconds:.1f} s"
+            self._add_event(summary, {"seconds": round(seconds, 2)})
+
+    def _compute(self, size: WarmUp) -> None:
+        environment = self._environment
+        with torch.inference_mode():
+            step = warm_up_step(size, environment.cache, self._attention, environment.device)
+            environment.enter(step)
+            hidden = self._run.forward(step)
+            # The head over as many rows as tokens are chosen in a step of that size: of a prompt one.
+            logits = environment.decoder.logits(hidden if step.pure_decode else hidden[-1:])
+            if logits.shape[0] == 1:
+                environment.warm_up_sampler(logits)
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        current = self.pending[0].label() if self.pending else ""
+        return Progress(self._num_done, self._num_done + len(self.pending), current)
+
+    def _add_event(self, summary: str, detail: dict[str, Any]) -> None:
+        self._environment.add_event("execution", summary, detail)
+
+
+def warm_up_step(size: WarmUp, cache: KVCache, attention: AttentionBackend, device: torch.device) -> Step:
+    """A step of that size over the last block of the cache; on the CPU valid until the next."""
     scratch, block = cache.num_blocks - 1, cache.block_size
     count, total = size.sequences, size.sequences * size.tokens_each
     tensors = build_step_tensors(
@@ -73,8 +129,7 @@ def warm_up_step(
         block_size=block,
         device=device,
     )
-    context.enter(backend, cache, tensors.batch)
-    return Step(tensors.token_ids, tensors.positions, context, pure_decode=size.tokens_each == 1)
+    return Step(tensors.token_ids, tensors.positions, tensors.batch, attention)
 
 
 def _powers(first: int, last: int) -> list[int]:

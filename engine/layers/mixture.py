@@ -66,7 +66,7 @@ class MixtureMLP(nn.Module):
         rows = x.index_select(0, order // self.experts_per_token)
         # not bincount: on a GPU it waits for the largest of them besides
         counts = chosen.new_zeros(len(self.experts)).scatter_add_(0, pairs_of, torch.ones_like(pairs_of))
-        pieces = rows.split(counts.tolist())
+        pieces = torch.split(rows, counts.tolist())
         outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True) if piece.shape[0]]
         # Back in the order of tokens and summed there: the same sum whatever else is in the batch, on every device.
         pairs = torch.empty_like(rows).index_copy_(0, order, torch.cat(outputs))

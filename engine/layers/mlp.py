@@ -45,4 +45,5 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] → the same."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)
+        result: torch.Tensor = self.down_proj(self.activation(gate) * up)
+        return result

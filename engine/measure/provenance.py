@@ -9,10 +9,10 @@ import os
 import platform
 import socket
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import __version__
 from engine.measure.results import Provenance
 
 if TYPE_CHECKING:
@@ -92,21 +92,13 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = {"headroom": _headroom_version(), "python": platform.python_version()}
+    found = {"headroom": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = ""
     return tuple(found.items())
-
-
-def _headroom_version() -> str:
-    try:
-        project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-        return str(project["project"]["version"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
-        return ""
 
 
 @functools.cache

@@ -45,7 +45,7 @@ class Checkpoint(abc.ABC):
         config: the configuration with the field names of a Hugging Face ``config.json``.
         family: the row of the family table it belongs to; None if our decoder has none for it.
         rope_factors: float32 [head_dim / 2] by which rotary frequencies are divided, or None.
-        warnings: what the files state beside the configuration and is not followed, a sentence each.
+        warnings: what the files state besides the configuration and is not followed, a sentence each.
     """
 
     path: Path
@@ -329,10 +329,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:300]
         raise ModelLoadError(
-            f"{path} is not valid JSON ({reason}).", field=what, remedy="Mend the file or download it again."
+            f"{path} is not valid JSON ({reason}).", field=what, remedy="Correct the file or download it again."
         ) from None
     if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} is not a JSON object.", field=what, remedy="Mend it or download it again.")
+        raise ModelLoadError(f"{path} is not a JSON object.", field=what, remedy="Correct it or download it again.")
     return value
 
 
@@ -434,11 +434,11 @@ def _config_of_gguf(file: GGUFFile, architecture: str, family: Family) -> dict[s
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def _words(text: str) -> frozenset[str]:
+def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_GGUF_READ = _words(
+_GGUF_READ = _names(
     "attention.head_count attention.head_count_kv attention.key_length attention.value_length block_count "
     "embedding_length feed_forward_length context_length vocab_size attention.layer_norm_rms_epsilon rope.freq_base "
     "rope.freq_base_swa rope.dimension_count rope.scaling.type rope.scaling.factor "
@@ -446,7 +446,7 @@ _GGUF_READ = _words(
     "attention.sliding_window attention.sliding_window_pattern expert_count"
 )
 #: Of the file's making; ``finetuned`` says how the scaling came about.
-_GGUF_HARMLESS = _words("rope.scaling.finetuned expert_used_count")
+_GGUF_HARMLESS = _names("rope.scaling.finetuned expert_used_count")
 
 
 def _gguf_warnings(file: GGUFFile, architecture: str) -> tuple[str, ...]:

@@ -13,18 +13,18 @@ from engine.models.config_fields import bad_field, shown
 from engine.models.families import Family
 
 
-def _words(text: str) -> frozenset[str]:
+def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_READ = _words(
+_READ = _names(
     "architectures model_type num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim "
     "intermediate_size vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings rope_parameters "
     "rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings quantization_config layer_types "
     "attn_logit_softcapping final_logit_softcapping use_bidirectional_attention eos_token_id bos_token_id"
 )
 #: Names, training, and how transformers itself runs; the dtype is a knob of the engine.
-_HARMLESS = _words(
+_HARMLESS = _names(
     "_name_or_path name transformers_version torch_dtype dtype use_cache cache_implementation auto_map "
     "custom_pipelines "
     "initializer_range initializer_factor pretraining_tp gradient_checkpointing finetuning_task tokenizer_class "
@@ -44,19 +44,19 @@ _HARMLESS = _words(
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens"
 )
 #: Switches of parts that are not computed: off, they say what is done anyway.
-_SWITCHES = _words(
+_SWITCHES = _names(
     "is_encoder_decoder add_cross_attention tie_encoder_decoder pruned_heads cross_attention_hidden_size "
     "tf_legacy_loss "
     "use_bfloat16 attention_bias mlp_bias use_sliding_window use_mrope use_qk_norm qk_layernorm use_parallel_residual "
     "rope_interleaved"
 )
-_ROPE_READ = _words("rope_type type rope_theta partial_rotary_factor original_max_position_embeddings")
+_ROPE_READ = _names("rope_type type rope_theta partial_rotary_factor original_max_position_embeddings")
 _ROPE_OF_KIND: Mapping[str, frozenset[str]] = {
-    "linear": _words("factor"),
-    "dynamic": _words("factor"),
-    "llama3": _words("factor low_freq_factor high_freq_factor"),
-    "yarn": _words("factor attention_factor beta_fast beta_slow truncate mscale mscale_all_dim"),
-    "longrope": _words("factor attention_factor short_factor long_factor"),
+    "linear": _names("factor"),
+    "dynamic": _names("factor"),
+    "llama3": _names("factor low_freq_factor high_freq_factor"),
+    "yarn": _names("factor attention_factor beta_fast beta_slow truncate mscale mscale_all_dim"),
+    "longrope": _names("factor attention_factor short_factor long_factor"),
 }
 _ROPE_OF_KIND = {**_ROPE_OF_KIND, "su": _ROPE_OF_KIND["longrope"]}
 _LAYER_KINDS = ("full_attention", "sliding_attention")

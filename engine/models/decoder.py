@@ -58,7 +58,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         """[T, hidden_size] → [T, hidden_size]."""
         x = x + self.attention_output_norm(self._attention(self.input_norm(x), cos, signed_sin, attend))
-        return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+        mixed: torch.Tensor = self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+        return x + mixed
 
     def _attention(self, x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         heads = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
@@ -69,7 +70,8 @@ class DecoderLayer(nn.Module):
         rotated = apply_rotary(rotated, cos, signed_sin)
         query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         attended = attend(self.index, query, key, heads[:, self.num_rotated :])
-        return self.o_proj(attended.reshape(x.shape[0], -1))
+        output: torch.Tensor = self.o_proj(attended.reshape(x.shape[0], -1))
+        return output
 
 
 class Decoder(nn.Module):
@@ -131,7 +133,8 @@ class Decoder(nn.Module):
         for layer, rotary_index in zip(self.layers, self.layer_rotaries, strict=True):
             arguments = (hidden, *rotations[rotary_index], attend)
             hidden = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
-        return self.norm(hidden)
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] → [T, hidden_size] in the compute dtype."""

@@ -175,7 +175,7 @@ def _windows(config: Mapping[str, Any], num_layers: int, fields: WindowFields | 
                 "layer_types", f"must name full_attention or sliding_attention for each of {num_layers} layers"
             )
         return tuple(known[kind] for kind in kinds)
-    newer = "_sliding_window_pattern"  # its name in files that have layer_types beside it
+    newer = "_sliding_window_pattern"  # its name in files that have layer_types next to it
     name = newer if config.get(newer) is not None else "sliding_window_pattern"
     pattern = positive(config, name) if fields.patterned else num_layers + 1
     first = whole(config, "max_window_layers", 28) if fields.after_full_layers else 0

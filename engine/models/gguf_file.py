@@ -106,7 +106,7 @@ class GGUFFile:
         return torch.from_numpy(np.ascontiguousarray(values.reshape(shape)))
 
     def _raw(self, offset: int, num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Read, not mapped: a file that is truncated beside us must give an error, not a bus error."""
+        """Read, not mapped: a file that is truncated while it is read must give an error, not a bus error."""
         try:
             raw = np.fromfile(self.path, dtype=np.uint8, count=num_bytes, offset=offset)
         except OSError as error:

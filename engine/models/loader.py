@@ -16,6 +16,7 @@ import torch
 
 from engine.capacity import ModelSpec
 from engine.capacity.memory.weights import parameter_count
+from engine.config import DEFAULT_MODEL
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_swap
@@ -23,7 +24,7 @@ from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsChec
 from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
-from engine.models.default import DEFAULT_MODEL, fetch_default_model
+from engine.models.default import fetch_default_model
 from engine.models.fallback import (
     TransformersDecoder,
     context_of,
@@ -45,7 +46,7 @@ Progress = Callable[[str, float], None]
 ChooseWeights = Callable[[torch.device, torch.dtype, str | None], WeightChoice]
 """Formats and kernels of a model that is about to be read, whose name is given if transformers will compute it.
 
-It raises ConfigError where what is asked for cannot be had."""
+It raises ConfigError where what is asked for is unavailable."""
 
 
 @dataclasses.dataclass
@@ -61,7 +62,7 @@ class LoadedModel:
         source: ``"gguf"`` or ``"safetensors"``.
         family: ``"llama"``, ``"mistral"`` …; the configuration's model type.
         checkpoint: where the weights come from.
-        weights_choice: the formats in force.
+        weights_choice: the current formats.
         warnings: what the checkpoint states and is not followed, a sentence each.
     """
 
@@ -85,7 +86,7 @@ class LoadedModel:
         return self.decoder.resident_bytes()
 
     def weights_format(self) -> str:
-        """The format in force: ``"model"``, ``"int8"`` or ``"int4-g64"`` …"""
+        """The current format: ``"model"``, ``"int8"`` or ``"int4-g64"`` …"""
         return self.weights_choice.label
 
     def weights_path(self) -> str:
@@ -126,7 +127,7 @@ class LoadedModel:
 
         Raises:
             ConfigError: if the format or group size is unknown, or the model keeps the weights it has.
-            CapacityError: if the new weights do not fit into free memory beside the present ones.
+            CapacityError: if the new weights do not fit into free memory next to the present ones.
             ModelLoadError: if the checkpoint is gone or has changed since it was loaded.
         """
         choice = WeightChoice(weights, group_size, head, linear)
@@ -148,7 +149,7 @@ class LoadedModel:
         threading.Thread(target=_return_freed_memory, daemon=True).start()  # the pause between two steps is not for it
 
     def quantization_errors(self) -> dict[str, QuantizationError]:
-        """Measured weight error of every linear layer beside the published bound; reads the checkpoint again."""
+        """Measured weight error of every linear layer next to the published bound; reads the checkpoint again."""
         return weight_swap.measure_errors(self.decoder, self.checkpoint)
 
 
@@ -213,7 +214,7 @@ def load_model(
 
     Raises:
         ModelLoadError: naming what is wrong with the checkpoint.
-        ConfigError: if the device or dtype cannot be had.
+        ConfigError: if the device or dtype is unavailable.
         CapacityError: if the weights do not fit into free memory.
     """
     report = progress or (lambda stage, fraction: None)
@@ -348,7 +349,8 @@ def _cpu_computes_bfloat16() -> bool:
     """True on CPUs with bfloat16 dot products: oneDNN also says yes where it only emulates them, with plain AVX-512."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn: Any = torch.backends.mkldnn  # torch has no types for it
+    return bool(onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 _WHAT_IS_A_MODEL = (
@@ -379,7 +381,7 @@ def _download_from_hub(name: str) -> Path:
     except Exception as error:  # network, permissions, unknown name: the hub client has an error for each
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelLoadError(
-            f"{name!r} is no local path and could not be had from the model hub ({reason}).",
+            f"{name!r} is not a local path and could not be fetched from the model hub ({reason}).",
             field="model",
             remedy="Check the spelling and the network, or download the model and give the path of its folder.",
         ) from error
@@ -394,7 +396,7 @@ def _read_spec(checkpoint: Checkpoint) -> ModelSpec:
         raise ModelLoadError(
             f"{checkpoint.path}: the sizes that its configuration states cannot be computed ({error}).",
             field="config.json",
-            remedy="Mend the configuration, or download the model again.",
+            remedy="Correct the configuration, or download the model again.",
         ) from error
 
 

@@ -85,7 +85,7 @@ def _kind(fields: Fields) -> str:
 
 
 def _original(config: Fields, fields: Fields) -> int:
-    """A field of its own beside the scaling's has precedence, as in transformers."""
+    """A field of its own besides the scaling's has precedence, as in transformers."""
     for source in (config, fields):
         if source.get(_ORIGINAL) is not None:
             return positive(source, _ORIGINAL)

@@ -5,7 +5,7 @@ Layout (https://huggingface.co/docs/safetensors):
     header length N u64, little-endian | N bytes of JSON: {name: {dtype, shape, data_offsets}} | data
 
 Bytes are read, not mapped: what is read counts once, pages of the file never count as the process's memory, and a file
-that is truncated beside us gives an error, not a bus error.
+that is truncated while it is read gives an error, not a bus error.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def eos_token_ids(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
     """Token ids that end a generation: those of the checkpoint's generation settings, and the tokenizer's own.
 
-    A chat fine-tune is often saved with the generation settings of its base model (end of text) beside a tokenizer of
+    A chat fine-tune is often saved with the generation settings of its base model (end of text) next to a tokenizer of
     its own (end of turn): either ends an answer.
     """
     found: list[Any] = []

@@ -1,4 +1,4 @@
-"""Swapping the weight format of a loaded model: prepared beside the running engine, committed between two steps."""
+"""Swapping the weight format of a loaded model: prepared alongside the running engine, committed between two steps."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def prepare(
 
     Raises:
         ConfigError: if the decoder keeps the weights it has.
-        CapacityError: if the new weights do not fit into free memory beside the present ones.
+        CapacityError: if the new weights do not fit into free memory next to the present ones.
         ModelLoadError: if the checkpoint is gone or has changed.
     """
     if not decoder.swaps_weights:
@@ -137,10 +137,10 @@ def left_to_torch(decoder: Decoder | TransformersDecoder, linear: str) -> str:
     # On a GPU unquantized weights are torch's by design.
     left = [f for f in formats if linear not in f.path and not (linear == "triton" and f.bits is None)]
     kinds = ", ".join(sorted({format.name for format in left}))
-    words = (
+    sentence = (
         f"{len(left)} of {len(formats)} layers ({kinds}) go through torch: the {linear} kernels have no form for them."
     )
-    return words if left else ""
+    return sentence if left else ""
 
 
 def measure_errors(decoder: Decoder | TransformersDecoder, checkpoint: Checkpoint) -> dict[str, QuantizationError]:
@@ -172,7 +172,7 @@ def planned_bytes(spec: ModelSpec, choice: WeightChoice, dtype: torch.dtype) -> 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that can be had without swapping, in bytes."""
+    """Memory of the device that is available without swapping, in bytes."""
     return int(available_memory(device) if device.type == "cuda" else psutil.virtual_memory().available)
 
 
@@ -183,12 +183,12 @@ def _check_memory(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """The present weights stay until the commit, so the new ones must fit beside them."""
+    """The present weights stay until the commit, so the new ones must fit next to them."""
     needed = planned_bytes(spec, choice, dtype)
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the new weights need {needed / 2**30:.2f} GiB beside the present ones; {free / 2**30:.2f} are free.",
+            f"the new weights need {needed / 2**30:.2f} GiB next to the current ones; {free / 2**30:.2f} are free.",
             field="weights",
             remedy="Free memory, or load the model again with these weights.",
         )

@@ -1,4 +1,4 @@
-"""How far quantized weights are from the originals: the published bound beside what is measured."""
+"""How far quantized weights are from the originals: the published bound next to what is measured."""
 
 from __future__ import annotations
 

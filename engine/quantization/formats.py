@@ -1,6 +1,6 @@
 """What a linear layer's weight is kept as: the seam between the decoder and every quantization method.
 
-A new format is a class here or in a file beside this one, and one row in :mod:`engine.quantization.registry`.
+A new format is a class here or in a file next to this one, and one row in :mod:`engine.quantization.registry`.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ class Int4Format(WeightFormat):
             self.scales_and_zeros[:, rows] = torch.stack((scales, zeros), dim=-1)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor
         if x.shape[0] <= self.packed_rows_limit:
             product = torch.ops.aten._weight_int4pack_mm_for_cpu
             y = product(x.to(torch.bfloat16).contiguous(), self.packed, self.group_size, self.scales_and_zeros)

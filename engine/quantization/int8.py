@@ -40,6 +40,7 @@ class Int8Format(WeightFormat):
         self.packed_rows_limit = PACKED_ROWS_LIMIT if device.type == "cpu" and int8_product_works() else 0
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor
         if x.shape[0] <= self.packed_rows_limit:
             y = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), self.q, self.scales).to(x.dtype)
         else:

@@ -14,7 +14,7 @@ from engine.quantization.int8 import Int8Format
 from engine.quantization.rows import slice_rows
 from engine.quantization.w4a8 import W4A8Format
 from kernels.cpu.build import native
-from kernels.cpu.linear import PackedWeight, linear, pack_float, pack_int4, pack_int8, pack_w4a8
+from kernels.cpu.linear import PanelWeight, linear, pack_float, pack_int4, pack_int8, pack_w4a8
 
 
 class NativeFormat(WeightFormat):
@@ -26,7 +26,7 @@ class NativeFormat(WeightFormat):
         bits, group_size, step: of that format, see :class:`WeightFormat`.
     """
 
-    def __init__(self, name: str, packed: PackedWeight, bits: int | None, group_size: int | None, step: float) -> None:
+    def __init__(self, name: str, packed: PanelWeight, bits: int | None, group_size: int | None, step: float) -> None:
         self.name = name
         self.packed = packed
         self.shape = (packed.outputs, packed.inputs)
@@ -59,7 +59,7 @@ class NativeFormat(WeightFormat):
 
 
 def to_native(format: WeightFormat) -> WeightFormat:
-    """The same weight for the native kernels; it takes not a byte more. Packed slice by slice: beside the two there is
+    """The same weight for the native kernels; it takes not a byte more. Packed slice by slice: besides the two there is
     never more than a slice.
 
     Formats that they do not know come back as they are, and so do weights whose outputs fill no whole panels or whose
@@ -84,7 +84,7 @@ def to_native(format: WeightFormat) -> WeightFormat:
     return format
 
 
-def _in_slices(shape: tuple[int, int], pack: Callable[[slice], PackedWeight]) -> PackedWeight:
+def _in_slices(shape: tuple[int, int], pack: Callable[[slice], PanelWeight]) -> PanelWeight:
     """The panels of all rows, of which ``pack`` makes some: every tensor of them begins with the rows."""
     num_rows, columns = shape
     step = slice_rows(columns, torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 
 #: Rows of every slice but the last are a multiple of this: whole blocks and panels of every packed layout.
 ROWS_MULTIPLE = 64
-_SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: large enough for vector units, small beside any model
+_SLICE_ELEMENTS = 1 << 20  # 4 MiB in float32: large enough for vector units, small next to any model
 _SLICE_ELEMENTS_CUDA = 1 << 25  # a launch and a transfer each cost more than a CPU's loop
 
 

@@ -39,7 +39,7 @@ Progress = Callable[[float], None]
 
 
 class NativeBuildError(RuntimeError):
-    """The kernels cannot be had on this machine; the message says why, in a sentence."""
+    """The kernels are unavailable on this machine; the message says why, in a sentence."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

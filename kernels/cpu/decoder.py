@@ -10,7 +10,7 @@ import torch
 
 from kernels.cpu.attention import CACHE_TYPES
 from kernels.cpu.build import native
-from kernels.cpu.linear import PackedWeight
+from kernels.cpu.linear import PanelWeight
 from kernels.kv_write import KVScales
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
@@ -37,10 +37,10 @@ class LayerWeights:
     mlp_output_norm: torch.Tensor | None
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
-    qkv: tuple[PackedWeight, torch.Tensor | None]
-    output: tuple[PackedWeight, torch.Tensor | None]
-    gate_up: tuple[PackedWeight, torch.Tensor | None]
-    down: tuple[PackedWeight, torch.Tensor | None]
+    qkv: tuple[PanelWeight, torch.Tensor | None]
+    output: tuple[PanelWeight, torch.Tensor | None]
+    gate_up: tuple[PanelWeight, torch.Tensor | None]
+    down: tuple[PanelWeight, torch.Tensor | None]
     window: int | None
     scale: float
     rotary: int
@@ -205,7 +205,7 @@ def _rotary(rotary: RotaryAngles) -> _Rotary:
     return _Rotary(rotary.frequencies.data_ptr(), rotary.frequencies.numel(), rotary.factor)
 
 
-def _affine(weight: PackedWeight, bias: torch.Tensor | None) -> _Affine:
+def _affine(weight: PanelWeight, bias: torch.Tensor | None) -> _Affine:
     return _Affine(
         type=weight.type,
         panels=weight.panels.data_ptr(),

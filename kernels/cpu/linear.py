@@ -18,7 +18,7 @@ W4A8_TYPE = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PackedWeight:
+class PanelWeight:
     """A weight [N, K] in panels of P outputs, which divides N.
 
     Attributes:
@@ -65,19 +65,19 @@ def to_panels(values: torch.Tensor) -> torch.Tensor:
     return values.view(-1, native().panel, *values.shape[1:]).movedim(1, -1).contiguous()
 
 
-def pack_float(weight: torch.Tensor) -> PackedWeight:
+def pack_float(weight: torch.Tensor) -> PanelWeight:
     """A float32 or bfloat16 weight [N, K] as it is."""
-    return PackedWeight(to_panels(weight), None, None, *weight.shape)
+    return PanelWeight(to_panels(weight), None, None, *weight.shape)
 
 
-def pack_int8(q: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+def pack_int8(q: torch.Tensor, scales: torch.Tensor) -> PanelWeight:
     """w = q · scale: q int8 [N, K], K even, scales bfloat16 [N]."""
     outputs, inputs = q.shape
     pairs = to_panels(q).view(-1, inputs // 2, 2, native().panel).transpose(2, 3).contiguous()
-    return PackedWeight(pairs, scales, None, outputs, inputs, math.gcd(inputs, MOST_GROUP))
+    return PanelWeight(pairs, scales, None, outputs, inputs, math.gcd(inputs, MOST_GROUP))
 
 
-def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:
+def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PanelWeight:
     """w = (q - 8) · scale + zero: q uint8 [N, K] in 0 … 15; scales and zeros bfloat16 [N, K / group]."""
     outputs, inputs = q.shape
     width = native().panel
@@ -85,10 +85,10 @@ def pack_int4(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Pac
     halves = values[..., : width // 2] | (values[..., width // 2 :] << 4)
     panels = halves.permute(0, 1, 4, 3, 2).contiguous()
     grids = torch.stack((to_panels(scales), to_panels(zeros)), dim=2)
-    return PackedWeight(panels, None, grids.contiguous(), outputs, inputs, inputs // scales.shape[1])
+    return PanelWeight(panels, None, grids.contiguous(), outputs, inputs, inputs // scales.shape[1])
 
 
-def pack_w4a8(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PackedWeight:
+def pack_w4a8(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> PanelWeight:
     """As :func:`pack_int4` with groups of :data:`BYTE_GROUP` columns, in which activations are rounded to 8 bits.
 
     Raises:
@@ -101,7 +101,7 @@ def pack_w4a8(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Pac
 
 def round_to_bytes(x: torch.Tensor) -> torch.Tensor:
     """What W4A8 multiplies with: x [M, K] rounded to 8 bits in groups of :data:`BYTE_GROUP` columns, in its dtype."""
-    groups = x.float().unflatten(1, (-1, BYTE_GROUP))
+    groups = x.float().reshape(x.shape[0], -1, BYTE_GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
     quotient = torch.full_like(largest, 127.0) / largest  # `127.0 / largest` would round twice
     factor = torch.where(largest > 0, quotient, 0.0)
@@ -109,7 +109,7 @@ def round_to_bytes(x: torch.Tensor) -> torch.Tensor:
     return (whole.float() * (largest / 127.0)).flatten(1).to(x.dtype)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + bias, in a fixed order whatever the number of threads.
 
     Float weights: products and sums in float32. INT8 and INT4: x is rounded to 16 bits in groups of columns, by
@@ -125,14 +125,15 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         [M, N] in the dtype of ``x``.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.headroom.cpu_linear(
+        y: torch.Tensor = torch.ops.headroom.cpu_linear(
             *(x, weight.panels, weight.scales, weight.grids, bias),
             *(weight.outputs, weight.group, weight.type),
         )
+        return y
     return _linear(x, weight.panels, weight.scales, weight.grids, bias, weight.outputs, weight.group, weight.type)
 
 
-def linear_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_reference(x: torch.Tensor, weight: PanelWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """The same in plain torch; 16-bit activations as they are."""
     x = round_to_bytes(x.float()) if weight.activation_bits == 8 else x
     return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(x.dtype)
@@ -166,15 +167,15 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 # The same call as an operator that torch.compile can keep as one opaque step of its graph.
-_OPS = torch.library.Library("headroom", "FRAGMENT")
-_OPS.define(
+_OPS = torch.library.Library("headroom", "FRAGMENT")  # type: ignore[no-untyped-call]
+_OPS.define(  # type: ignore[no-untyped-call]
     "cpu_linear(Tensor x, Tensor panels, Tensor? scales, Tensor? grids, Tensor? bias, int outputs, int group, int type)"
     " -> Tensor"
 )
-_OPS.impl("cpu_linear", _linear, "CPU")
+_OPS.impl("cpu_linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("headroom::cpu_linear")
+@torch.library.register_fake("headroom::cpu_linear")  # type: ignore[untyped-decorator]
 def _linear_fake(
     x: torch.Tensor,
     panels: torch.Tensor,

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.gguf_names import gguf_name
+
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDTH, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 256
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -389,30 +391,10 @@ def gguf_parts() -> GGUFParts:
         "tokenizer.ggml.merges": _strings(["! !"][:0]),
         "tokenizer.ggml.eos_token_id": _value(_U32, 256),
     }
-    names = {
-        "model.embed_tokens": "token_embd",
-        "model.norm": "output_norm",
-        "lm_head": "output",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    stored = []
-    for name, values in tensors().items():
-        rest = name.removesuffix(".weight")
-        prefix = ""
-        if rest.startswith("model.layers."):
-            _, _, index, rest = rest.split(".", 3)
-            prefix = f"blk.{index}."
-        stored.append(
-            GGUFTensor(f"{prefix}{names[rest]}.weight".encode(), list(reversed(values.shape)), 0, values.tobytes())
-        )
+    stored = [
+        GGUFTensor(gguf_name(name).encode(), list(reversed(values.shape)), 0, values.tobytes())
+        for name, values in tensors().items()
+    ]
     return GGUFParts([(key.encode(), value) for key, value in pairs.items()], stored)
 
 

@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from engine.config import DEFAULT_MODEL
 from engine.models import fetch_default_model
 from engine.paths import cache_dir
 
-DEFAULT = "smollm2-135m"
 RANDOM_SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "hidden_size": 4096,
@@ -51,7 +51,7 @@ RANDOM_SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     },
 }
-CHECKPOINTS = (DEFAULT, *RANDOM_SHAPES)
+CHECKPOINTS = (DEFAULT_MODEL, *RANDOM_SHAPES)
 
 
 def folder(name: str) -> Path:
@@ -67,7 +67,7 @@ def make(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
     try:
-        model = _dequantized() if name == DEFAULT else _random(RANDOM_SHAPES[name])
+        model = _dequantized() if name == DEFAULT_MODEL else _random(RANDOM_SHAPES[name])
         model.save_pretrained(part)
         _tokenizer().save_pretrained(part)
         part.replace(target)

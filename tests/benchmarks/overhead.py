@@ -21,9 +21,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import DEFAULT_MODEL, EngineConfig
 from engine.core import Engine
-from engine.models import DEFAULT_MODEL, load_model
+from engine.models import load_model
 from engine.sampling.params import SamplingParams
 
 BATCHES = (1, 8, 32, 128)

@@ -141,7 +141,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         benchmarks=benchmarks,
         settings=[setting for setting in wanted if setting.engine not in missing],
         missing=missing,
-        shape=arguments.shape or (checkpoints.DEFAULT if arguments.device == "cpu" else "llama-3.1-8b"),
+        shape=arguments.shape or (checkpoints.DEFAULT_MODEL if arguments.device == "cpu" else "llama-3.1-8b"),
         device=arguments.device,
         threads=arguments.threads,
         repeats=1 if arguments.quick else arguments.repeats,
@@ -262,11 +262,11 @@ def run(plan: Plan) -> dict[str, Any]:
 def measure_quality(plan: Plan) -> dict[str, Any] | None:
     """``{reference, figures: {label: …}}`` of our settings, from a process of its own; None for random weights."""
     ours = [quality_knobs(setting.options) for setting in plan.settings if setting.engine == OURS]
-    if plan.shape != checkpoints.DEFAULT or not ours:
+    if plan.shape != checkpoints.DEFAULT_MODEL or not ours:
         return None
     say("measuring what our settings cost in quality …")
     shared = shared_knobs(plan.device, plan.threads)
-    order = {"model": checkpoints.DEFAULT, "shared": shared, "combinations": ours, "threads": plan.threads}
+    order = {"model": checkpoints.DEFAULT_MODEL, "shared": shared, "combinations": ours, "threads": plan.threads}
     with tempfile.TemporaryDirectory(prefix="headroom-bench-") as scratch:
         source, target = Path(scratch) / "in.json", Path(scratch) / "out.json"
         source.write_text(json.dumps(order), encoding="utf-8")
@@ -296,7 +296,7 @@ def _order(plan: Plan, sent: dict[bool, dict[str, list[Work]]], repeat: int) -> 
 def _run_setting(plan: Plan, setting: Setting, work: list[Work], folder: Path) -> Report:
     began = time.monotonic()
     say(f"{setting.engine} {setting.name}: {', '.join(f'{w.name} {w.variant}'.strip() for w in work)} …")
-    gguf = str(fetch_default_model()) if plan.shape == checkpoints.DEFAULT else ""
+    gguf = str(fetch_default_model()) if plan.shape == checkpoints.DEFAULT_MODEL else ""
     order = Order(
         peer=setting.engine,
         setting=setting.name,

@@ -136,7 +136,9 @@ def test_weights_swapped_behind_the_engines_back_never_run_by_the_old_program(ti
     assert generate(first, PROMPTS) == generate(second, PROMPTS)
     assert modes(first)[0] == "eager", "nothing was prepared for the new weights yet"
     wait_until_prepared(first)
-    assert any("int8" in label for label in first._executor.dispatcher._shapes)
+    assert "int8" in first._executor._prepared_for
+    assert generate(first, PROMPTS) == generate(second, PROMPTS)
+    assert modes(first)[-1] == "compiled"
     first.close()
 
 
@@ -251,7 +253,7 @@ def test_a_real_compiling_process_ends_with_its_engine(
 ):
     monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
     engine = make_engine(model, execution="compiled")
-    running = engine._executor._preparation
+    running = engine._executor.mode.preparation  # type: ignore[attr-defined]
     assert running is not None
     end = time.monotonic() + 30
     while running._compiler is None or running._compiler._process is None:

@@ -1,11 +1,11 @@
-"""The dispatcher's answers, and the bookkeeping of captured graphs with a stand-in for the device's recorder."""
+"""The dispatcher's decisions, and the bookkeeping of captured graphs with a stand-in for the device's recorder."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,10 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.device import on_device, pack, packed_bytes, unpack
 from engine.execution.base import PreparedShape, Step, TokenRange
-from engine.execution.dispatcher import Dispatcher, bucket_ranges, graph_buckets
+from engine.execution.captured_graph import GraphCapture
+from engine.execution.dispatcher import Dispatcher
 from engine.execution.executor import Executor
-from engine.execution.graphs import GraphCapture
+from engine.execution.graphs import GraphsMode, bucket_ranges, graph_buckets
 from engine.execution.step_tensors import build_step_tensors
 from engine.execution.warm_up import warm_ups
 from engine.models import LoadedModel, load_model
@@ -29,67 +30,45 @@ BLOCK = 4
 
 
 class Shape(PreparedShape):
-    def __init__(self, low: int, high: int, mode: str = "compiled") -> None:
-        self.tokens, self.mode, self.decode_only = TokenRange(low, high), mode, mode == "graphs"
+    name = "compiled"
+
+    def __init__(self, low: int, high: int) -> None:
+        self.tokens = TokenRange(low, high)
 
     def forward(self, step: Step) -> torch.Tensor:
-        raise AssertionError("the dispatcher answers, it never runs a shape")
+        raise AssertionError("the dispatcher decides, it never runs a shape")
 
 
-def ask(dispatcher: Dispatcher, num_tokens: int, **changes: Any) -> tuple[str, str]:
-    facts = {"pure_decode": True, "attention": "triton", "weights": "model#0", **changes}
-    answer = dispatcher.answer(num_tokens, **facts)
-    return answer.mode, answer.reason
+class Otherwise(Shape):
+    name = "eager"
 
 
-def test_eager_answers_eager_whatever_is_prepared():
-    dispatcher = Dispatcher("eager")
-    dispatcher.add("model#0", Shape(1, 64))
-    assert ask(dispatcher, 3) == ("eager", "asked for")
+def decide(dispatcher: Dispatcher, num_tokens: int) -> tuple[str, str]:
+    decision = dispatcher.decide(num_tokens, Otherwise(1, 1))
+    return decision.mode, decision.reason
 
 
-def test_a_shape_answers_for_its_tokens_and_for_no_others():
-    dispatcher = Dispatcher("compiled")
-    dispatcher.add("model#0", Shape(2, 64))
-    assert ask(dispatcher, 2)[0] == ask(dispatcher, 64)[0] == "compiled"
-    assert ask(dispatcher, 1) == ("eager", "1 tokens are not prepared")
-    assert ask(dispatcher, 65)[0] == "eager"
+def test_a_shape_serves_its_tokens_and_no_others():
+    dispatcher = Dispatcher()
+    dispatcher.add(Shape(2, 64))
+    assert decide(dispatcher, 2) == decide(dispatcher, 64) == ("compiled", "prepared for 2–64 tokens")
+    assert decide(dispatcher, 1) == ("eager", "1 tokens are not prepared")
+    assert decide(dispatcher, 65)[0] == "eager"
 
 
-def test_shapes_of_other_weights_never_run():
-    dispatcher = Dispatcher("compiled")
-    dispatcher.add("model#0", Shape(1, 64))
-    mode, reason = ask(dispatcher, 3, weights="int8#1")
-    assert mode == "eager"
-    assert "swapped" in reason
+def test_what_is_forgotten_serves_nothing():
+    dispatcher = Dispatcher()
+    dispatcher.add(Shape(1, 64))
+    dispatcher.fail(TokenRange(65, 128), "no space left")
+    dispatcher.forget()
+    assert decide(dispatcher, 3) == ("eager", "3 tokens are not prepared")
+    assert (dispatcher.prepared(), dispatcher.failed()) == ([], ())
 
 
 def test_a_failure_is_the_reason_for_eager():
-    dispatcher = Dispatcher("compiled")
-    dispatcher.fail("model#0", TokenRange(2, 64), "no space left")
-    assert ask(dispatcher, 3) == ("eager", "preparing 2–64 tokens failed: no space left")
-
-
-def test_compiled_serves_every_layout_and_backend_and_graphs_only_decodes_with_triton():
-    compiled, graphs = Dispatcher("compiled"), Dispatcher("graphs")
-    for dispatcher in (compiled, graphs):
-        dispatcher.add("model#0", Shape(1, 64, dispatcher.mode))
-    assert ask(compiled, 3, pure_decode=False, attention="sdpa")[0] == "compiled"
-    assert ask(graphs, 3)[0] == "graphs"
-    assert ask(graphs, 3, pure_decode=False)[0] == "eager"
-    assert "triton" in ask(graphs, 3, attention="sdpa")[1]
-
-
-def test_fused_layers_serve_the_steps_that_no_graph_holds_and_graphs_come_first():
-    graphs = Dispatcher("graphs")
-    graphs.add("model#0", Shape(1, 4096, "fused"))
-    assert ask(graphs, 3) == ("fused", "3 tokens are not prepared")
-    graphs.add("model#0", Shape(1, 64, "graphs"))
-    assert ask(graphs, 3) == ("graphs", "prepared for 1–64 tokens")
-    assert ask(graphs, 65)[0] == "fused"
-    assert ask(graphs, 3, pure_decode=False) == ("fused", "a graph holds pure decode batches only")
-    assert [str(tokens) for tokens in graphs.prepared("model#0")] == ["1–64"]
-    assert graphs.direct("model#0") == "fused"
+    dispatcher = Dispatcher()
+    dispatcher.fail(TokenRange(2, 64), "no space left")
+    assert decide(dispatcher, 3) == ("eager", "preparing 2–64 tokens failed: no space left")
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 16, 40, 64, 100])
@@ -116,9 +95,9 @@ def test_only_a_gpu_is_made_the_current_device():
 
 
 def test_a_warm_up_takes_prompts_and_decodes_in_powers_of_two_and_one_long_context():
-    words = [size.words() for size in warm_ups(max_tokens=10, max_num_seqs=6, max_model_len=300)]
+    labels = [size.label() for size in warm_ups(max_tokens=10, max_num_seqs=6, max_model_len=300)]
     prompts = [f"a prompt of {count} tokens" for count in (10, 8, 4, 2)]
-    assert words == [*prompts, *(f"{count} decoding" for count in (1, 2, 4, 6)), "1 decoding of 300 tokens"]
+    assert labels == [*prompts, *(f"{count} decoding" for count in (1, 2, 4, 6)), "1 decoding of 300 tokens"]
 
 
 @pytest.mark.parametrize("largest", [1, 2, 3, 64, 1000, 100_000])
@@ -166,7 +145,7 @@ class _Triton:
         self.attend = ReferenceAttention().attend
 
 
-def make_executor(model: LoadedModel, num_blocks: int, recorder: Recorder) -> tuple[Executor, list[str]]:
+def make_executor(model: LoadedModel, num_blocks: int = 40) -> tuple[Executor, list[str]]:
     decoder, summaries = model.decoder, []
     cache = KVCache(
         num_layers=decoder.num_layers,
@@ -186,11 +165,18 @@ def make_executor(model: LoadedModel, num_blocks: int, recorder: Recorder) -> tu
         max_model_len=32,
         add_event=lambda kind, summary, detail: summaries.append(summary),
     )
-    executor.make_capture = lambda: recorder
     return executor, summaries
 
 
-def decode_step(executor: Executor, count: int) -> Step:
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """What records the graphs of every executor."""
+    recorder = Recorder()
+    monkeypatch.setattr(GraphsMode, "make_capture", lambda mode: recorder)
+    return recorder
+
+
+def decode_step(count: int) -> Step:
     tensors = build_step_tensors(
         token_ids=[10 + row for row in range(count)],
         starts=[5 + row for row in range(count)],
@@ -200,17 +186,15 @@ def decode_step(executor: Executor, count: int) -> Step:
         block_size=BLOCK,
         device=CPU,
     )
-    executor.context.enter(_Triton(), executor.cache, tensors.batch)  # type: ignore[arg-type]
-    return Step(tensors.token_ids, tensors.positions, executor.context, True)
+    return Step(tensors.token_ids, tensors.positions, tensors.batch, _Triton())  # type: ignore[arg-type]
 
 
 def config_of_graphs() -> EngineConfig:
-    return EngineConfig.from_mapping({"execution": "graphs", "attention": "triton"})
+    return EngineConfig.from_mapping({"execution": "graphs", "attention": "triton", "linear": "torch"})
 
 
-def test_graphs_are_captured_largest_first_one_between_two_steps(model: LoadedModel):
-    recorder = Recorder()
-    executor, summaries = make_executor(model, 40, recorder)
+def test_graphs_are_captured_largest_first_one_between_two_steps(model: LoadedModel, recorder: Recorder):
+    executor, summaries = make_executor(model)
     executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
     assert recorder.sizes == []
     executor.poll()
@@ -225,20 +209,22 @@ def test_graphs_are_captured_largest_first_one_between_two_steps(model: LoadedMo
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 8])
-def test_padding_of_a_graph_touches_only_the_scratch_block_and_changes_no_row(model: LoadedModel, count: int):
-    executor, _ = make_executor(model, 40, Recorder())
+def test_padding_of_a_graph_touches_only_the_scratch_block_and_changes_no_row(
+    model: LoadedModel, recorder: Recorder, count: int
+):
+    executor, _ = make_executor(model)
     executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
     while executor.preparing:
         executor.poll()
     start = torch.Generator().manual_seed(0)
-    for tensor in (*executor.cache.keys, *executor.cache.values):
+    for tensor in (*executor.environment.cache.keys, *executor.environment.cache.values):
         tensor.copy_(torch.randn(tensor.shape, generator=start))
-    before = [tensor.clone() for tensor in (*executor.cache.keys, *executor.cache.values)]
+    before = [tensor.clone() for tensor in (*executor.environment.cache.keys, *executor.environment.cache.values)]
     with torch.inference_mode():
-        replayed = executor.forward(decode_step(executor, count)).clone()
+        replayed = executor.forward(decode_step(count)).clone()
         assert executor.last.mode == "graphs"
-        after = [tensor.clone() for tensor in (*executor.cache.keys, *executor.cache.values)]
-        eager = executor._eager.forward(decode_step(executor, count))
+        after = [tensor.clone() for tensor in (*executor.environment.cache.keys, *executor.environment.cache.values)]
+        eager = executor.forward_over(executor.environment.cache, decode_step(count))
     assert replayed.shape == eager.shape
     torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-4)
     written = {(row * 4 + (5 + row) // BLOCK, (5 + row) % BLOCK) for row in range(count)}
@@ -248,28 +234,29 @@ def test_padding_of_a_graph_touches_only_the_scratch_block_and_changes_no_row(mo
         assert {place for place in changed if place[0] == 39} <= {(39, 0)}
 
 
-def test_a_smaller_batch_after_a_larger_one_leaves_nothing_of_it_behind(model: LoadedModel):
-    executor, _ = make_executor(model, 40, Recorder())
+def test_a_smaller_batch_after_a_larger_one_leaves_nothing_of_it_behind(model: LoadedModel, recorder: Recorder):
+    executor, _ = make_executor(model)
     executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
     while executor.preparing:
         executor.poll()
     with torch.inference_mode():
-        executor.forward(decode_step(executor, 8))
-        before = executor.cache.keys[0].clone()
-        executor.forward(decode_step(executor, 5))
-    changed = {place[0] for place in (before != executor.cache.keys[0]).flatten(2).any(-1).nonzero().tolist()}
+        executor.forward(decode_step(8))
+        before = executor.environment.cache.keys[0].clone()
+        executor.forward(decode_step(5))
+    changed = {
+        place[0] for place in (before != executor.environment.cache.keys[0]).flatten(2).any(-1).nonzero().tolist()
+    }
     assert not changed & {5 * 4 + (5 + 5) // BLOCK, 6 * 4 + (5 + 6) // BLOCK, 7 * 4 + (5 + 7) // BLOCK}
 
 
-def test_swapped_weights_drop_the_graphs_and_capture_anew(model: LoadedModel):
-    recorder = Recorder()
-    executor, _ = make_executor(model, 40, recorder)
+def test_swapped_weights_drop_the_graphs_and_capture_again(model: LoadedModel, recorder: Recorder):
+    executor, _ = make_executor(model)
     executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
     while executor.preparing:
         executor.poll()
     model.commit_weights(model.prepare_weights("int8", 32))
     with torch.inference_mode():
-        executor.forward(decode_step(executor, 2))
+        executor.forward(decode_step(2))
     assert executor.last.mode == "eager"
     assert "swapped" in executor.last.reason
     executor.poll()
@@ -277,31 +264,50 @@ def test_swapped_weights_drop_the_graphs_and_capture_anew(model: LoadedModel):
         executor.poll()
     assert recorder.sizes == [8, 4, 2, 1] * 2
     with torch.inference_mode():
-        executor.forward(decode_step(executor, 2))
+        executor.forward(decode_step(2))
     assert executor.last.mode == "graphs"
 
 
-def test_a_capture_that_fails_leaves_its_bucket_eager_with_the_reason(model: LoadedModel):
-    class Broken(Recorder):
-        def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-            raise RuntimeError("out of memory")
+def test_a_capture_that_fails_leaves_its_bucket_eager_with_the_reason(
+    model: LoadedModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(self: Recorder, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        raise RuntimeError("out of memory")
 
-    executor, summaries = make_executor(model, 40, Broken())
+    monkeypatch.setattr(Recorder, "capture", broken)
+    executor, summaries = make_executor(model)
     executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
     while executor.preparing:
         executor.poll()
     assert len(summaries) == 4
     with torch.inference_mode():
-        executor.forward(decode_step(executor, 2))
+        executor.forward(decode_step(2))
     assert executor.last.mode == "eager"
     assert "out of memory" in executor.last.reason
+
+
+def test_steps_that_no_graph_holds_run_by_the_fallback_with_the_reason(model: LoadedModel, recorder: Recorder):
+    executor, _ = make_executor(model)
+    executor.configure(config_of_graphs(), _Triton())  # type: ignore[arg-type]
+    assert executor.path() == "eager; preparing graphs"
+    while executor.preparing:
+        executor.poll()
+    prompt = build_step_tensors(
+        token_ids=[1, 2, 3], starts=[0], query_lens=[3], tables=[[0]], sampled=[2], block_size=BLOCK, device=CPU
+    )
+    whole = Step(prompt.token_ids, prompt.positions, prompt.batch, _Triton())  # type: ignore[arg-type]
+    assert executor.mode.decide(whole).reason == "a graph holds pure decode batches only"
+    other = executor.mode.decide(dataclasses.replace(decode_step(2), backend=SdpaAttention()))
+    assert (other.mode, other.reason) == ("eager", "a graph needs attention triton, not sdpa")
+    assert executor.mode.decide(decode_step(2)).mode == "graphs"
+    assert executor.mode.decide(decode_step(9)).reason == "9 tokens are not prepared"
 
 
 def test_graphs_without_triton_attention_are_refused_with_the_remedy(model: LoadedModel):
     from engine.errors import ConfigError
 
-    executor, _ = make_executor(model, 40, Recorder())
-    executor.device = torch.device("cuda")
+    executor, _ = make_executor(model)
+    executor.environment = dataclasses.replace(executor.environment, device=torch.device("cuda"))
     with pytest.raises(ConfigError) as refused:
         executor.check(config_of_graphs(), SdpaAttention())
     assert "triton" in (refused.value.remedy or "")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.attention_mass import attention_mass_reference, attention_mass_triton
-from kernels.kv_formats import KV_FORMATS, empty_cache, quantize
+from kernels.kv_formats import KV_FORMATS, quantize
 from kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from tests.gpu.case import Bar, Case, Run, Size
+from tests.kernels.empty_caches import empty_cache
 
 BLOCK = 16
 
@@ -39,23 +39,20 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
     decodes = ((1, 8192), (16, 4096), (64, 4096), (64, 8192)) if full else ((1, 40), (3, 20))
     for batch, context in decodes:
         for name in KV_FORMATS if batch in (3, 64) and context in (20, 8192) else ("model",):
-            made = _batch(device, full, [1] * batch, [context] * batch, heads, kv_heads, dim, name)
+            made = make_batch(device, full, [1] * batch, [context] * batch, heads, kv_heads, dim, name)
             moved = 2 * batch * context * kv_heads * KV_FORMATS[name].head_bytes(dim, made.query.dtype)
             bars = (Bar("bandwidth", 0.85),) if batch >= 16 and name == "model" and full else ()
             label = f"decode, {batch} of context {context}, {name} cache"
             peers = {"torch sdpa": _decode_peer(made)} if name == "model" else {}
             yield _case(label, made, moved + 2 * made.query.nbytes, 4 * batch * context * heads * dim, peers, bars)
     for query, context in ((8192, 8192), (2048, 8192)) if full else ((20, 20), (7, 33)):
-        made = _batch(device, full, [query], [context], heads, kv_heads, dim, "model")
+        made = make_batch(device, full, [query], [context], heads, kv_heads, dim, "model")
         pairs = query * (2 * context - query + 1) // 2
         moved = 2 * made.query.nbytes + 2 * context * kv_heads * dim * made.query.element_size()
         whole = query == context and full
         bars = (Bar("flops", 0.55), Bar("torch flash", 1.0)) if whole else ()
         peers = {"torch flash": _prefill_peer(made)} if query == context else {}
         yield _case(f"prefill, {query} of context {context}", made, moved, 4 * pairs * heads * dim, peers, bars)
-    yield _mass(
-        _batch(device, full, [32] * 4 if full else [3], [1024] * 4 if full else [20], heads, kv_heads, dim, "model")
-    )
 
 
 def _case(label: str, made: Batch, moved: int, flops: int, peers: dict[str, Run], bars: tuple[Bar, ...]) -> Case:
@@ -74,7 +71,7 @@ def _case(label: str, made: Batch, moved: int, flops: int, peers: dict[str, Run]
     )
 
 
-def _batch(
+def make_batch(
     device: torch.device,
     full: bool,
     query_lens: list[int],
@@ -84,6 +81,7 @@ def _batch(
     dim: int,
     format: str,
 ) -> Batch:
+    """Sequences with so many queries over so many cached positions each."""
     dtype = torch.bfloat16 if full else torch.float32
     blocks = [-(-length // BLOCK) for length in context_lens]
     order = torch.randperm(sum(blocks), device=device).to(torch.int32)
@@ -123,17 +121,3 @@ def _prefill_peer(made: Batch) -> Run:
     keys, values = (side.repeat_interleave(group, dim=1) for side in _dense(made))
     query = made.query.transpose(0, 1)[None].contiguous()
     return lambda: torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
-
-
-def _mass(made: Batch) -> Case:
-    query, keys, _, tables, starts, lengths, scale = made.arguments()
-    _, lse = paged_attention_triton(*made.arguments())  # type: ignore[arg-type]
-    asked = (query, keys, tables, starts, lengths, lse, scale)
-    return Case(
-        "attention_mass",
-        f"{lengths.shape[0]} of context {int(lengths[0])}, {query.shape[0]} queries",  # type: ignore[attr-defined]
-        lambda: attention_mass_triton(*asked),  # type: ignore[arg-type]
-        lambda: attention_mass_reference(*asked),  # type: ignore[arg-type]
-        0.03 if made.query.dtype == torch.bfloat16 else 1e-4,
-        made.caches[0].nbytes,
-    )

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache
+from kernels.kv_formats import KV_FORMATS, dequantize
 from kernels.kv_write import kv_write_reference, kv_write_triton
 from kernels.rotary_kv_write import rotary_kv_write_reference, rotary_kv_write_triton
 from tests.gpu.case import Bar, Case, Run, Size
+from tests.kernels.empty_caches import empty_cache
 
 BLOCK = 16
 

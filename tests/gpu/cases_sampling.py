@@ -1,4 +1,4 @@
-"""Choosing tokens, and verifying drafts."""
+"""Choosing tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from kernels.sampling import SamplingTensors, sample_reference, sample_triton
-from kernels.verification import verify_reference, verify_triton
 from tests.gpu.case import Case, Run, Size
 
 FILTERS = {
@@ -19,7 +18,7 @@ FILTERS = {
 
 
 def cases(device: torch.device, size: Size) -> Iterator[Case]:
-    """Every filter at one row and at 64 (a vocabulary of Llama 3), and a verification of ragged drafts."""
+    """Every filter at one row and at 64 (a vocabulary of Llama 3)."""
     full = size == "full"
     vocab = 128256 if full else 50
     for rows in (1, 64) if full else (2,):
@@ -35,7 +34,6 @@ def cases(device: torch.device, size: Size) -> Iterator[Case]:
                 logits.nbytes,
                 peers={"torch, sorted": _sorted(logits, top_k, top_p)},
             )
-    yield _verification(device, 64 if full else 3)
 
 
 def _tensors(rows: int, device: torch.device, top_k: int, top_p: float, min_p: float) -> SamplingTensors:
@@ -63,19 +61,3 @@ def _sorted(logits: torch.Tensor, top_k: int, top_p: float) -> Run:
         return order.gather(-1, torch.multinomial(probabilities, 1))
 
     return run
-
-
-def _verification(device: torch.device, num_seqs: int) -> Case:
-    counts = torch.arange(num_seqs) % 5
-    starts = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))).to(torch.int32).to(device)
-    total = int(counts.sum())
-    sampled = torch.randint(0, 2, (total + num_seqs,), device=device)
-    drafts = torch.randint(0, 2, (total,), device=device)
-    return Case(
-        "verify",
-        f"{num_seqs} sequences of up to 4 drafts",
-        lambda: verify_triton(sampled, drafts, starts, 4),
-        lambda: verify_reference(sampled, drafts, starts, 4),
-        0.0,
-        sampled.nbytes + drafts.nbytes + starts.nbytes,
-    )

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,12 +57,20 @@ class Measurement:
     problem: str = ""
 
 
-def case_modules() -> list[str]:
-    """``cases_<kernel>`` of every file beside this one, in alphabetical order."""
+WAITING_CASES = "waiting_cases"
+
+
+def case_modules(only: Sequence[str] = ()) -> list[str]:
+    """``cases_<kernel>`` of every file in this folder, in alphabetical order.
+
+    Args:
+        only: beginnings of kernels' names; empty for all.
+    """
     import tests.gpu
 
     found = (module.name for module in pkgutil.iter_modules(tests.gpu.__path__))
-    return sorted(name for name in found if name.startswith("cases_"))
+    names = sorted(name for name in found if name.startswith("cases_"))
+    return [name for name in names if not only or name.removeprefix("cases_").startswith(tuple(only))]
 
 
 def measure_all(
@@ -70,19 +78,17 @@ def measure_all(
     size: Size,
     ceilings: Ceilings,
     deadline: float,
-    only: tuple[str, ...],
+    modules: Sequence[str],
     tell: Callable[[str], None],
 ) -> Iterator[Measurement]:
     """One measurement after another; a case that breaks says so and does not keep the others from theirs.
 
     Args:
         deadline: ``time.monotonic()`` after which no case is begun.
-        only: beginnings of kernels' names; empty for all.
+        modules: files of this folder with cases, see :func:`case_modules`.
         tell: progress in words.
     """
-    for name in case_modules():
-        if only and not any(name.removeprefix("cases_").startswith(part) for part in only):
-            continue
+    for name in modules:
         tell(f"{name.removeprefix('cases_')} …")
         try:
             for case in importlib.import_module(f"tests.gpu.{name}").cases(device, size):

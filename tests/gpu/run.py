@@ -44,6 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--only", default="", help="kernels, by the beginning of their names")
+    parser.add_argument("--waiting", action="store_true", help="the kernels that nothing calls yet, alone")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing is begun after so many")
     return parser.parse_args(arguments)
@@ -68,7 +69,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _save(document, arguments.out, began)
     if "kernels" in parts:
         only = tuple(part for part in arguments.only.split(",") if part)
-        for measured in kernels.measure_all(device, size, limits, kernels_end, only, _say):
+        modules = [kernels.WAITING_CASES] if arguments.waiting else kernels.case_modules(only)
+        for measured in kernels.measure_all(device, size, limits, kernels_end, modules, _say):
             document["kernels"].append(dataclasses.asdict(measured))
         _save(document, arguments.out, began)
     if "engine" in parts:

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
-from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache, quantize
+from kernels.kv_formats import KV_FORMATS, dequantize, quantize
 from kernels.kv_write import KVScales, kv_write_reference
+from tests.kernels.empty_caches import empty_cache
 
 # (query_lens, context_lens, window)
 AWKWARD = {

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
-from engine.execution.graphs import GraphCapture
+from engine.execution.captured_graph import GraphCapture
 
 #: Operators that wait for the device, or copy from memory that is not pinned: both break a capture.
 FORBIDDEN = {

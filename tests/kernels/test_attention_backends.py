@@ -13,8 +13,9 @@ from engine.attention.backends import get_backend
 from engine.errors import ConfigError
 from kernels.cpu.attention import kv_write
 from kernels.cpu.build import native
-from kernels.kv_formats import KV_FORMATS, dequantize, empty_cache
+from kernels.kv_formats import KV_FORMATS, dequantize
 from kernels.kv_write import kv_write_reference
+from tests.kernels.empty_caches import empty_cache
 
 BACKENDS = ["sdpa", "reference", "native"]
 QUANTIZED = [name for name in KV_FORMATS if name != "model"]

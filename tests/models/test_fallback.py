@@ -149,7 +149,7 @@ def test_probe_notices_a_model_that_would_be_computed_wrongly(neox, monkeypatch,
         monkeypatch.setattr(
             modeling_gpt_neox.GPTNeoXMLP, "forward", lambda self, x: mlp(self, x + 0.5 * x.roll(1, dims=1))
         )
-    with pytest.raises(ModelLoadError, match="influence each other beside attention, or it ignores the positions"):
+    with pytest.raises(ModelLoadError, match="influence each other outside attention, or it ignores the positions"):
         load_model(str(neox), dtype="float32", device="cpu")
 
 

@@ -13,6 +13,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from engine.errors import ModelLoadError
 from engine.models import load_model, resolve
 from engine.models.gguf_file import GGUFFile
+from tests.gguf_names import GEMMA, LLAMA, gguf_name
 
 SHAPE = {
     "vocab_size": 258,
@@ -37,35 +38,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-GGUF_OF_HF = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-GEMMA_GGUF_OF_HF = GGUF_OF_HF | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def gguf_name(name, names=GGUF_OF_HF):
-    for hf, short in {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}.items():
-        if name.startswith(hf):
-            return f"{short}.weight"
-    _, _, index, rest = name.split(".", 3)
-    rest, _, kind = rest.rpartition(".")
-    return f"blk.{index}.{names[rest]}.{kind}"
 
 
 def permuted(weight, num_heads):
@@ -77,7 +49,7 @@ def permuted(weight, num_heads):
     )
 
 
-def write_gguf(path, checkpoint, *, architecture="llama", quantize=None, rope_factors=None, names=GGUF_OF_HF):
+def write_gguf(path, checkpoint, *, architecture="llama", quantize=None, rope_factors=None, names=LLAMA):
     """The folder's weights as llama.cpp would convert them, with the tiny byte-level tokenizer."""
     writer = gguf.GGUFWriter(path, architecture)
     add_metadata(writer, checkpoint.config)
@@ -152,8 +124,8 @@ def test_gguf_gives_the_logits_of_the_folder_it_was_made_from(save_model, logits
 
 
 OTHERS = {
-    "qwen2": (Qwen2Config(**SHAPE), GGUF_OF_HF),
-    "qwen3": (Qwen3Config(**SHAPE, head_dim=32), GGUF_OF_HF),
+    "qwen2": (Qwen2Config(**SHAPE), LLAMA),
+    "qwen3": (Qwen3Config(**SHAPE, head_dim=32), LLAMA),
     "gemma3": (
         Gemma3TextConfig(
             **{**SHAPE, "num_hidden_layers": 7, "tie_word_embeddings": True},
@@ -165,7 +137,7 @@ OTHERS = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
         ),
-        GEMMA_GGUF_OF_HF,
+        GEMMA,
     ),
 }
 

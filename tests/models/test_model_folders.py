@@ -156,7 +156,7 @@ def test_file_of_another_kind_says_what_a_model_is(tmp_path):
 
 
 def test_hub_id_without_a_hub_names_the_remedy():
-    with pytest.raises(ModelLoadError, match="could not be had from the model hub") as caught:
+    with pytest.raises(ModelLoadError, match="could not be fetched from the model hub") as caught:
         load_model("headroom-tests/does-not-exist")
     assert "give the path of its folder" in caught.value.remedy
 

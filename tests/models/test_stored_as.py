@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.config import DEFAULT_MODEL
 from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint, stored_as
-from engine.models.default import DEFAULT_MODEL
 from engine.models.loader import resolve
 
 

@@ -126,7 +126,7 @@ def test_unknown_format_is_refused_before_anything_is_read(model):
 
 def test_weights_that_do_not_fit_beside_the_present_ones_are_refused(model, monkeypatch):
     monkeypatch.setattr(weight_swap, "free_bytes", lambda device: 1000)
-    with pytest.raises(CapacityError, match="beside the present ones") as caught:
+    with pytest.raises(CapacityError, match="next to the current ones") as caught:
         model.prepare_weights("int8", 64)
     assert caught.value.field == "weights"
 

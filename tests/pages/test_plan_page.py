@@ -143,7 +143,6 @@ def test_saved_plan_is_compared_opened_and_forgotten(page):
     assert not page.exception
     assert page.selectbox(key=key("tp")).value == 4
     page.button(key=key("delete")).click().run()
-    assert not page.exception
     assert not [box for box in page.selectbox if box.key == key("compare")]
 
 
@@ -247,7 +246,9 @@ def test_every_engine_can_be_planned(page, engine: str):
     page.run()
     page.selectbox(key=key("engine")).select(engine).run()
     assert not page.exception
-    assert "Llama-3.1-70B" in headline(page)
+    spec, gpu = model_spec("Llama-3.1-70B"), find_gpu("H100 SXM 80GB")
+    answer = plan(PlanRequest(spec, gpu, tp=4, context=8192, concurrency=32, profile=engine))
+    assert metric(page, "Largest concurrency") == f"{answer.max_concurrency:,}"
 
 
 def test_this_machine_is_planned_with_our_own_engine(page):

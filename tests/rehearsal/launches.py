@@ -30,7 +30,6 @@ _GRID = (2**31 - 1, 65535, 65535)
 _ONLY_TRITON = ("config", "num_splits", "counters", "candidates")  # how, not what
 #: Module → its functions that launch; the reference has the same name but for the ending.
 OPERATIONS = {
-    "embedding": ("embedding",),
     "expert_linear": ("expert_linear",),
     "gated_mul": ("gated_mul",),
     "kv_write": ("kv_write",),

@@ -33,7 +33,7 @@ def test_a_tensor_left_on_the_cpu_is_caught(tiny_llama, runtime, simulation):
 def test_a_tensor_of_the_cpu_given_to_a_kernel_is_caught(tiny_llama, runtime, simulation):
     engine = load(tiny_llama, execution="eager")
     engine.reconfigure({"execution": "fused"})
-    engine._executor._to_warm_up.clear()
+    engine._executor.mode.warm_up.pending.clear()
     norm = engine.model.decoder.layers[0].input_norm
     norm.weight = torch.nn.Parameter(norm.weight.inner.clone(), requires_grad=False)
     refused(simulation, engine, "_rms_norm_kernel is given weight_ptr on cpu")
@@ -109,7 +109,7 @@ def test_the_wrong_type_for_a_kernel_is_caught(tiny_llama, runtime, simulation, 
 def test_angles_in_the_wrong_type_are_caught(tiny_llama, runtime, simulation, monkeypatch):
     engine, forward = load(tiny_llama, execution="eager"), RotaryEmbedding.forward
     engine.reconfigure({"execution": "fused"})
-    engine._executor._to_warm_up.clear()
+    engine._executor.mode.warm_up.pending.clear()
     monkeypatch.setattr(RotaryEmbedding, "forward", lambda self, at: tuple(x.half() for x in forward(self, at)))
     with pytest.raises((ValueError, AssertionError), match="cos must be float32"):  # the launching code looks itself
         rehearse(engine, simulation, requests(["greedy"]))

@@ -18,9 +18,9 @@ import pytest
 
 from engine.cli import app as cli
 from engine.cli import console
+from engine.config import DEFAULT_MODEL
 from engine.measure.metrics import METRICS
 from engine.server.limits import ServerLimits
-from tests.conftest import DEFAULT_MODEL
 from tests.server.conftest import TOKEN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -301,7 +301,7 @@ def test_bug_is_told_from_wrong_input(run: Run, monkeypatch: pytest.MonkeyPatch)
     def broken(config: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "_load", broken)
+    monkeypatch.setattr("engine.cli.generate.load_engine", broken)
     code, out, err = run("generate", "--prompt", "x", "--json")
     assert code == 1
     assert json.loads(out)["error"]["message"] == "RuntimeError: a bug"

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy
 from typer.testing import CliRunner
 
-from engine.cli.app import _record
+from engine.cli.bench import put_on_record
 from engine.measure.results import to_json
 from storage import StorageError, masking, open_store
 from storage.cli import app
@@ -75,7 +75,7 @@ def test_bench_hands_the_url_to_its_child_where_no_other_user_can_read_it(home, 
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"postgresql://u:hush-1@127.0.0.1:{listener.getsockname()[1]}/d?sslpassword=hush-2&connect_timeout=60"
     outcome: list[bool] = []
-    recording = threading.Thread(target=lambda: outcome.append(_record(to_json(make_run(1)), url)))
+    recording = threading.Thread(target=lambda: outcome.append(put_on_record(to_json(make_run(1)), url)))
     recording.start()
     try:
         connection, _ = listener.accept()  # the child is connecting: it has read the URL
@@ -99,7 +99,7 @@ def test_bench_hands_the_url_to_its_child_where_no_other_user_can_read_it(home, 
 def test_bench_keeps_a_run_whose_child_dies_without_a_word(home, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert _record(to_json(make_run(1)), f"sqlite:///{tmp_path}/record.db") is False
+    assert put_on_record(to_json(make_run(1)), f"sqlite:///{tmp_path}/record.db") is False
     kept = home / "unsaved" / f"headroom-run-{make_run(1).run_id}.json"
     assert str(kept) in "".join(capfd.readouterr())
     assert kept.stat().st_mode & 0o777 == 0o600

@@ -90,7 +90,7 @@ def _headroom(request: CompleteRequest, workload: Workload | None) -> Launch:
         remarks.append("This engine runs on one GPU: it cannot start this plan.")
     if workload is not None and workload.draft_length and request.draft is None:
         settings += ["speculation=ngram", f"draft_length={workload.draft_length}"]
-    parts = ["python", "-m", "engine", "serve", "--model", request.spec.name, "--dtype", request.dtype]
+    parts = ["headroom", "serve", "--model", request.spec.name, "--dtype", request.dtype]
     for setting in settings:
         parts += ["--set", setting]
     return Launch("Headroom", shlex.join(parts), tuple(remarks))

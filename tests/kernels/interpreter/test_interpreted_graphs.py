@@ -5,8 +5,8 @@ import torch
 
 from engine import core
 from engine.config import EngineConfig
-from engine.execution import executor
 from engine.execution.executor import Executor
+from engine.execution.graphs import GraphsMode
 from engine.models import load_model
 from engine.sampling.params import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
@@ -20,12 +20,12 @@ def captures(monkeypatch):
     """Engines on the CPU capture graphs, in recordings; a list of the captures that were made."""
     made = []
 
-    def make_capture():
+    def make_capture(mode):
         made.append(RecordedCapture())
         return made[-1]
 
     make_cache = core._make_cache
-    monkeypatch.setattr(executor, "CudaGraphCapture", make_capture)
+    monkeypatch.setattr(GraphsMode, "make_capture", make_capture)
     monkeypatch.setattr(Executor, "check", lambda self, config, attention: None)  # refuses graphs without a GPU
     monkeypatch.setattr(core, "_make_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
     return made

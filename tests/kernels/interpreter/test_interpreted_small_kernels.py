@@ -5,12 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.embedding import embedding_reference, embedding_triton
 from kernels.gated_mul import ACTIVATIONS, gated_mul_reference, gated_mul_triton
 from kernels.kv_write import kv_write_reference, kv_write_triton
 from kernels.rms_norm import rms_norm_reference, rms_norm_triton
-from kernels.rotary import rotary_reference, rotary_triton
-from kernels.soft_cap import soft_cap_reference, soft_cap_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -79,45 +76,3 @@ def test_every_activation_of_a_gate_matches_torch_at_small_and_large_values(acti
 def test_an_activation_that_nobody_knows_is_refused_by_name():
     with pytest.raises(ValueError, match="activation must be one of silu"):
         gated_mul_triton(torch.randn(1, 4), "swiglu")
-
-
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(
-    num_tokens=st.integers(1, 5),
-    num_heads=st.integers(1, 4),
-    head_dim=st.sampled_from([2, 20, 64, 80]),
-    partial=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_rotary_turns_the_first_dimensions_and_leaves_the_rest(num_tokens, num_heads, head_dim, partial, dtype):
-    dim = head_dim // 2 if partial and head_dim % 4 == 0 else head_dim
-    angles = torch.rand(num_tokens, 1, dim // 2) * 6
-    cos, sin = angles.cos().repeat(1, 1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
-    x = torch.randn(num_tokens, num_heads + 1, head_dim).to(dtype)[:, 1:]  # heads of a wider row
-    found = rotary_triton(x, cos, sin)
-    torch.testing.assert_close(found, rotary_reference(x, cos, sin), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert torch.equal(found[..., dim:], x[..., dim:])
-    back = rotary_triton(found, cos, -sin)  # a rotation is undone by the opposite one
-    torch.testing.assert_close(back.float(), x.float(), atol=3 * TOLERANCE[dtype], rtol=0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("vocab", "size", "scale"), [(1, 1, 1.0), (50, 1025, 1.0), (30, 64, 25.25)])
-def test_embedding_gathers_rows_and_scales_them_once(dtype, vocab, size, scale):
-    table, token_ids = torch.randn(vocab, size).to(dtype), torch.randint(0, vocab, (7,))
-    found = embedding_triton(table, token_ids, scale)
-    ulp = 2**-7 if dtype is torch.bfloat16 else 1e-3 if dtype is torch.float16 else 0.0
-    torch.testing.assert_close(
-        found, embedding_reference(table, token_ids, scale), atol=0, rtol=ulp if scale != 1.0 else 0
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cap", [0.5, 30.0])
-def test_soft_cap_bounds_values_of_any_size(dtype, cap):
-    x = (torch.linspace(-1e4, 1e4, 2049) * torch.linspace(0, 1, 2049) ** 4).to(dtype)
-    found = soft_cap_triton(x, cap)
-    assert found.abs().max() <= cap
-    torch.testing.assert_close(found, soft_cap_reference(x, cap), atol=TOLERANCE[dtype] * cap, rtol=TOLERANCE[dtype])
-    with pytest.raises(ValueError, match="cap must be above 0"):
-        soft_cap_triton(x, 0.0)

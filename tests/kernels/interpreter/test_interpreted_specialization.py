@@ -16,8 +16,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from engine import core
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.execution import executor
-from engine.execution.executor import Executor
+from engine.execution import warm_up
+from engine.execution.environment import ExecutionEnvironment
 from engine.models import load_model
 from engine.sampling.params import SamplingParams
 from tests.family_cases import FAMILIES, save_random_model
@@ -54,7 +54,7 @@ def warming_up(monkeypatch):
     """Engines on the CPU warm up, as on a GPU, and have the scratch block for it."""
     make_cache = core._make_cache
     monkeypatch.setattr(core, "_make_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
-    monkeypatch.setattr(Executor, "compiles_at_launch", True, raising=False)
+    monkeypatch.setattr(ExecutionEnvironment, "compiles_at_launch", True)
 
 
 def serve(model, **knobs):
@@ -78,7 +78,7 @@ def serve(model, **knobs):
         ("gemma3", {"weights": "w8a8", "speculation": "ngram"}),
     ],
 )
-def test_nothing_is_compiled_anew_because_a_step_has_another_size(family, knobs, compiled, tiny_llama, tmp_path):
+def test_nothing_is_compiled_again_because_a_step_has_another_size(family, knobs, compiled, tiny_llama, tmp_path):
     folder = save_random_model(FAMILIES[family], tmp_path, tiny_llama)
     serve(load_model(str(folder), dtype="float32", device="cpu"), **knobs)
     again = {}
@@ -120,7 +120,7 @@ def test_a_warm_up_that_fails_is_told_and_requests_are_served(tiny_llama, warmin
     def broken(*_):
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(executor, "warm_up_step", broken)
+    monkeypatch.setattr(warm_up, "warm_up_step", broken)
     knobs = {"attention": "triton", "execution": "fused", "device": "cpu", "memory_limit_gib": 0.02}
     engine = Engine(load_model(str(tiny_llama), dtype="float32", device="cpu"), EngineConfig.from_mapping(knobs))
     engine.add_request("0", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))

@@ -12,6 +12,8 @@ from kernels.verification import (
     verify_triton,
 )
 
+pytestmark = pytest.mark.waiting
+
 
 def starts_of(counts):
     return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
