@@ -37,27 +37,28 @@ def code(text: str) -> str:
 
 
 def command_line() -> str:
-    """Every command of ``headroom`` and of ``python -m storage``."""
-    from engine.cli.app import app as engine
+    """Every command of ``headroom``, those of its history included."""
+    from engine.cli.app import command_line as engine
     from storage.cli import app as storage
 
     parts = [
         NOTE,
         "# Command line",
         "Which commands are there, and which options do they take?",
-        "`headroom` is the command of an installation; `python -m engine` is the same in a checkout. With `--json` "
-        "standard output holds one JSON document and nothing else; an error is "
-        '`{"error": {"message", "field", "remedy"}}`.',
+        "`headroom` is the command of an installation; in a checkout `python -m engine` is the same (and `python -m "
+        "storage` is `headroom history`). With `--json` standard output holds one JSON document and nothing else; an "
+        'error is `{"error": {"message", "field", "remedy"}}`.',
         "Exit codes: 0 done; 1 failed; 2 wrong input; 130 interrupted.",
-        *_commands("headroom", typer.main.get_command(engine)),
-        *_commands("python -m storage", typer.main.get_command(storage)),
+        "`headroom --version` prints the version; `headroom --install-completion` completes commands in your shell.",
+        *_commands("headroom", typer.main.get_command(engine(completion=True))),
+        *_commands("headroom history", typer.main.get_command(storage)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _commands(program: str, group: Any) -> Iterator[str]:
-    for name, command in sorted(group.commands.items()):
-        if command.hidden:
+    for name, command in group.commands.items():
+        if command.hidden or name == "history":  # its own commands follow
             continue
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         options = [parameter for parameter in command.params if parameter not in arguments and not parameter.hidden]
