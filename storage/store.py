@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from engine.measure.results import RunResult
-from engine.measure.unsaved import kept_words
+from engine.measure.unsaved import kept_message
 from storage import exports, queries, space
 from storage.database import database_url, make_engine, migrate, reader, require_file, require_record, writer
 from storage.documents import ended, parse_documents
@@ -104,7 +104,7 @@ class Store:
             raise StorageError(
                 error.message,
                 field=error.field,
-                remedy=f"{error.remedy} {kept_words(path)}",
+                remedy=f"{error.remedy} {kept_message(path)}",
                 kept=path,
                 disk_full=error.disk_full,
             ) from error

@@ -7,7 +7,7 @@ import streamlit as st
 
 from engine.capacity import Deployment, Plan, concurrency_curve, deploy, what_would_fit
 from engine.capacity.advice.deployment import assumptions_of
-from engine.capacity.words import gib
+from engine.capacity.text import gib
 from engine.errors import HeadroomError
 from pages.plan.answer import answer, remedies
 from pages.plan.curve import concurrency_chart

@@ -130,7 +130,7 @@ def http() -> str:
         "asks for the admin token (`Authorization: Bearer …`). `force=true` does what a run in progress would forbid, "
         "and marks that run as disturbed. [Security](../security.md) says who is answered at all.",
         table(("route", "what it does", "query"), [_route(*route) for route in routes()]),
-        "Errors of `/v1` have OpenAI's form, all others are `{\"error\": {\"message\", \"field\", \"remedy\"}}`. 400 or "
+        'Errors of `/v1` have OpenAI\'s form, all others are `{"error": {"message", "field", "remedy"}}`. 400 or '
         "422: the request is wrong. 401, 403: token or key. 409: a run is in progress. 413, 431: too large. 421: "
         "another host. 503: not ready, the queue is full, or shutting down; `Retry-After` says when to try again.",
         *_bodies(),
@@ -287,7 +287,9 @@ def named_metrics() -> set[tuple[str, str, str]]:
     names = {  # a metric's help may stand under a name of its own
         node.targets[0].id: node.value.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
     }
     found = set()
     for node in ast.walk(tree):

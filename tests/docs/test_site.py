@@ -31,7 +31,9 @@ def test_the_site_builds_strictly_and_asks_nothing_of_other_hosts(sources):
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.relative_to(sources / "site").with_suffix(".md") for path in (sources / "site").rglob("*.html")}
     assert {path.relative_to(DOCS) for path in DOCS.rglob("*.md")} <= pages
-    loaded = re.compile(r'<(?:script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* rel="(?:stylesheet|preconnect)"[^>]*//')
+    loaded = re.compile(
+        r'<(?:script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* rel="(?:stylesheet|preconnect)"[^>]*//'
+    )
     for page in (sources / "site").rglob("*.html"):
         assert not loaded.search(page.read_text(encoding="utf-8")), page
 
