@@ -65,7 +65,7 @@ def ended(result: RunResult) -> RunResult:
 
 def _load(text: str | bytes, source: str) -> Any:
     if len(text) > MOST_BYTES:
-        message = f"{len(text) / 2**20:,.0f} MiB are more than the {MOST_BYTES / 2**20:,.0f} MiB that can be taken."
+        message = f"{len(text) / 2**20:,.0f} MiB are more than the {MOST_BYTES / 2**20:,.0f} MiB that are accepted."
         raise StorageError(message, field=source, remedy=_SPLIT)
     parts = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if parts > _MOST_PARTS:
@@ -95,7 +95,7 @@ def _split(data: Any, source: str) -> list[Any]:
         data = data["runs"]
     documents = data if isinstance(data, list) else [data]
     if len(documents) > MOST_RUNS:
-        message = f"{len(documents):,} runs are more than the {MOST_RUNS:,} that can be taken at once."
+        message = f"{len(documents):,} runs are more than the {MOST_RUNS:,} that are accepted at once."
         raise StorageError(message, field=source, remedy=_SPLIT)
     return documents
 

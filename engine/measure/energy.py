@@ -16,10 +16,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.telemetry.gpu import GpuReading, gpu_uuid, own_gpu
 from engine.telemetry.sampler import Entry, TelemetrySampler
+
+if TYPE_CHECKING:
+    import torch
 
 SETTLE_S = 1.0
 """Waited before idle power is measured: the power reading of Ampere and newer is a mean over the last second."""
@@ -151,17 +154,17 @@ class EnergyMeter:
 
 
 @contextlib.contextmanager
-def energy_meter(engine: Any, telemetry: TelemetrySampler | None) -> Iterator[EnergyMeter]:
+def energy_meter(device: torch.device | None, telemetry: TelemetrySampler | None) -> Iterator[EnergyMeter]:
     """A meter over the given telemetry, or over one of its own that ends with the body.
 
     Args:
-        engine: an :class:`engine.core.Engine`; tells which GPU is its own.
+        device: where the engine computes; tells which GPU is its own.
     """
     if telemetry is not None:
         yield EnergyMeter(telemetry)
         return
     own = TelemetrySampler()
-    own.engine_gpu = gpu_uuid(getattr(engine.model, "device", None))
+    own.engine_gpu = gpu_uuid(device)
     own.start()
     try:
         yield EnergyMeter(own)
