@@ -12,6 +12,7 @@ from engine.capacity import CacheLayout, activation_bytes, compute_dtype, kv_byt
 from engine.capacity.text import GIB
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.status import take_status
 
 PATIENCE_S = 400.0
 
@@ -19,8 +20,8 @@ PATIENCE_S = 400.0
 def wait_until_prepared(engine: Engine) -> Engine:
     """The engine, once the execution mode asked for is prepared (a second for shapes on disk, half a minute if not)."""
     end = time.monotonic() + PATIENCE_S
-    while engine.status().execution["preparing"]:
-        assert time.monotonic() < end, f"still preparing: {engine.status().execution}"
+    while take_status(engine).execution["preparing"]:
+        assert time.monotonic() < end, f"still preparing: {take_status(engine).execution}"
         time.sleep(0.05)
     return engine
 

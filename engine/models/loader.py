@@ -21,7 +21,7 @@ from engine.config import DEFAULT_MODEL
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_swap
-from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from engine.models.checkpoint import Checkpoint
 from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
@@ -34,6 +34,8 @@ from engine.models.fallback import (
     spec_of,
 )
 from engine.models.families import Family
+from engine.models.gguf_checkpoint import GGUFCheckpoint
+from engine.models.safetensors_checkpoint import SafetensorsCheckpoint
 from engine.models.tokenizer import check_vocabulary, eos_token_ids, load_tokenizer
 from engine.models.weight_reader import WeightSource
 from engine.models.weight_swap import PreparedWeights, planned_bytes

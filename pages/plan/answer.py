@@ -135,7 +135,7 @@ def _load_figures(found: Deployment, point: OperatingPoint) -> None:
 def _cost_help(found: Deployment) -> str:
     cost = found.cost
     if cost.per_month is None or cost.per_million_tokens is None:
-        return "Give a price at the left."
+        return "Give a price on the left."
     energy = cost.kwh_per_million_output_tokens
     power = f" {cost.power_w or 0:,.0f} W; {energy:,.2f} kWh a million output tokens." if energy is not None else ""
     return (

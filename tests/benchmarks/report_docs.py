@@ -42,7 +42,9 @@ def with_knobs_as_settings(document: dict[str, Any]) -> dict[str, Any]:
             weights_first = dict(sorted(given.items(), key=lambda item: "weights" not in item[0]))
             names[engine.removeprefix(f"{OURS} ")] = assignments(weights_first)
     rows = [_renamed(row, names, "setting") if row["engine"] == OURS else row for row in document["rows"]]
-    bars = [_renamed(_renamed(bar, names, "ours_setting"), _of_ours(names), "theirs_setting") for bar in document["bars"]]
+    bars = [
+        _renamed(_renamed(bar, names, "ours_setting"), _of_ours(names), "theirs_setting") for bar in document["bars"]
+    ]
     return {**document, "rows": rows, "bars": bars}
 
 
