@@ -135,7 +135,7 @@ def test_a_bound_may_be_a_part_of_a_millisecond():
 def test_a_prompt_counts_from_its_first_output_token_on(make_request):
     one_token = make_request(prompt_tokens=8, cached_tokens=4, output_tokens=1, tpot_ms=None, itl_ms=[])
     never_begun = make_request(
-        prompt_tokens=100, cached_tokens=50, output_tokens=0, finish_reason="unsent", ttft_ms=None, itl_ms=[]
+        prompt_tokens=100, cached_tokens=0, output_tokens=0, finish_reason="unsent", ttft_ms=None, itl_ms=[]
     )
     metrics = summarize([one_token, never_begun], 1.0)
     assert (metrics["prompt_tokens"], metrics["prefix_hit_rate"]) == (8.0, 0.5)
