@@ -15,7 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.batching.request import Request
-from engine.batching.scheduler import ScheduledRequest
+from engine.batching.scheduler import ScheduledRequest, Scheduler
+from engine.cache.block_pool import BlockPool
+from engine.cache.kv_cache import BlockCopy, KVCache
+from engine.config import EngineConfig
 from engine.outputs import TokenLogprob
 from engine.sampling.params import NO_TOKEN, SamplingRow
 from engine.sampling.samplers import Sampler
@@ -26,7 +29,7 @@ LONGEST_REASON = 500
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Failure:
-    """What was raised, in words: the exception itself would keep the tensors of the failed step alive.
+    """What was raised, as text: the exception itself would keep the tensors of the failed step alive.
 
     Attributes:
         reason: for the client.
@@ -37,16 +40,52 @@ class Failure:
     trace: str
 
     @classmethod
-    def of(cls, problem: BaseException, doing: str) -> Failure:
+    def of(cls, error: BaseException, doing: str) -> Failure:
         """Describe an exception that was caught.
 
         Args:
             doing: what failed, e.g. "computing its next token".
         """
-        words = f"{doing} failed: {type(problem).__name__}: {problem}"[:LONGEST_REASON]
-        failure = cls(words, "".join(traceback.format_exception(problem)))
-        problem.__traceback__ = None
+        reason = f"{doing} failed: {type(error).__name__}: {error}"[:LONGEST_REASON]
+        failure = cls(reason, "".join(traceback.format_exception(error)))
+        error.__traceback__ = None
         return failure
+
+
+Failures = list[tuple[Request, Failure]]
+"""Requests that cannot go on, each with the reason."""
+
+
+def find_unschedulable(
+    scheduler: Scheduler, requests: Sequence[Request], config: EngineConfig, make_pool: Callable[[], BlockPool]
+) -> Failures:
+    """Those of the requests for which scheduling raises even alone. What the scheduler held is lost by looking.
+
+    Args:
+        make_pool: gives a fresh pool.
+    """
+    found: Failures = []
+    for request in requests:
+        scheduler.start_over([request], make_pool())
+        try:
+            scheduler.schedule(config)
+        except Exception as error:
+            found.append((request, Failure.of(error, "scheduling it")))
+    return found
+
+
+def copy_blocks(cache: KVCache, copies: Sequence[BlockCopy]) -> dict[int, Failure]:
+    """Make copies in a cache; why one could not be made at all, by the number of the block it should have filled."""
+    failed: dict[int, Failure] = {}
+    try:
+        cache.copy_blocks(copies)
+    except Exception:  # a copy can be made again: which of them cannot?
+        for copy in copies:
+            try:
+                cache.copy_blocks([copy])
+            except Exception as error:
+                failed[copy.destination] = Failure.of(error, "copying its prefix")
+    return failed
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,14 +101,14 @@ class Computed:
 
     rows: list[ScheduledRequest] = dataclasses.field(default_factory=list)
     logits: torch.Tensor | None = None
-    failed: list[tuple[Request, Failure]] = dataclasses.field(default_factory=list)
+    failed: Failures = dataclasses.field(default_factory=list)
     undrafted: list[Request] = dataclasses.field(default_factory=list)
 
 
 def compute_apart(
-    run: Callable[[Sequence[ScheduledRequest]], torch.Tensor], rows: Sequence[ScheduledRequest], problem: Exception
+    run: Callable[[Sequence[ScheduledRequest]], torch.Tensor], rows: Sequence[ScheduledRequest], error: Exception
 ) -> Computed:
-    """Compute the rows of a step that raised ``problem`` as a whole: at most 2 R - 2 runs more for R rows.
+    """Compute the rows of a step that raised ``error`` as a whole: at most 2 R - 2 runs more for R rows.
 
     Args:
         run: gives the logits of some rows.
@@ -77,7 +116,7 @@ def compute_apart(
     """
     result = Computed()
     logits: list[torch.Tensor] = []
-    parts = _parts(rows, problem, result)
+    parts = _parts(rows, error, result)
     while parts:
         part = parts.pop()
         try:
@@ -91,10 +130,10 @@ def compute_apart(
     return result
 
 
-def _parts(rows: Sequence[ScheduledRequest], problem: Exception, result: Computed) -> list[list[ScheduledRequest]]:
+def _parts(rows: Sequence[ScheduledRequest], error: Exception, result: Computed) -> list[list[ScheduledRequest]]:
     """What to try instead of rows that raised, the first part last."""
-    short = is_out_of_memory(problem)
-    failure = Failure.of(problem, "computing its next token")
+    short = is_out_of_memory(error)
+    failure = Failure.of(error, "computing its next token")
     if short:
         release_memory()
     if len(rows) > 1:
@@ -117,25 +156,40 @@ class Sampled:
     failed: dict[int, Failure] = dataclasses.field(default_factory=dict)
 
 
-def sample_apart(
+def sample_rows(
     sample: Sampler,
     logits: torch.Tensor,
     rows: Sequence[ScheduledRequest],
-    positions_of: Callable[[ScheduledRequest], list[SamplingRow]],
+    positions_of: Callable[[Sequence[ScheduledRequest]], list[SamplingRow]],
 ) -> Sampled:
-    """Sample position by position what could not be sampled as a whole.
+    """A token for each row of the logits; position by position where they cannot be sampled as a whole.
 
     Args:
         logits: [R, vocab] of ``rows``.
-        positions_of: gives the sampling rows of a row that samples.
+        positions_of: gives the sampling rows of rows, in order.
     """
+    try:
+        return Sampled(*sample(logits, positions_of(rows)))
+    except Exception as error:  # a row's own parameters, or its logits: each is asked by itself
+        if is_out_of_memory(error):
+            error.__traceback__ = None
+            release_memory()
+        return _sample_apart(sample, logits, rows, positions_of)
+
+
+def _sample_apart(
+    sample: Sampler,
+    logits: torch.Tensor,
+    rows: Sequence[ScheduledRequest],
+    positions_of: Callable[[Sequence[ScheduledRequest]], list[SamplingRow]],
+) -> Sampled:
     result = Sampled()
     for row in rows:
         if not row.samples:
             continue
         end = len(result.tokens) + row.num_drafts + 1
         try:
-            for position in positions_of(row):
+            for position in positions_of([row]):
                 place = len(result.tokens)
                 (token,), (entry,) = sample(logits[place : place + 1], [position])
                 result.tokens.append(token)

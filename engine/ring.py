@@ -1,10 +1,15 @@
-"""A bounded, numbered log that one thread writes and others read."""
+"""Bounded, numbered logs that one thread writes and others read."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from engine.outputs import EngineEvent
+
+EVENTS_KEPT = 1024
 
 
 class _Numbered(Protocol):
@@ -16,7 +21,10 @@ T = TypeVar("T", bound=_Numbered)
 
 
 class Ring(deque[T]):
-    """The last ``maxlen`` entries, each with an ``index`` that grows; safe to read from other threads."""
+    """The last ``maxlen`` entries, each with an ``index`` that grows.
+
+    :attr:`last_index` and :meth:`since` may be used from any thread; all else is the writer's alone.
+    """
 
     def __init__(self, maxlen: int) -> None:
         super().__init__(maxlen=maxlen)
@@ -43,3 +51,16 @@ class Ring(deque[T]):
                 newer.append(entry)
         newer.reverse()
         return newer
+
+
+class EventLog(Ring[EngineEvent]):
+    """The last events of an engine: what charts mark."""
+
+    def __init__(self) -> None:
+        super().__init__(EVENTS_KEPT)
+        self._next_index = 0
+
+    def add(self, kind: str, summary: str, detail: dict[str, Any]) -> None:
+        """Write down what has just happened; see :class:`engine.outputs.EngineEvent`."""
+        self.append(EngineEvent(self._next_index, time.time(), kind, summary, detail))
+        self._next_index += 1

@@ -216,7 +216,7 @@ def _list_checker(check_item: Check, rule: Rule | None) -> Check:
         if not isinstance(value, list):
             raise UnfitError(f"is {shown(value)}, which is not a list")
         if rule is not None and len(value) > rule.longest:
-            raise UnfitError(f"has {len(value):,} items, and at most {rule.longest:,} can be taken")
+            raise UnfitError(f"has {len(value):,} items, and at most {rule.longest:,} are accepted")
         for number, item in enumerate(value):
             try:
                 check_item(item)
@@ -234,7 +234,7 @@ def _mapping_checker(check_item: Check, most: int, strict: bool) -> Check:
         if not isinstance(value, Mapping):
             raise UnfitError(f"is {shown(value)}, which is not an object")
         if strict and len(value) > most:
-            raise UnfitError(f"has {len(value):,} entries, and at most {most:,} can be taken")
+            raise UnfitError(f"has {len(value):,} entries, and at most {most:,} are accepted")
         for name in value:
             check_name(name)
         _each(value, lambda _name: check_item)
@@ -255,7 +255,7 @@ def _text_checker(rule: Rule, strict: bool) -> Check:
         if "\0" in value:
             raise UnfitError("holds the character NUL, which PostgreSQL cannot keep")
         if len(value) > rule.longest:
-            raise UnfitError(f"has {len(value):,} characters, and at most {rule.longest:,} can be taken")
+            raise UnfitError(f"has {len(value):,} characters, and at most {rule.longest:,} are accepted")
         if rule.choices and value not in rule.choices:
             raise UnfitError(f"is {shown(value)}, which is not one of {', '.join(rule.choices)}")
         if pattern and not pattern.fullmatch(value):

@@ -28,9 +28,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import psutil
 import torch
 
-from engine.core import STEPS_KEPT, Engine
+from engine.batching.step_log import STEPS_KEPT
+from engine.core import Engine
 from engine.models import load_model
 from engine.outputs import RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from engine.worker.loop import EngineLoop
 from tests.conftest import save_tiny_llama
@@ -216,7 +218,7 @@ def make_prompts(generator: random.Random) -> list[list[int]]:
 
 def expected_outputs(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     """What an engine without any optimization gives for each prompt alone."""
-    engine.reconfigure({"attention": "reference", "prefix_cache": False, "max_running": 1})
+    reconfigure(engine, {"attention": "reference", "prefix_cache": False, "max_running": 1})
     results: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), prompt, SamplingParams(max_tokens=LONGEST_OUTPUT, ignore_eos=True))

@@ -149,13 +149,15 @@ def _generate(engine: Engine, token_ids: list[int], params: SamplingParams, stre
 
 
 def _generation_document(engine: Engine, output: RequestOutput) -> dict[str, Any]:
+    from engine.status import path_of
+
     return {
         "text": output.text,
         "token_ids": output.token_ids,
         "prompt_token_ids": output.prompt_token_ids,
         "finish_reason": output.finish_reason,
         "config": engine.config.to_dict(),
-        "path": engine.path(),
+        "path": path_of(engine),
         "metrics": _generation_metrics(output.times),
     }
 

@@ -148,7 +148,7 @@ def run_workload(
     if changes:
         loop.reconfigure(changes)
     try:
-        with energy_meter(loop.engine, telemetry) as energy:
+        with energy_meter(loop.snapshot.device, telemetry) as energy:
             return _Run(loop, plan, energy, progress, cancel or threading.Event()).measure(on_start)
     finally:
         if changes:
@@ -202,7 +202,7 @@ def run_comparison(
     stop = cancel or threading.Event()
     try:
         measured = _measure_quality(loop, arm_a, arm_b, tracker, stop) if quality else None
-        with energy_meter(loop.engine, telemetry) as energy:
+        with energy_meter(loop.snapshot.device, telemetry) as energy:
             for run in _runs(loop, comparison, definition, previous, seed, label, energy, tracker, stop, on_start):
                 _attach_quality(run, measured)
                 if not _take(comparison, run, on_run):
@@ -255,7 +255,7 @@ def _measure_quality(
     cancel: threading.Event,
 ) -> QualityComparison | None:
     """Quality of both arms, or None where neither is lossy (or it was cancelled)."""
-    config = loop.engine.config.to_dict()
+    config = loop.snapshot.config.to_dict()
     if not (is_lossy({**config, **arm_a}) or is_lossy({**config, **arm_b})):
         return None
     return measure_quality(loop, arm_a, arm_b, progress=tracker.update_quality, cancel=cancel)
@@ -285,9 +285,9 @@ def _order(repeats: int, seed: int) -> list[tuple[int, str]]:
 
 
 def _make_plan(loop: EngineLoop, workload: Workload, seed: int, **filing: Any) -> _Plan:
-    tokenizer = loop.engine.model.tokenizer
+    tokenizer = loop.snapshot.tokenizer
     requests = expand(workload, tokenizer, seed)
-    limit = loop.status().max_model_len
+    limit = loop.snapshot.max_model_len
     longest = max(len(request.prompt_token_ids) + request.params.max_tokens for request in requests)
     if longest > limit:
         raise WorkloadError(
@@ -305,13 +305,13 @@ def _with_slo(workload: Workload, slo: Slo | Mapping[str, Any] | None) -> Worklo
 
 
 def _values_in_force(loop: EngineLoop, names: Mapping[str, Any]) -> dict[str, Any]:
-    config = loop.engine.config.to_dict()
+    config = loop.snapshot.config.to_dict()
     return {knob(name).name: config[name] for name in names}
 
 
 def _check_changes(loop: EngineLoop, changes: Mapping[str, Any]) -> None:
     """Raise ConfigError now rather than in the middle of a comparison."""
-    config = loop.engine.config
+    config = loop.snapshot.config
     for name in config.difference(config.with_changes(changes)):
         if knob(name).tier == Tier.RELOAD:
             remedy = "Compare two single runs of two loaded engines instead."
@@ -379,7 +379,7 @@ class _Run:
 
     def _announce(self) -> RunResult:
         plan = self.plan
-        provenance = collect_provenance(self.loop, plan.workload, workload_hash(plan.requests), plan.seed)
+        provenance = collect_provenance(self.loop.status_now(), plan.workload, workload_hash(plan.requests), plan.seed)
         return RunResult(
             run_id=plan.run_id,
             kind=plan.kind,
@@ -489,7 +489,7 @@ class _Run:
             time.sleep(min(left, _POLL_S))
 
     def _other_requests(self) -> int:
-        status = self.loop.call(lambda engine: engine.status())
+        status = self.loop.status_now()
         return status.running + status.waiting
 
     def _note_other_traffic(self) -> None:

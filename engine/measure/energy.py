@@ -16,10 +16,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.telemetry.gpu import GpuReading, gpu_uuid, own_gpu
 from engine.telemetry.sampler import Entry, TelemetrySampler
+
+if TYPE_CHECKING:
+    import torch
 
 SETTLE_S = 1.0
 """Waited before idle power is measured: the power reading of Ampere and newer is a mean over the last second."""
@@ -151,17 +154,17 @@ class EnergyMeter:
 
 
 @contextlib.contextmanager
-def energy_meter(engine: Any, telemetry: TelemetrySampler | None) -> Iterator[EnergyMeter]:
+def energy_meter(device: torch.device | None, telemetry: TelemetrySampler | None) -> Iterator[EnergyMeter]:
     """A meter over the given telemetry, or over one of its own that ends with the body.
 
     Args:
-        engine: an :class:`engine.core.Engine`; tells which GPU is its own.
+        device: where the engine computes; tells which GPU is its own.
     """
     if telemetry is not None:
         yield EnergyMeter(telemetry)
         return
     own = TelemetrySampler()
-    own.engine_gpu = gpu_uuid(getattr(engine.model, "device", None))
+    own.engine_gpu = gpu_uuid(device)
     own.start()
     try:
         yield EnergyMeter(own)
@@ -252,7 +255,7 @@ def _report(run: Interval, idle: Interval | None, idle_reason: str, output_token
     }
     detail = {
         "reason": None if run.energy_j is not None else run.method,
-        "gpu": {name: run.gpu[name] for name in ("index", "name", "uuid")},  # type: ignore[literal-required]
+        "gpu": {name: run.gpu[name] for name in ("index", "name", "uuid")},
         "method": run.method,
         "duration_s": run.duration_s,
         "samples": run.samples,
@@ -270,15 +273,15 @@ def _each(energy_j: float | None, tokens: int) -> float | None:
 def _sentence(run: Interval, idle: Interval | None, idle_reason: str) -> str:
     if run.energy_j is None:
         return f"energy not measured: {run.method}"
-    words = f"energy: {run.energy_j:,.1f} J in {run.duration_s:.2f} s on {_name(run.gpu)}, by {run.method}"
+    text = f"energy: {run.energy_j:,.1f} J in {run.duration_s:.2f} s on {_name(run.gpu)}, by {run.method}"
     if idle is not None and idle.mean_w is not None:
-        words += f"; idle power {idle.mean_w:.1f} W, measured for {idle.duration_s:.1f} s before the run"
+        text += f"; idle power {idle.mean_w:.1f} W, measured for {idle.duration_s:.1f} s before the run"
     else:
-        words += f"; idle power not measured: {idle_reason}"
+        text += f"; idle power not measured: {idle_reason}"
     if run.throttled:
         reasons = ", ".join(f"{reason} ({100 * share:.0f} %)" for reason, share in run.throttled.items())
-        words += f"; clocks held back by {reasons} of the samples"
-    return words
+        text += f"; clocks held back by {reasons} of the samples"
+    return text
 
 
 def _name(gpu: GpuReading) -> str:

@@ -23,20 +23,17 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "gguf", "numpy")
 
 
-def collect_provenance(engine: Any, workload: Workload, workload_hash: str, seed: int) -> Provenance:
-    """Everything needed to repeat a run, as in force now.
+def collect_provenance(status: EngineStatus, workload: Workload, workload_hash: str, seed: int) -> Provenance:
+    """Everything needed to repeat a run.
 
     Args:
-        engine: an :class:`engine.core.Engine`, or an :class:`engine.worker.loop.EngineLoop` around one (then it is
-            asked between two steps).
+        status: of the engine, as it is now.
         workload_hash: of the expanded requests, see :func:`engine.measure.prompts.workload_hash`.
     """
-    core = getattr(engine, "engine", engine)
-    status: EngineStatus = engine.call(lambda inner: inner.status()) if core is not engine else engine.status()
     revision, dirty = code_revision()
     return Provenance(
-        model=core.model.name,
-        model_fingerprint=core.model.fingerprint,
+        model=status.model["name"],
+        model_fingerprint=status.model["fingerprint"],
         config=status.config,
         config_hash=status.config_hash,
         workload=workload.to_dict(),

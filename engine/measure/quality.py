@@ -31,7 +31,6 @@ import torch
 from engine.config import Tier, knob, knobs
 from engine.errors import HeadroomError, WorkloadError
 from engine.measure.prompts import corpus_documents, opening_tokens
-from engine.models.checkpoint import stored_as
 
 if TYPE_CHECKING:
     from engine.worker.loop import EngineLoop
@@ -90,7 +89,7 @@ class QualityStats:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QualityComparison:
-    """Two settings beside the unquantized model.
+    """Two settings next to the unquantized model.
 
     Attributes:
         a, b: the two settings; reference: the unquantized model, whose distance to itself is 0.
@@ -231,21 +230,20 @@ def _reference_value(name: str) -> str | None:
     return "model"
 
 
-def describe_reference(model: Any) -> str:
+def describe_reference(stored_as: str | None) -> str:
     """What the reference really is: the "unquantized" model has the weights of its file, which may be quantized.
 
     A setting that repeats the grid of the file costs nothing against such a reference, and one with another grid is
     charged for both roundings, so the figures of two models compare only where their references do.
 
     Args:
-        model: an :class:`engine.models.LoadedModel`.
+        stored_as: how the checkpoint keeps its weights, see :func:`engine.models.checkpoint.stored_as`; None if it is
+            not known.
 
     Returns:
-        ``"weights as stored, Q4_1 (GGUF)"``, ``"weights as stored, mostly Q4_K (78 %, GGUF)"`` …, see
-        :func:`engine.models.checkpoint.stored_as`.
+        ``"weights as stored, Q4_1 (GGUF)"``, ``"weights as stored, mostly Q4_K (78 %, GGUF)"`` …
     """
-    checkpoint = getattr(model, "checkpoint", None)
-    return f"weights as stored, {stored_as(checkpoint)}" if checkpoint is not None else "weights as they are in memory"
+    return f"weights as stored, {stored_as}" if stored_as is not None else "weights as they are in memory"
 
 
 def measure_quality(
@@ -261,7 +259,7 @@ def measure_quality(
     progress: Callable[[float], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> QualityComparison | None:
-    """Quality of two settings on a text, on the live engine; the knobs in force before are restored.
+    """Quality of two settings on a text, on the live engine; the previous knobs are restored.
 
     Windows run one at a time between two steps, so requests in flight go on, under the setting being measured.
 
@@ -275,10 +273,10 @@ def measure_quality(
     Raises:
         WorkloadError, ConfigError, CapacityError, EngineDeadError.
     """
-    previous = {name: loop.engine.config.to_dict()[name] for name in {*changes_a, *changes_b, *reference_changes()}}
+    previous = {name: loop.snapshot.config.to_dict()[name] for name in {*changes_a, *changes_b, *reference_changes()}}
     in_force_a, in_force_b = {**previous, **changes_a}, {**previous, **changes_b}
     lossy = is_lossy(in_force_a) or is_lossy(in_force_b)
-    window = min(window, loop.status().max_model_len)
+    window = min(window, loop.snapshot.max_model_len)
     stride = min(stride, window - 1)
     session = _Session(loop, _opened(loop, token_ids, max_tokens), window, stride, progress, cancel)
     settings = {"reference": {**previous, **reference_changes()}}
@@ -290,7 +288,7 @@ def measure_quality(
         _restore(loop, previous)
     if stats is None:
         return None
-    stored = describe_reference(loop.engine.model)
+    stored = describe_reference(loop.status_now().model.get("stored_as"))
     stats = {name: dataclasses.replace(found, reference=stored) for name, found in stats.items()}
     reference = stats["reference"]
     a = dataclasses.replace(stats.get("a", reference), changes=dict(changes_a))
@@ -300,7 +298,7 @@ def measure_quality(
 
 def _opened(loop: EngineLoop, token_ids: Sequence[int] | None, max_tokens: int) -> list[int]:
     """At most ``max_tokens`` tokens, begun as the tokenizer begins a text."""
-    tokenizer = loop.engine.model.tokenizer
+    tokenizer = loop.snapshot.tokenizer
     if token_ids is None:
         documents = [tokenizer.encode(document, add_special_tokens=False) for document in corpus_documents()]
         share = -(-max_tokens // len(documents))
@@ -348,7 +346,7 @@ class _Session:
             reference: list[torch.Tensor] = []
             for name, changes in settings.items():
                 self.loop.reconfigure(changes)
-                paths[name] = self.loop.call(lambda engine: engine.path())
+                paths[name] = self.loop.status_now().path
                 for number, window in enumerate(part):
                     if self.cancel is not None and self.cancel.is_set():
                         return None
@@ -363,7 +361,7 @@ class _Session:
         return {name: collected[name].stats(changes, paths[name]) for name, changes in settings.items()}
 
     def _parts(self) -> list[list[Window]]:
-        bytes_per_token = self.loop.engine.model.decoder.vocab_size * 4
+        bytes_per_token = self.loop.snapshot.vocab_size * 4
         parts: list[list[Window]] = [[]]
         used = 0
         for window in self.windows:

@@ -143,11 +143,11 @@ class Sampler:
         Raises:
             EngineDeadError: if the engine has stopped.
         """
-        self._weights_bytes = self._loop.call(lambda engine: engine.status()).memory.weights
+        self._weights_bytes = self._loop.status_now().memory.weights
         self._start = self._last = time.perf_counter()
         self._start_unix = time.time()
-        self._next_step = _after(self._loop.steps_since(0))
-        self._next_event = _after(self._loop.events_since(0))
+        self._next_step = _after(self._loop.steps.since(0))
+        self._next_event = _after(self._loop.events.since(0))
         self._thread.start()
 
     def stop(self) -> None:
@@ -178,7 +178,7 @@ class Sampler:
             status = self._loop.status()
         except Exception:  # dead or dying: the run's own status tells why; the steps are still there to be read
             status = None
-        steps = self._loop.steps_since(self._next_step)
+        steps = self._loop.steps.since(self._next_step)
         self._next_step = _after(steps, self._next_step)
         now = time.perf_counter()
         self._count(steps)
@@ -214,7 +214,7 @@ class Sampler:
         )
 
     def _collect_events(self) -> None:
-        events = self._loop.events_since(self._next_event)
+        events = self._loop.events.since(self._next_event)
         self._next_event = _after(events, self._next_event)
         for event in events:
             moment = max(0.0, event.time_unix_s - self._start_unix)
@@ -225,6 +225,6 @@ def _after(entries: Sequence[Any], otherwise: int = 0) -> int:
     return entries[-1].index + 1 if entries else otherwise
 
 
-def describe_error(problem: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The text of an error for a record: a user's error as it is, any other with its type."""
-    return str(problem) if isinstance(problem, HeadroomError) else f"{type(problem).__name__}: {problem}"
+    return str(error) if isinstance(error, HeadroomError) else f"{type(error).__name__}: {error}"

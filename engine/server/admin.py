@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 
 from engine.config import EngineConfig, schema
-from engine.core import Engine
 from engine.errors import HeadroomError
 from engine.measure import WORKLOADS
 from engine.server.bodies import BodyReader, SafeJSONResponse, shorten
@@ -48,17 +47,11 @@ def require_token(token: str) -> Callable[[Request], None]:
     return check
 
 
-def _reset_prefix_cache(engine: Engine) -> int:
-    blocks = engine.reset_prefix_cache()
-    engine.add_event("cache", f"prefix cache reset: {blocks:,} blocks forgotten", {"blocks": blocks})
-    return blocks
-
-
 def _newest(loop: EngineLoop) -> dict[str, Any]:
     """The numbers of the last step and event, so that a reader asks for the series only where there is more."""
-    events = loop.events_since(loop.engine.events.last_index)
+    events = loop.events.since(loop.events.last_index)
     return {
-        "last_step": loop.engine.steps.last_index,
+        "last_step": loop.steps.last_index,
         "last_event": events[-1].index if events else -1,
         "last_event_unix_s": events[-1].time_unix_s if events else None,  # another engine counts from 0 again
     }
@@ -100,22 +93,22 @@ def _add_state_routes(router: APIRouter, host: EngineHost, telemetry: TelemetryS
     @router.get("/config")
     def config() -> dict[str, Any]:
         try:
-            in_force = host.loop.engine.config
+            current = host.loop.snapshot.config
         except NotReadyError:  # the knobs are needed all the same: to load a model with
             return {"config": None, "hash": None, "knobs": schema()}
-        return {"config": in_force.to_dict(), "hash": in_force.hash(), "knobs": schema()}
+        return {"config": current.to_dict(), "hash": current.hash(), "knobs": schema()}
 
     @router.get("/series")
     def series(steps_since: Since = -1, events_since: Since = -1) -> dict[str, Any]:
         """Steps and events numbered above the given ones."""
         loop = host.loop
-        steps = loop.steps_since(steps_since + 1)
-        events = loop.events_since(events_since + 1)
+        steps = loop.steps.since(steps_since + 1)
+        events = loop.events.since(events_since + 1)
         return {
             "steps": [dataclasses.asdict(step) for step in steps],
             "events": [dataclasses.asdict(event) for event in events],
-            "last_step": steps[-1].index if steps else loop.engine.steps.last_index,
-            "last_event": events[-1].index if events else loop.engine.events.last_index,
+            "last_step": steps[-1].index if steps else loop.steps.last_index,
+            "last_event": events[-1].index if events else loop.events.last_index,
         }
 
 
@@ -141,7 +134,7 @@ def _add_change_routes(router: APIRouter, host: EngineHost, jobs: JobRunner, bod
     @router.post("/reset_prefix_cache")
     def reset_prefix_cache(force: Force = False) -> dict[str, Any]:
         mark = jobs.permit("the prefix cache was reset", force=force)
-        blocks = host.loop.change(_reset_prefix_cache)
+        blocks = host.loop.reset_prefix_cache()
         mark()
         return {"blocks": blocks}
 

@@ -58,7 +58,7 @@ def create_app(
 
     telemetry = telemetry or TelemetrySampler()
     telemetry.start()
-    host = EngineHost(observe, telemetry, lambda engine: texts.prepare(engine.model.tokenizer), before_load)
+    host = EngineHost(observe, telemetry, lambda snapshot: texts.prepare(snapshot.tokenizer), before_load)
     jobs, bodies = JobRunner(telemetry, traffic), BodyReader(limits)
     app = FastAPI(title="Headroom worker", docs_url=None, redoc_url=None, default_response_class=SafeJSONResponse)
     app.state.host, app.state.jobs, app.state.texts, app.state.gate = host, jobs, texts, gate

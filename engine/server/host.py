@@ -16,6 +16,7 @@ from engine.models import resolve
 from engine.models.loader import resolve_device
 from engine.outputs import RequestOutput
 from engine.sizing import release_memory
+from engine.status import EngineSnapshot
 from engine.telemetry.gpu import gpu_uuid
 from engine.telemetry.sampler import TelemetrySampler
 from engine.worker.loop import EngineLoop
@@ -65,7 +66,7 @@ class EngineHost:
         self,
         on_finished: Callable[[RequestOutput], None] | None = None,
         telemetry: TelemetrySampler | None = None,
-        on_ready: Callable[[Engine], None] | None = None,
+        on_ready: Callable[[EngineSnapshot], None] | None = None,
         before_load: Callable[[], None] | None = None,
     ) -> None:
         self._before_load = before_load
@@ -132,7 +133,7 @@ class EngineHost:
         return not self._loading and (loop is None or not loop.running)
 
     def _load(self, config: EngineConfig) -> None:
-        previous = self._loop.engine.config if self._loop is not None else None
+        previous = self._loop.snapshot.config if self._loop is not None else None
         error: dict[str, str | None] | None = None
         try:
             if self._before_load is not None:
@@ -158,14 +159,13 @@ class EngineHost:
         """Load a model and serve it; ``error`` is what the load before it failed of, to be read while this serves."""
         report = self._report(config.model)
         build_ahead(config, report)
-        engine = Engine.load(config, report)
+        loop = EngineLoop(Engine.load(config, report))
         if self._on_ready is not None:
-            self._on_ready(engine)
-        loop = EngineLoop(engine)
+            self._on_ready(loop.snapshot)
         loop.on_finished = self._on_finished
         loop.start()
         self._loop = loop
-        self._tell_telemetry(gpu_uuid(engine.model.device))
+        self._tell_telemetry(gpu_uuid(loop.snapshot.device))
         self._state = LoadState("ready", config.model, "ready", 1.0, error)
 
     def _tell_telemetry(self, gpu: str | None) -> None:

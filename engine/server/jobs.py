@@ -130,7 +130,7 @@ class JobRunner:
         _check_workload(body)
         arms = [body.comparison.arm_a, body.comparison.arm_b] if body.comparison else [body.changes]
         for changes in arms:
-            loop.engine.config.with_changes(changes)
+            loop.snapshot.config.with_changes(changes)
         job = Job(uuid.uuid4().hex, body, [] if body.comparison else [uuid.uuid4().hex], traffic=self._traffic)
         with self._lock:
             if running := self._running():

@@ -155,7 +155,7 @@ class _Service:
             "object": "model",
             "created": int(self._host.started_unix_s),
             "owned_by": "headroom",
-            "max_model_len": loop.engine.envelope.max_model_len,
+            "max_model_len": loop.snapshot.max_model_len,
         }
         return {"object": "list", "data": [{"id": name, **card} for name in self._served(loop)]}
 
@@ -168,7 +168,7 @@ class _Service:
         self._check_characters(sum(map(len, texts)), "prompt")
         encoded = [prompt for prompt in body.prompts if not isinstance(prompt, str)]
         if texts:
-            encoded = await self._texts.encode(loop.engine.model.tokenizer, texts)
+            encoded = await self._texts.encode(loop.snapshot.tokenizer, texts)
         prompts = await _prompts(loop, body, encoded, body.logprobs)
         return await self._respond(self._answer(loop, body, chat=False), prompts, body, request)
 
@@ -177,7 +177,7 @@ class _Service:
         loop = self._loop_for(body.model)
         body.check_extra_fields()
         self._check_choices(1, body.n)
-        tokenizer = loop.engine.model.tokenizer
+        tokenizer = loop.snapshot.tokenizer
         if not tokenizer.chat_template:
             remedy = "Use /v1/completions instead."
             raise RequestError("the model has no chat template.", field="messages", remedy=remedy)
@@ -189,7 +189,7 @@ class _Service:
         return await self._respond(self._answer(loop, body, chat=True), prompts, body, request)
 
     def _served(self, loop: EngineLoop) -> tuple[str, ...]:
-        return self._names or (str(loop.engine.model.name),)
+        return self._names or (loop.snapshot.model_name,)
 
     def _loop_for(self, model: str | None) -> EngineLoop:
         loop = self._host.loop
@@ -211,7 +211,7 @@ class _Service:
             raise too_many_characters(field, self._limits)
 
     def _answer(self, loop: EngineLoop, body: CompletionRequest | ChatRequest, *, chat: bool) -> _Answer:
-        tokenizer = loop.engine.model.tokenizer
+        tokenizer = loop.snapshot.tokenizer
         if self._token_texts is None or self._token_texts.tokenizer is not tokenizer:
             self._token_texts = TokenTexts(tokenizer)
         usage = body.stream_options is not None and body.stream_options.include_usage
@@ -294,9 +294,9 @@ def _with_params(
     prompts: Prompts = []
     try:
         for token_ids in encoded:
-            tokens = _tokens_wanted(body, loop.engine.envelope.max_model_len - len(token_ids))
+            tokens = _tokens_wanted(body, loop.snapshot.max_model_len - len(token_ids))
             choices = [body.sampling_params(tokens, logprobs, choice) for choice in range(body.n)]
-            loop.engine.validate_request(token_ids, choices[0])  # the others differ by the seed alone
+            loop.snapshot.admission.check(token_ids, choices[0])  # the others differ by the seed alone
             prompts += [(token_ids, params) for params in choices]
     except RequestError as error:  # the engine speaks of its own fields
         raise type(error)(error.message, field=body.name_of(error.field), remedy=error.remedy) from None

@@ -4,8 +4,10 @@
                                                ├── apply inbox → step → deliver outputs → again
     callers <──on_output (quick!)──────────────┘
 
-Everything that touches the engine happens in the stepping thread, between two steps. Work that can be done beside it
-(quantizing new weights) happens in the caller's thread first.
+Everything that touches the engine happens in the stepping thread, between two steps. Other threads read what the loop
+publishes: an immutable :class:`engine.status.EngineSnapshot`, replaced as a whole before anybody hears that something
+has changed, and the numbered logs of steps and events. Work that can be done alongside the engine (quantizing new
+weights) happens in the caller's thread first.
 
 Whatever is posted is answered: what it raises, and that the engine has stopped before its turn came, goes to whoever
 posted it. Nothing that is posted, and no callback, ends the thread.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 import traceback
@@ -23,16 +26,22 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from engine import reconfigure
 from engine.core import Engine
-from engine.errors import EngineDeadError, HeadroomError
+from engine.errors import EngineDeadError, HeadroomError, shown
 from engine.outputs import EngineEvent, EngineStatus, ReconfigureResult, RequestOutput, RequestTimes, StepStats
+from engine.ring import Ring
 from engine.sampling.params import SamplingParams
+from engine.status import EngineSnapshot, take_snapshot, take_status
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 OutputCallback = Callable[[RequestOutput], None]
 
 # After so many steps in a row of which nothing could be computed the engine is asked whether it can step at all.
 FAILURES_IN_A_ROW = 3
+REQUESTS_NAMED = 20  # of those in flight, in a line of the log
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,12 +63,20 @@ class EngineLoop:
     """Owns the stepping thread of one engine.
 
     Args:
-        engine: not to be touched by anybody else from :meth:`start` on, except for reading ``model``, ``config`` and
-            ``admission``, which are replaced as a whole.
+        engine: the stepping thread's alone from :meth:`start` on.
+
+    Attributes:
+        snapshot: what any thread may know of the engine; up to date between two steps.
+        steps, events: its numbered logs, of which any thread may ask what is new.
+        error: what has ended the stepping thread; None while nothing has.
+        on_finished: sees the last output of every request (metrics).
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.snapshot: EngineSnapshot = take_snapshot(engine)
+        self.steps: Ring[StepStats] = engine.steps
+        self.events: Ring[EngineEvent] = engine.events
         self.error: str | None = None
         self._inbox: list[_Action] = []
         self._submitted = 0  # requests among it
@@ -69,9 +86,9 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
         self._reconfiguring = threading.Lock()
         self._status: tuple[float, EngineStatus] | None = None
-        self._tried_anew = False
+        self._tried_again = False
         self._failures = 0  # in a row: steps that raised as a whole, tried again too
-        self.on_finished: OutputCallback | None = None  # sees the last output of every request (metrics)
+        self.on_finished: OutputCallback | None = None
 
     @property
     def alive(self) -> bool:
@@ -85,6 +102,7 @@ class EngineLoop:
 
     def start(self) -> None:
         """Start stepping."""
+        self._publish()
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -123,16 +141,16 @@ class EngineLoop:
             EngineDeadError: if the engine has stopped.
         """
         arrival = time.perf_counter()
-        self.engine.validate_request(prompt_token_ids, params, priority)
+        self.snapshot.admission.check(prompt_token_ids, params, priority)
         identifier = request_id or uuid.uuid4().hex
 
         def add() -> None:
             self.engine.add_request(identifier, prompt_token_ids, params, priority, arrival)
             self._callbacks[identifier] = on_output
 
-        def refuse(problem: BaseException) -> None:
+        def refuse(error: BaseException) -> None:
             times = RequestTimes(arrival=arrival, end=time.perf_counter())
-            on_output(RequestOutput.refused(identifier, prompt_token_ids, times, problem))
+            on_output(RequestOutput.refused(identifier, prompt_token_ids, times, error))
 
         if request_id is None:
             self._post(_Action(add, refuse, submits=True))
@@ -159,8 +177,9 @@ class EngineLoop:
             EngineDeadError: if the engine has stopped.
         """
         with self._reconfiguring:  # two changes prepared at once could each undo the other
-            prepared = self.engine.prepare(changes)
-            return self.change(lambda engine: engine.apply(prepared))
+            # Nobody applies a change meanwhile, and preparing only reads what no step changes.
+            prepared = reconfigure.prepare(self.engine, changes)
+            return self._change(lambda engine: reconfigure.apply(engine, prepared))
 
     def resize(self) -> ReconfigureResult:
         """Give the KV cache the memory that lighter weights have left; running requests are computed again.
@@ -170,20 +189,27 @@ class EngineLoop:
             EngineDeadError: if the engine has stopped.
         """
         with self._reconfiguring:
-            return self.change(Engine.resize)
+            return self._change(reconfigure.resize)
 
-    def change(self, function: Callable[[Engine], T]) -> T:
-        """As :meth:`call`; whoever asks for the status afterwards is not shown the picture from before it."""
+    def reset_prefix_cache(self) -> int:
+        """Forget every reusable prefix; how many blocks were reusable.
 
-        def run(engine: Engine) -> T:
-            result = function(engine)
-            self._take_status(engine)
-            return result
+        Raises:
+            EngineDeadError: if the engine has stopped.
+        """
 
-        return self.call(run)
+        def reset(engine: Engine) -> int:
+            blocks = engine.reset_prefix_cache()
+            engine.add_event("cache", f"prefix cache reset: {blocks:,} blocks forgotten", {"blocks": blocks})
+            return blocks
+
+        return self._change(reset)
 
     def call(self, function: Callable[[Engine], T], timeout: float | None = None) -> T:
-        """Run ``function`` in the stepping thread between two steps; its result, or the exception it raised."""
+        """Run ``function`` in the stepping thread between two steps; its result, or the exception it raised.
+
+        What it has changed stands in :attr:`snapshot` when this returns.
+        """
         if threading.current_thread() is self._thread:
             return function(self.engine)
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -191,13 +217,13 @@ class EngineLoop:
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(function(self.engine))
-                except BaseException as problem:
-                    future.set_exception(problem)
+                    future.set_result(self._publishing(function))
+                except BaseException as error:
+                    future.set_exception(error)
 
-        def answer(problem: BaseException) -> None:
+        def answer(error: BaseException) -> None:
             if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
-                future.set_exception(problem)
+                future.set_exception(error)
 
         self._post(_Action(run, answer))
         while True:
@@ -224,13 +250,13 @@ class EngineLoop:
                 raise
             return self._status[1]
 
-    def steps_since(self, index: int) -> list[StepStats]:
-        """Steps numbered ``index`` or later that are still kept."""
-        return self.engine.steps.since(index)
+    def status_now(self) -> EngineStatus:
+        """A picture taken for this call, however long the step in the way is.
 
-    def events_since(self, index: int) -> list[EngineEvent]:
-        """Events numbered ``index`` or later that are still kept."""
-        return self.engine.events.since(index)
+        Raises:
+            EngineDeadError: if the engine has stopped.
+        """
+        return self.call(self._take_status)
 
     def add_event(self, kind: str, summary: str, detail: dict[str, Any]) -> None:
         """Write into the event log."""
@@ -238,17 +264,38 @@ class EngineLoop:
 
     # -- the stepping thread ---------------------------------------------------------------------------
 
+    def _publish(self) -> None:
+        """Have other threads see what is true now."""
+        if not self.snapshot.shows(self.engine):
+            self.snapshot = take_snapshot(self.engine)
+
+    def _publishing(self, function: Callable[[Engine], T]) -> T:
+        try:
+            return function(self.engine)
+        finally:
+            self._publish()
+
     def _take_status(self, engine: Engine) -> EngineStatus:
-        status = engine.status()
+        status = take_status(engine)
         self._status = (time.monotonic(), status)
         return status
+
+    def _change(self, function: Callable[[Engine], T]) -> T:
+        """As :meth:`call`; whoever asks for the status afterwards is not shown the picture from before it."""
+
+        def run(engine: Engine) -> T:
+            result = function(engine)
+            self._take_status(engine)
+            return result
+
+        return self.call(run)
 
     def _post(self, action: _Action) -> None:
         with self._wake:
             if not self.alive:
                 raise self._dead()
             if action.submits:
-                self.engine.admission.check_queue(len(self._callbacks) + self._submitted)
+                self.snapshot.admission.check_queue(len(self._callbacks) + self._submitted)
                 self._submitted += 1
             self._inbox.append(action)
             self._wake.notify()
@@ -265,7 +312,7 @@ class EngineLoop:
                     self._step()
         except BaseException as error:
             self.error = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
+            logger.critical("the engine stops: %s (%s)", self.error, self._in_flight(), exc_info=error)
         finally:
             self._end()
 
@@ -313,28 +360,34 @@ class EngineLoop:
     def _step(self) -> None:
         try:
             outputs = self.engine.step()
-            self._tried_anew, self._failures = False, 0
+            self._tried_again, self._failures = False, 0
         except Exception as error:  # not of a row, which would have ended alone
             outputs = self._go_on_after(error)
         self._deliver(outputs)
         if self.engine.fruitless_steps >= FAILURES_IN_A_ROW:
-            unsupported = self.engine.unsupported()
-            if unsupported is not None:
-                raise EngineDeadError(f"no request can be computed any more: {unsupported}")
+            reason = self.engine.why_nothing_computes()
+            if reason is not None:
+                raise EngineDeadError(f"no request can be computed any more: {reason}")
 
-    def _go_on_after(self, problem: Exception) -> list[RequestOutput]:
+    def _go_on_after(self, error: Exception) -> list[RequestOutput]:
         """A step raised as a whole: it is tried again once, then its requests are given up; at last the engine is."""
-        traceback.print_exc()
-        message = f"a step failed: {type(problem).__name__}: {problem}"
-        self.engine.add_event("error", message, {"traceback": traceback.format_exc()})
-        self._tried_anew = not self._tried_anew
-        if self._tried_anew:
+        message = f"a step failed: {type(error).__name__}: {error}"
+        logger.error("%s (%s)", message, self._in_flight(), exc_info=error)
+        self.engine.add_event("error", message, {"traceback": "".join(traceback.format_exception(error))})
+        self._tried_again = not self._tried_again
+        if self._tried_again:
             self.engine.start_over()
             return []
         self._failures += 1
         if self._failures >= FAILURES_IN_A_ROW:
-            raise problem
+            raise error
         return self.engine.fail_all(message)
+
+    def _in_flight(self) -> str:
+        """Whose step it was, for the log."""
+        identifiers = list(self._callbacks)
+        more = f" and {len(identifiers) - REQUESTS_NAMED:,} more" if len(identifiers) > REQUESTS_NAMED else ""
+        return f"requests: {', '.join(map(shown, identifiers[:REQUESTS_NAMED])) or 'none'}{more}"
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
@@ -367,14 +420,14 @@ def _call(listener: OutputCallback | None, output: RequestOutput) -> BaseExcepti
     return None
 
 
-def _answer(action: _Action, problem: BaseException) -> None:
+def _answer(action: _Action, error: BaseException) -> None:
     try:
-        action.answer(problem)
+        action.answer(error)
     except BaseException as another:
         _report(another)
 
 
-def _report(problem: BaseException) -> None:
-    """For what nobody waits for: a bug's traceback goes to standard error."""
-    if not isinstance(problem, HeadroomError):
-        traceback.print_exception(problem)
+def _report(error: BaseException) -> None:
+    """For what nobody waits for: a bug's traceback goes to the log."""
+    if not isinstance(error, HeadroomError):
+        logger.error("%s: %s", type(error).__name__, error, exc_info=error)

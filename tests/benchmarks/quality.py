@@ -28,6 +28,7 @@ from engine.core import Engine
 from engine.measure.prompts import corpus_documents, opening_tokens
 from engine.measure.quality import QualityAccumulator, windows
 from engine.models.gguf_file import GGUFFile
+from engine.status import path_of
 from tests.benchmarks.settings import REFERENCE_KNOBS, label
 
 MAX_TOKENS, WINDOW, STRIDE = 768, 256, 128
@@ -92,7 +93,7 @@ def _score(engine: Engine, reference: list[torch.Tensor]) -> Quality:
         if len(reference) == number:
             reference.append(scored)
         collected.add(scored, reference[number], torch.tensor(text[window.first_scored : window.end]))
-    stats = collected.stats({}, engine.path())
+    stats = collected.stats({}, path_of(engine))
     return Quality(stats.perplexity, stats.perplexity_se, stats.kl_mean, stats.same_top_percent, stats.tokens)
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from engine import core
+from engine import parts
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError
 from engine.models import LoadedModel, load_model
+from engine.reconfigure import reconfigure, resize
 from engine.sampling.params import SamplingParams
+from engine.status import take_status
 from tests.core.test_out_of_memory import failing_at
 from tests.support import engine_with_blocks
 
@@ -46,11 +48,11 @@ def finish(engine: Engine) -> list[int]:
 
 def test_lighter_weights_offer_their_memory_and_say_how_much(model: LoadedModel):
     engine = make_engine(model)
-    assert engine.status().resize is None
+    assert take_status(engine).resize is None
     freed = engine.model.weight_bytes()
-    result = engine.reconfigure({"weights": "int4", "group_size": "32"})
+    result = reconfigure(engine, {"weights": "int4", "group_size": "32"})
     freed -= engine.model.weight_bytes()
-    offer = engine.status().resize
+    offer = take_status(engine).resize
     assert offer is not None
     block = engine.cache.nbytes // BLOCKS
     assert abs(offer["gained_bytes"] - freed) <= block
@@ -60,22 +62,22 @@ def test_lighter_weights_offer_their_memory_and_say_how_much(model: LoadedModel)
 
 def test_resized_cache_holds_what_was_offered_within_the_limit_and_requests_go_on(model: LoadedModel):
     engine = make_engine(model)
-    engine.reconfigure({"weights": "int4"})
+    reconfigure(engine, {"weights": "int4"})
     start(engine)
     expected = finish(engine)
 
     start(engine)
-    offered = engine.status().resize
-    result = engine.resize()
+    offered = take_status(engine).resize
+    result = resize(engine)
     assert offered is not None
     assert result.changed == {"num_blocks": (BLOCKS, offered["num_blocks"])}
     assert result.requests_in_flight == 1
     assert finish(engine) == expected
-    status = engine.status()
+    status = take_status(engine)
     assert status.num_blocks == len(status.blocks) == offered["num_blocks"]
     assert status.memory.weights + status.memory.activations + status.memory.kv_cache <= status.memory.limit
     assert status.resize is None
-    assert engine.resize().tier == "none"
+    assert resize(engine).tier == "none"
     assert [event.kind for event in engine.events.since(0)].count("cache") == 1
 
 
@@ -85,9 +87,9 @@ def test_heavier_weights_take_the_memory_back_while_requests_run(model: LoadedMo
     expected = finish(plain)
 
     engine = make_engine(model)
-    engine.reconfigure({"weights": "int4"})
-    engine.resize()
-    engine.reconfigure({"weights": "model"})
+    reconfigure(engine, {"weights": "int4"})
+    resize(engine)
+    reconfigure(engine, {"weights": "model"})
     assert engine.envelope.num_blocks == BLOCKS
     start(engine)
     assert finish(engine) == expected
@@ -95,17 +97,17 @@ def test_heavier_weights_take_the_memory_back_while_requests_run(model: LoadedMo
 
 def test_resize_that_runs_out_of_memory_leaves_the_cache_as_it_was(model: LoadedModel, monkeypatch: Any):
     engine = make_engine(model)
-    engine.reconfigure({"weights": "int4"})
+    reconfigure(engine, {"weights": "int4"})
     start(engine)
     with monkeypatch.context() as patch:
-        once = failing_at(1, core._make_cache, MemoryError("no memory"))
-        patch.setattr(core, "_make_cache", failing_at(2, once, MemoryError("nor after the collector")))
+        once = failing_at(1, parts._allocate_cache, MemoryError("no memory"))
+        patch.setattr(parts, "_allocate_cache", failing_at(2, once, MemoryError("nor after the collector")))
         with pytest.raises(CapacityError, match="memory ran out"):
-            engine.resize()
+            resize(engine)
     assert engine.envelope.num_blocks == BLOCKS
     engine.check_invariants()
     assert len(finish(engine)) == 30
-    assert engine.resize().tier == "swap"
+    assert resize(engine).tier == "swap"
 
 
 def test_weights_too_heavy_for_a_request_as_long_as_before_are_refused(model: LoadedModel):
@@ -114,5 +116,5 @@ def test_weights_too_heavy_for_a_request_as_long_as_before_are_refused(model: Lo
     light = make_engine(model, weights="int4")
     assert light.envelope.max_model_len < light.model.max_position  # every block counts for the longest request
     with pytest.raises(CapacityError, match="a smaller cache would not hold a request") as refusal:
-        light.reconfigure({"weights": "model"})
+        reconfigure(light, {"weights": "model"})
     assert refusal.value.field == "weights"

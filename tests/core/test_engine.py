@@ -15,7 +15,9 @@ from engine.core import Engine
 from engine.errors import CapacityError, ConfigError, RequestError
 from engine.models import load_model
 from engine.outputs import RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 from kernels.cpu import build
 from tests.support import engine_with_blocks
 
@@ -180,12 +182,12 @@ def test_prompt_longer_than_the_cache_is_refused_with_the_remedy(tiny_llama: Pat
     [("model", "float32"), ("fp8", "fp8_per_token_head"), ("int8", "int8_per_token_head"), ("int4", "int4")],
 )
 def test_cache_that_is_allocated_is_the_cache_that_was_planned(tiny_llama: Path, kv_dtype: str, planned: str):
-    from engine import capacity
+    from engine.capacity import CacheLayout, kv_bytes_per_block, kv_precision
 
     engine = make_engine(tiny_llama, kv_dtype=kv_dtype)
-    status = engine.status()
+    status = take_status(engine)
     report = status.memory
-    per_block = capacity.kv_bytes_per_block(engine.model.spec, 4, planned)
+    per_block = kv_bytes_per_block(engine.model.spec, CacheLayout(kv_precision(planned), block_size=4))
     assert report.kv_cache == engine.envelope.num_blocks * per_block
     assert status.model["kv_bytes_per_token"] == per_block // 4
     assert status.path["kv_cache"] == planned
@@ -201,12 +203,12 @@ def test_weights_take_the_bytes_that_the_planner_predicts(tiny_llama: Path, weig
 
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_the_record_says_which_layers_the_chosen_kernels_do_not_multiply(engine: Engine):
-    assert "torch" not in engine.path()["linear_reason"]
-    engine.reconfigure({"weights": "fp8"})
-    reason = engine.path()["linear_reason"]
+    assert "torch" not in path_of(engine)["linear_reason"]
+    reconfigure(engine, {"weights": "fp8"})
+    reason = path_of(engine)["linear_reason"]
     assert re.match(r"(\d+) of \1 layers \(fp8\) go through torch: the native kernels have no form", reason)
-    engine.reconfigure({"weights": "int8"})
-    assert "torch" not in engine.path()["linear_reason"]
+    reconfigure(engine, {"weights": "int8"})
+    assert "torch" not in path_of(engine)["linear_reason"]
 
 
 def test_weights_that_would_exceed_the_memory_limit_are_refused_and_nothing_changes(tiny_llama: Path):
@@ -214,7 +216,7 @@ def test_weights_that_would_exceed_the_memory_limit_are_refused_and_nothing_chan
     model.commit_weights(model.prepare_weights("int4", 32))
     engine = engine_with_blocks(model, 60, block_size=4, max_num_seqs=2, weights="int4")
     with pytest.raises(CapacityError) as problem:
-        engine.reconfigure({"weights": "model"})
+        reconfigure(engine, {"weights": "model"})
     assert problem.value.field == "weights"
     assert "GiB" in str(problem.value)
     assert engine.config.weights == "int4"
@@ -223,7 +225,7 @@ def test_weights_that_would_exceed_the_memory_limit_are_refused_and_nothing_chan
 def test_reconfigure_is_all_or_nothing(engine: Engine):
     before = engine.config
     with pytest.raises(ConfigError) as problem:
-        engine.reconfigure({"batching": "static", "token_budget": -3})
+        reconfigure(engine, {"batching": "static", "token_budget": -3})
     assert problem.value.field == "token_budget"
     assert engine.config == before
 
@@ -231,13 +233,13 @@ def test_reconfigure_is_all_or_nothing(engine: Engine):
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"block_size": 8}, {"nonsense": 1}, {"max_running": 9}])
 def test_knob_that_cannot_change_now_is_refused_by_name(engine: Engine, changes: dict[str, Any]):
     with pytest.raises(ConfigError) as problem:
-        engine.reconfigure(changes)
+        reconfigure(engine, changes)
     assert problem.value.field == next(iter(changes))
     assert problem.value.remedy
 
 
 def test_reconfiguration_is_in_the_event_log_with_its_pause(engine: Engine):
-    result = engine.reconfigure({"batching": "static"})
+    result = reconfigure(engine, {"batching": "static"})
     assert (result.tier, result.changed) == ("live", {"batching": ("continuous", "static")})
     event = engine.events[-1]
     assert event.kind == "reconfigure"
@@ -247,7 +249,7 @@ def test_reconfiguration_is_in_the_event_log_with_its_pause(engine: Engine):
 
 def test_change_to_the_same_value_is_no_event(engine: Engine):
     count = len(engine.events)
-    assert engine.reconfigure({"batching": "continuous"}).tier == "none"
+    assert reconfigure(engine, {"batching": "continuous"}).tier == "none"
     assert len(engine.events) == count
 
 
@@ -259,7 +261,7 @@ def test_swapping_weights_keeps_requests_alive_and_swapping_back_is_bit_identica
     for weights in ("int4", "int8", "model"):
         for _ in range(4):
             engine.step()
-        result = engine.reconfigure({"weights": weights})
+        result = reconfigure(engine, {"weights": weights})
         assert result.tier == "swap"
         assert result.requests_in_flight == 1
     assert len(run(engine)["in-flight"].token_ids) == 40
@@ -274,7 +276,7 @@ def test_prefix_of_the_old_weights_is_not_reused_by_the_new_ones(tiny_llama: Pat
     engine = make_engine(tiny_llama)
     prompt = list(range(40))
     generate(engine, prompt)
-    engine.reconfigure({"weights": "int8"})
+    reconfigure(engine, {"weights": "int8"})
     assert generate(engine, prompt).num_cached_tokens == 0
     assert generate(engine, prompt).num_cached_tokens > 0
 
@@ -375,7 +377,7 @@ def test_adaptive_drafts_change_no_token_and_what_they_cost_is_shown(tiny_llama:
     expected = generate(make_engine(tiny_llama), prompt, max_tokens=120, ignore_eos=True).token_ids
     engine = make_engine(tiny_llama, speculation="ngram", ngram_min=1, draft_control="adaptive")
     assert generate(engine, prompt, max_tokens=120, ignore_eos=True).token_ids == expected
-    status = engine.status()
+    status = take_status(engine)
     assert status.speculation["drafts"] == status.totals["drafts"] > 0
     assert status.speculation["control"]["1"]["plain_ms"] > 0
     mean = status.speculation["mean_accepted_length"]

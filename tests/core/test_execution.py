@@ -20,7 +20,9 @@ from engine.execution.base import TokenRange
 from engine.execution.blueprint import draw
 from engine.execution.packages import packages_dir
 from engine.models import LoadedModel, load_model
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 from tests.family_cases import FAMILIES, save_random_model
 from tests.support import transformers_greedy, wait_until_prepared
 
@@ -50,7 +52,7 @@ def make_engine(model: LoadedModel, **knobs: Any) -> Engine:
 
 def compiled_engine(model: LoadedModel, **knobs: Any) -> Engine:
     engine = wait_until_prepared(make_engine(model, execution="compiled", **knobs))
-    assert engine.status().execution["failed"] == []
+    assert take_status(engine).execution["failed"] == []
     return engine
 
 
@@ -63,7 +65,7 @@ def generate(
         if step < len(prompts):
             engine.add_request(str(step), prompts[step], SamplingParams(max_tokens=OUTPUT_TOKENS))
         if toggles and step in toggles:
-            engine.reconfigure(toggles[step])
+            reconfigure(engine, toggles[step])
             wait_until_prepared(engine)
         for output in engine.step():
             if output.finished:
@@ -119,10 +121,10 @@ def test_weights_swapped_while_compiled_run_by_their_own_programs_and_come_back(
     assert lossy != expected
     eager.reconfigure({"weights": "model"})
     engine = compiled_engine(model)
-    engine.reconfigure({"weights": "int8"})
+    reconfigure(engine, {"weights": "int8"})
     wait_until_prepared(engine)
     assert generate(engine, PROMPTS) == lossy
-    engine.reconfigure({"weights": "model"})
+    reconfigure(engine, {"weights": "model"})
     wait_until_prepared(engine)
     assert generate(engine, PROMPTS) == expected
     assert set(modes(engine)) == {"compiled"}
@@ -214,16 +216,16 @@ def test_eager_serves_while_compiled_is_prepared_and_the_progress_is_told(
 ):
     engine = make_engine(model)
     began = time.monotonic()
-    result = engine.reconfigure({"execution": "compiled"})
+    result = reconfigure(engine, {"execution": "compiled"})
     assert time.monotonic() - began < 1.0
     assert result.changed == {"execution": ("eager", "compiled")}
     assert generate(engine, PROMPTS) == expected
     assert set(modes(engine)) == {"eager"}
-    status = engine.status().execution
+    status = take_status(engine).execution
     assert (status["preparing"]["done"], status["preparing"]["total"]) == (0, 2)
     assert status["preparing"]["current"] == "1 token"
     assert "not prepared" in status["reason"]
-    assert engine.path()["execution"] == "eager; preparing compiled"
+    assert path_of(engine)["execution"] == "eager; preparing compiled"
     engine.close()
 
 
@@ -231,9 +233,9 @@ def test_going_back_to_eager_cancels_the_preparation(model: LoadedModel, slow_co
     _, closed, entered = slow_compiler
     engine = make_engine(model, execution="compiled")
     assert entered.wait(30)
-    engine.reconfigure({"execution": "eager"})
+    reconfigure(engine, {"execution": "eager"})
     assert closed.wait(5)
-    assert engine.status().execution["preparing"] is None
+    assert take_status(engine).execution["preparing"] is None
     assert events(engine) == ["preparation cancelled"]
 
 
@@ -253,7 +255,7 @@ def test_a_real_compiling_process_ends_with_its_engine(
 ):
     monkeypatch.setenv("HEADROOM_HOME", str(tmp_path))
     engine = make_engine(model, execution="compiled")
-    running = engine._executor.mode.preparation  # type: ignore[attr-defined]
+    running = engine.executor.mode.preparation  # type: ignore[attr-defined]
     assert running is not None
     end = time.monotonic() + 30
     while running._compiler is None or running._compiler._process is None:
@@ -276,10 +278,10 @@ def test_a_failed_shape_stays_eager_with_the_reason_visible(
     engine = wait_until_prepared(make_engine(model, execution="compiled"))
     assert generate(engine, PROMPTS) == expected
     assert set(modes(engine)) == {"eager"}
-    status = engine.status().execution
+    status = take_status(engine).execution
     assert [failure["tokens"] for failure in status["failed"]] == ["1", "2–2048"]
     assert "released without a program" in status["reason"]
-    assert "released without a program" in engine.path()["execution"]
+    assert "released without a program" in path_of(engine)["execution"]
     assert any("1 tokens stay eager" in summary for summary in events(engine))
 
 
@@ -288,7 +290,7 @@ def test_a_layer_that_cannot_be_traced_is_reported_by_the_real_compiler(tmp_path
     folder = save_random_model(FAMILIES["mixtral"], tmp_path, tiny_llama)
     engine = make_engine(load_model(str(folder), dtype="float32", device="cpu"), execution="compiled")
     wait_until_prepared(engine)
-    failed = engine.status().execution["failed"]
+    failed = take_status(engine).execution["failed"]
     assert [failure["tokens"] for failure in failed] == ["1", "2–2048"]
     assert all(failure["error"] for failure in failed)
     assert generate(engine, PROMPTS[:2])
@@ -323,7 +325,7 @@ def test_other_weights_of_the_same_shape_need_no_other_program(model: LoadedMode
 def test_graphs_are_refused_on_a_cpu_with_the_remedy(model: LoadedModel):
     engine = make_engine(model)
     with pytest.raises(ConfigError) as refused:
-        engine.reconfigure({"execution": "graphs"})
+        reconfigure(engine, {"execution": "graphs"})
     assert refused.value.field == "execution"
     assert "CUDA" in refused.value.message
     assert "compiled" in (refused.value.remedy or "")
@@ -334,7 +336,7 @@ def test_compiled_without_a_compiler_is_refused_with_the_remedy(model: LoadedMod
     monkeypatch.setenv("CXX", "no-such-compiler")
     engine = make_engine(model)
     with pytest.raises(ConfigError) as refused:
-        engine.reconfigure({"execution": "compiled"})
+        reconfigure(engine, {"execution": "compiled"})
     assert refused.value.field == "execution"
     assert "apt install g++" in (refused.value.remedy or "")
     with pytest.raises(ConfigError):

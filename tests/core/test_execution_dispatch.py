@@ -24,6 +24,7 @@ from engine.execution.graphs import GraphsMode, bucket_ranges, graph_buckets
 from engine.execution.step_tensors import build_step_tensors
 from engine.execution.warm_up import warm_ups
 from engine.models import LoadedModel, load_model
+from engine.status import path_of
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -361,4 +362,4 @@ def test_engine_steps_say_how_they_ran(model: LoadedModel):
     while engine.has_unfinished():
         engine.step()
     assert {step.execution for step in engine.steps.since(0)} == {"eager"}
-    assert engine.path()["execution"] == "eager"
+    assert path_of(engine)["execution"] == "eager"

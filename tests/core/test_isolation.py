@@ -7,6 +7,7 @@ tokens that it has alone in an engine without any.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -56,19 +57,20 @@ class Saboteur:
         self.guilty: dict[str, set[str]] = {place: set() for place in (*self.PLACES, *self.HARMLESS)}
         self.failing_runs = 0  # so many forward passes fail, whoever is in them
         self.raised: set[str] = set()  # places that did
-        runner, scheduler, cache = engine._runner, engine.scheduler, engine.cache
+        runner, scheduler, cache = engine.runner, engine.scheduler, engine.cache
         self._wrap(runner, "run", self._run)
         self._wrap(scheduler, "schedule", self._schedule)
         self._wrap(scheduler, "publish_computed", self._publish)
         self._wrap(cache, "copy_blocks", self._copy)
-        self._wrap(engine, "_sample", self._sample)
-        if engine._proposer is not None:
-            self._wrap(engine._proposer, "propose", self._propose)
+        sample = functools.partial(self._sample, engine.kernels.sample)
+        engine.kernels = dataclasses.replace(engine.kernels, sample=sample)
+        if engine.drafting.proposer is not None:
+            self._wrap(engine.drafting.proposer, "propose", self._propose)
 
     def plant(self, place: str, request_id: str) -> None:
         self.guilty[place].add(request_id)
         if place in ("append", "take"):
-            detokenizer = self.engine._outlets[request_id].detokenizer
+            detokenizer = self.engine.streams[request_id].detokenizer
 
             def fail(*arguments: Any, **named: Any) -> Any:
                 self._raise(place)
@@ -117,7 +119,7 @@ class Saboteur:
         copy_blocks(copies)
 
     def _sample(self, sample: Any, logits: Any, rows: Any) -> Any:
-        owners = {id(request.params): request for request in self.engine._requests.values()}
+        owners = {id(request.params): request for request in self.engine.requests}
         self._check("sample", [owners[id(row.params)] for row in rows if id(row.params) in owners])
         return sample(logits, rows)
 
@@ -188,7 +190,7 @@ def started(model: LoadedModel, count: int = 5, steps: int = 3, **knobs: Any) ->
 @pytest.mark.parametrize("victim", [0, 3])
 def test_one_bad_row_ends_alone_and_all_others_get_their_token_in_the_same_step(model, alone, place: str, victim: int):
     engine, saboteur = started(model)
-    before = {name: request.num_output_tokens for name, request in engine._requests.items()}
+    before = {request.request_id: request.num_output_tokens for request in engine.requests}
     saboteur.plant(place, str(victim))
     outputs = {output.request_id: output for output in engine.step()}
     engine.check_invariants()
@@ -243,7 +245,7 @@ def test_step_that_fails_once_is_computed_again_and_nobody_ends(model, alone):
 @pytest.mark.parametrize("problem", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("no room")], ids=repr)
 def test_step_too_large_for_the_memory_is_computed_in_parts(model, alone, problem, monkeypatch: pytest.MonkeyPatch):
     engine, _ = started(model, steps=0)
-    run, released = engine._runner.run, []
+    run, released = engine.runner.run, []
     monkeypatch.setattr(isolation, "release_memory", lambda: released.append(None))
 
     def small(rows: Any, attention: Any) -> torch.Tensor:
@@ -251,7 +253,7 @@ def test_step_too_large_for_the_memory_is_computed_in_parts(model, alone, proble
             raise problem
         return run(rows, attention)
 
-    engine._runner.run = small  # type: ignore[method-assign]
+    engine.runner.run = small  # type: ignore[method-assign]
     finished = drain(engine)
     assert released
     assert all(output.token_ids == alone(int(name)) for name, output in finished.items())
@@ -265,7 +267,7 @@ def test_failing_drafts_are_switched_off_and_end_nobody(model, alone, place: str
     finished = drain(engine)
     assert place in saboteur.raised
     assert all(output.token_ids == alone(int(name)) for name, output in finished.items())
-    assert not engine._undrafted
+    assert not engine.drafting.stopped
 
 
 def test_statistics_of_drafts_that_fail_end_nobody(model, alone, monkeypatch: pytest.MonkeyPatch):
@@ -275,8 +277,8 @@ def test_statistics_of_drafts_that_fail_end_nobody(model, alone, monkeypatch: py
         raise PlantedError("no statistics")
 
     for name in ("should_draft", "observe_draft", "observe_step", "forget"):
-        monkeypatch.setattr(engine._draft_control, name, fail)
-    monkeypatch.setattr(engine._draft_statistics, "observe", fail)
+        monkeypatch.setattr(engine.drafting.control, name, fail)
+    monkeypatch.setattr(engine.drafting.statistics, "observe", fail)
     assert all(output.token_ids == alone(int(name)) for name, output in drain(engine).items())
 
 
@@ -285,7 +287,7 @@ def test_nan_behind_a_rejected_draft_harms_nobody_and_at_a_token_ends_it_where_i
     ends = {}
     for speculation in ("off", "ngram"):
         engine, _ = started(model, steps=0, speculation=speculation, ngram_min=1)
-        run = engine._runner.run
+        run = engine.runner.run
 
         def poisoned(rows: Any, attention: Any, run: Any = run) -> torch.Tensor:
             logits: torch.Tensor = run(rows, attention).clone()
@@ -298,7 +300,7 @@ def test_nan_behind_a_rejected_draft_harms_nobody_and_at_a_token_ends_it_where_i
                     place += row.num_drafts + 1
             return logits
 
-        engine._runner.run = poisoned  # type: ignore[method-assign]
+        engine.runner.run = poisoned  # type: ignore[method-assign]
         finished = drain(engine)
         assert all(finished[name].token_ids == alone(int(name)) for name in "0134")
         ends[speculation] = finished["2"].token_ids, finished["2"].text, finished["2"].error
@@ -313,7 +315,7 @@ def test_preparation_that_fails_leaves_eager_serving(model, alone, monkeypatch: 
     def fail() -> None:
         raise PlantedError("no compiler")
 
-    monkeypatch.setattr(engine._executor, "poll", fail)
+    monkeypatch.setattr(engine.executor, "poll", fail)
     assert all(output.token_ids == alone(int(name)) for name, output in drain(engine).items())
     assert any("eager serves" in event.summary for event in engine.events)
 
@@ -324,7 +326,7 @@ def test_lost_statistics_cost_no_token(model, alone, monkeypatch: pytest.MonkeyP
     def fail(*arguments: Any) -> None:
         raise PlantedError("no statistics")
 
-    monkeypatch.setattr(engine, "_record", fail)
+    monkeypatch.setattr(engine._log, "record", fail)
     assert all(output.token_ids == alone(int(name)) for name, output in drain(engine).items())
 
 

@@ -18,6 +18,7 @@ from engine.core import Engine
 from engine.errors import ConfigError, EngineDeadError, QueueFullError, RequestError
 from engine.models import load_model
 from engine.outputs import ReconfigureResult, RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from engine.worker.loop import EngineLoop, _Action
 from tests.support import engine_with_blocks
@@ -106,13 +107,13 @@ def test_bad_knob_leaves_the_engine_serving(loop: EngineLoop):
 
 def test_failed_step_is_answered_and_the_engine_goes_on(loop: EngineLoop):
     def break_once(engine: Engine) -> None:
-        runner_run = engine._runner.run
+        runner_run = engine.runner.run
 
         def fail(*arguments: Any) -> Any:
-            engine._runner.run = runner_run  # type: ignore[method-assign]
+            engine.runner.run = runner_run  # type: ignore[method-assign]
             raise RuntimeError("out of something")
 
-        engine._runner.run = fail  # type: ignore[method-assign]
+        engine.runner.run = fail  # type: ignore[method-assign]
 
     loop.call(break_once)
     failed = last_of(submit(loop, [1, 2]))
@@ -120,14 +121,14 @@ def test_failed_step_is_answered_and_the_engine_goes_on(loop: EngineLoop):
     assert "out of something" in str(failed.error)
     assert last_of(submit(loop, [1, 2])).finish_reason == "length"
     assert loop.call(lambda engine: engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks)
-    assert loop.events_since(0)[-1].kind == "error"
+    assert loop.events.since(0)[-1].kind == "error"
 
 
 def test_engine_that_keeps_failing_dies_and_says_so(loop: EngineLoop):
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("broken")
 
-    loop.call(lambda engine: setattr(engine._runner, "run", fail))
+    loop.call(lambda engine: setattr(engine.runner, "run", fail))
     for _ in range(3):
         assert last_of(submit(loop, [1, 2])).finish_reason == "error"
     loop._thread.join(10)
@@ -141,14 +142,14 @@ def test_requests_that_fail_by_themselves_never_end_the_engine(loop: EngineLoop)
     """Ten steps in a row of which nothing can be computed: their requests are to blame, a step of its own shows it."""
 
     def sabotage(engine: Engine) -> None:
-        run = engine._runner.run
+        run = engine.runner.run
 
         def fail(rows: Any, attention: Any) -> Any:
             if any(row.request.token_ids[0] == 13 for row in rows):
                 raise RuntimeError("thirteen")
             return run(rows, attention)
 
-        engine._runner.run = fail  # type: ignore[method-assign]
+        engine.runner.run = fail  # type: ignore[method-assign]
 
     loop.call(sabotage)
     for _ in range(10):
@@ -212,7 +213,7 @@ def test_request_that_a_change_of_the_cache_overtakes_is_told_so_and_the_engine_
     """It was valid when it was submitted, and is not any more when its turn comes."""
     model = load_model(str(tiny_llama), dtype="float32", device="cpu")
     engine = engine_with_blocks(model, 40, block_size=4, max_num_seqs=8, max_num_batched_tokens=512)
-    engine.reconfigure({"kv_dtype": "int4"})
+    reconfigure(engine, {"kv_dtype": "int4"})
     loop = EngineLoop(engine)
     loop.start()
     room = engine.admission.room_for(2)
@@ -237,7 +238,7 @@ def test_request_that_a_change_of_the_cache_overtakes_is_told_so_and_the_engine_
     loop.stop()
 
 
-def test_nothing_posted_ends_the_thread(loop: EngineLoop, capfd: pytest.CaptureFixture[str]):
+def test_nothing_posted_ends_the_thread(loop: EngineLoop, caplog: pytest.LogCaptureFixture):
     answered: list[BaseException] = []
 
     def explode() -> None:
@@ -255,7 +256,7 @@ def test_nothing_posted_ends_the_thread(loop: EngineLoop, capfd: pytest.CaptureF
     with pytest.raises(SystemExit):
         loop.call(lambda engine: explode())
     assert [type(problem) for problem in answered] == [SystemExit]
-    assert "and so may who hears of it" in capfd.readouterr().err
+    assert "and so may who hears of it" in caplog.text
     assert last_of(submit(loop, [1, 2])).finish_reason == "length"
 
 
@@ -351,11 +352,11 @@ def test_more_requests_than_may_run_and_wait_are_refused_at_once(loop: EngineLoo
 
 
 def lower(loop: EngineLoop) -> None:
-    loop.engine.reconfigure({"max_running": 1, "max_waiting": 0})
+    reconfigure(loop.engine, {"max_running": 1, "max_waiting": 0})
 
 
 def test_an_engine_without_requests_goes_on_preparing(loop: EngineLoop, monkeypatch: pytest.MonkeyPatch):
-    executor, polled, done = loop.engine._executor, [], threading.Event()
+    executor, polled, done = loop.engine.executor, [], threading.Event()
     poll = executor.poll
 
     def piece() -> None:
@@ -387,6 +388,6 @@ def test_status_is_consistent_and_steps_are_numbered(loop: EngineLoop):
     assert status.running == status.waiting == 0
     assert status.totals["output_tokens"] == 8
     assert len(status.blocks) == status.num_blocks
-    steps = loop.steps_since(0)
+    steps = loop.steps.since(0)
     assert [step.index for step in steps] == list(range(len(steps)))
-    assert loop.steps_since(steps[-1].index) == steps[-1:]
+    assert loop.steps.since(steps[-1].index) == steps[-1:]

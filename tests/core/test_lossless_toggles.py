@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.models import LoadedModel, load_model
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from tests.core.toggles import VALUES, live_lossless_knobs, pairwise_rows
 from tests.support import engine_with_blocks
@@ -44,7 +45,7 @@ def expected(tiny_llama: Path) -> list[list[int]]:
 def generate(model: LoadedModel, knobs: dict[str, Any], then: dict[str, Any]) -> list[list[int]]:
     """Two waves of all prompts under ``knobs``; ``then`` comes into force in the middle of the first."""
     engine = engine_with_blocks(model, 24, block_size=4, max_num_seqs=16, max_num_batched_tokens=512)
-    engine.reconfigure(knobs)
+    reconfigure(engine, knobs)
     results: dict[str, list[int]] = {}
     for wave in range(2):
         for index, prompt in enumerate(PROMPTS):
@@ -58,7 +59,7 @@ def generate(model: LoadedModel, knobs: dict[str, Any], then: dict[str, Any]) ->
             engine.check_invariants()
             steps += 1
             if wave == 0 and steps == 9:
-                engine.reconfigure(then)
+                reconfigure(engine, then)
     assert engine.config.difference(engine.config.with_changes(then)) == {}
     return [results[f"{wave}.{index}"] for wave in range(2) for index in range(len(PROMPTS))]
 

@@ -12,7 +12,9 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.models import LoadedModel, load_model
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 from kernels.cpu import build
 from tests.family_cases import FALLBACKS, FAMILIES, random_prompt, save_random_model
 
@@ -34,13 +36,13 @@ def make_engine(model: LoadedModel, **knobs: Any) -> Engine:
 def hidden_states(engine: Engine, prompts: list[list[int]], steps: int) -> list[torch.Tensor]:
     """The hidden states of every step's forward pass."""
     seen: list[torch.Tensor] = []
-    forward = engine._executor.forward
+    forward = engine.executor.forward
 
     def watched(step: Any) -> torch.Tensor:
         seen.append(forward(step))
         return seen[-1]
 
-    engine._executor.forward = watched  # type: ignore[method-assign]
+    engine.executor.forward = watched  # type: ignore[method-assign]
     for index, prompt in enumerate(prompts):
         engine.add_request(str(index), prompt, SamplingParams(max_tokens=steps + 1, ignore_eos=True))
     for _ in range(steps):
@@ -106,22 +108,22 @@ def test_auto_follows_every_change_of_weights_and_attention(model: LoadedModel):
     def mode() -> str:
         engine.step()
         ran = engine.steps.since(0)[-1].execution
-        assert engine.path()["execution"] == ran
+        assert path_of(engine)["execution"] == ran
         return ran
 
     assert mode() == "native"
-    engine.reconfigure({"attention": "sdpa"})
+    reconfigure(engine, {"attention": "sdpa"})
     assert mode() == "eager"
-    assert "attention=native" in engine.status().execution["reason"]
-    engine.reconfigure({"attention": "auto"})
+    assert "attention=native" in take_status(engine).execution["reason"]
+    reconfigure(engine, {"attention": "auto"})
     assert mode() == "native"
-    engine.reconfigure({"linear": "torch"})
+    reconfigure(engine, {"linear": "torch"})
     assert mode() == "eager"
-    assert "linear=native" in engine.status().execution["reason"]
-    engine.reconfigure({"linear": "auto", "weights": "int4"})
+    assert "linear=native" in take_status(engine).execution["reason"]
+    reconfigure(engine, {"linear": "auto", "weights": "int4"})
     assert mode() == "native"
-    assert engine.status().execution["failed"] == []
-    engine.reconfigure({"execution": "eager"})
+    assert take_status(engine).execution["failed"] == []
+    reconfigure(engine, {"execution": "eager"})
     assert mode() == "eager"
 
 
@@ -163,4 +165,4 @@ def test_native_is_refused_where_it_cannot_run_with_reason_and_remedy(
     assert said in refused.value.message
     assert "auto" in (refused.value.remedy or "")
     engine = make_engine(model, **knobs)
-    assert engine.path()["execution"] == "eager"
+    assert path_of(engine)["execution"] == "eager"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine import core, sizing
+from engine import parts, sizing
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError
@@ -21,6 +21,7 @@ from engine.layers.linear import Linear
 from engine.models import load_model, weight_reader, weight_swap
 from engine.models.weight_making import CheckpointRows
 from engine.outputs import RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from engine.server.host import EngineHost
 from engine.worker.loop import EngineLoop
@@ -91,20 +92,20 @@ def test_swap_that_runs_out_of_memory_is_explained_and_requests_go_on_with_the_o
     before = engine.config, engine.model.weights_format(), engine.model.weights_path()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing_at(call, getattr(owner, name), problem))
-        with pytest.raises(CapacityError, match=r"GiB beside the present 0\.\d+ GiB") as refusal:
-            engine.reconfigure({"weights": "int8", "batching": "static"})
+        with pytest.raises(CapacityError, match=r"GiB next to the current 0\.\d+ GiB") as refusal:
+            reconfigure(engine, {"weights": "int8", "batching": "static"})
     assert refusal.value.field == "weights"
     assert refusal.value.remedy
     assert (engine.config, engine.model.weights_format(), engine.model.weights_path()) == before
     assert finish(engine).token_ids == expected
-    assert engine.reconfigure({"weights": "int8"}).tier == "swap"  # and with memory it works
+    assert reconfigure(engine, {"weights": "int8"}).tier == "swap"  # and with memory it works
 
 
 def test_error_that_is_not_about_memory_passes_a_swap_unchanged(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
     engine = make_engine(tiny_llama)
     monkeypatch.setattr(Linear, "swap", failing_at(3, Linear.swap, RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        engine.reconfigure({"weights": "int8"})
+        reconfigure(engine, {"weights": "int8"})
     assert engine.model.weights_format() == "model"
     assert engine.config.weights == "model"
 
@@ -146,7 +147,7 @@ def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, mon
     engine = make_engine(tiny_llama)
     monkeypatch.setattr(weight_swap, "make_weight", remember)
     with pytest.raises(CapacityError) as refusal:
-        engine.reconfigure({"weights": "int8"})
+        reconfigure(engine, {"weights": "int8"})
     gc.collect()
     assert refusal.value.message  # the error is still there, what it was about is not
     assert len(made) == 5
@@ -155,7 +156,7 @@ def test_tensors_made_before_memory_ran_out_are_free_again(tiny_llama: Path, mon
 
 # Where a load can run out: reading a tensor, quantizing, allocating the cache.
 LOAD_POINTS = [(CheckpointRows, "read", 1, "model"), (CheckpointRows, "read", 9, "model")]
-LOAD_POINTS += [(weight_reader, "make_weight", 3, "model"), (core, "KVCache", 1, "memory_limit_gib")]
+LOAD_POINTS += [(weight_reader, "make_weight", 3, "model"), (parts, "KVCache", 1, "memory_limit_gib")]
 
 
 @pytest.mark.parametrize("problem", FAILURES, ids=lambda p: type(p).__name__)

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from engine import core
+from engine import parts
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError
 from engine.layers.linear import Linear
 from engine.models import LoadedModel, load_model
 from engine.outputs import RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of
 from kernels.cpu import build
 from tests.core.test_out_of_memory import FAILURES, failing_at
 from tests.family_cases import random_prompt
@@ -53,13 +55,13 @@ def finish(engine: Engine) -> dict[str, RequestOutput]:
 def hidden_states(engine: Engine, prompts: list[list[int]], steps: int) -> list[torch.Tensor]:
     """What the layers give in each step, with the same tokens going in whatever comes out."""
     seen: list[torch.Tensor] = []
-    forward = engine._executor.forward
+    forward = engine.executor.forward
 
     def watched(step: Any) -> torch.Tensor:
         seen.append(forward(step))
         return seen[-1]
 
-    engine._executor.forward = watched  # type: ignore[method-assign]
+    engine.executor.forward = watched  # type: ignore[method-assign]
     for index, prompt in enumerate(prompts):
         add(engine, prompt, 1, str(index))
     for _ in range(steps):
@@ -134,8 +136,8 @@ def test_a_request_in_flight_goes_on_as_if_its_text_had_come_to_an_engine_of_tha
     add(engine, prompt, 40)
     for _ in range(12):
         engine.step()
-    written = list(engine._requests["r"].output_token_ids)
-    result = engine.reconfigure({"kv_dtype": kv_dtype})
+    written = list(engine.streams["r"].request.output_token_ids)
+    result = reconfigure(engine, {"kv_dtype": kv_dtype})
     assert result.tier == "swap"
     assert any("1 running requests are computed again" in note for note in result.notes)
     output = finish(engine)["r"]
@@ -150,14 +152,14 @@ def test_a_request_in_flight_goes_on_as_if_its_text_had_come_to_an_engine_of_tha
 def test_the_same_memory_holds_more_tokens_and_gives_them_back(model: LoadedModel):
     engine = engine_with_blocks(model, 24, block_size=4, max_num_seqs=16)
     before, bytes_before = engine.envelope, engine.cache.nbytes
-    engine.reconfigure({"kv_dtype": "int8"})
+    reconfigure(engine, {"kv_dtype": "int8"})
     assert engine.envelope.num_blocks == engine.scheduler.pool.num_blocks
     assert engine.envelope.num_blocks > 3 * before.num_blocks  # of float32, less the scales
     assert engine.envelope.max_model_len > before.max_model_len
     assert engine.cache.nbytes <= bytes_before * 1.05
     add(engine, random_prompt(150), 20)  # would not have fitted
     assert len(finish(engine)["r"].token_ids) == 20
-    engine.reconfigure({"kv_dtype": "model"})
+    reconfigure(engine, {"kv_dtype": "model"})
     assert engine.envelope == before
     assert engine.cache.nbytes == bytes_before
 
@@ -167,7 +169,7 @@ def test_prefixes_known_in_one_format_are_not_taken_for_those_of_another(model: 
     prompt = random_prompt(40, seed=2)
     add(engine, prompt, 2)
     finish(engine)
-    engine.reconfigure({"kv_dtype": "int8"})
+    reconfigure(engine, {"kv_dtype": "int8"})
     assert engine.scheduler.pool.num_cached == 0
     add(engine, prompt, 2)
     assert finish(engine)["r"].num_cached_tokens == 0
@@ -177,13 +179,13 @@ def test_prefixes_known_in_one_format_are_not_taken_for_those_of_another(model: 
 
 def test_a_format_under_which_a_request_in_flight_could_not_finish_is_refused_and_nothing_changes(model: LoadedModel):
     engine = engine_with_blocks(model, 24, block_size=4, max_num_seqs=16, kv_dtype="model")
-    engine.reconfigure({"kv_dtype": "int8"})
+    reconfigure(engine, {"kv_dtype": "int8"})
     add(engine, random_prompt(80), 60)
     for _ in range(3):
         engine.step()
     before = engine.config, engine.envelope, engine.totals["preemptions"]
     with pytest.raises(CapacityError, match="may grow to 140 tokens") as refusal:
-        engine.reconfigure({"kv_dtype": "model", "batching": "static"})
+        reconfigure(engine, {"kv_dtype": "model", "batching": "static"})
     assert refusal.value.field == "kv_dtype"
     assert refusal.value.remedy
     assert (engine.config, engine.envelope, engine.totals["preemptions"]) == before
@@ -200,8 +202,8 @@ def test_an_swap_that_finds_memory_at_the_second_try_goes_through(model: LoadedM
     engine = make_engine(model)
     add(engine, random_prompt(20), 8)
     engine.step()
-    monkeypatch.setattr(core, "KVCache", failing_at(1, core.KVCache, FAILURES[0]))
-    engine.reconfigure({"kv_dtype": "int8"})
+    monkeypatch.setattr(parts, "KVCache", failing_at(1, parts.KVCache, FAILURES[0]))
+    reconfigure(engine, {"kv_dtype": "int8"})
     assert engine.cache.format.name == "int8"
     assert len(finish(engine)["r"].token_ids) == 8
 
@@ -219,14 +221,14 @@ def test_an_swap_that_runs_out_of_memory_brings_the_former_format_back(
         engine.step()
     before = engine.config, engine.envelope
     with monkeypatch.context() as patch:
-        patch.setattr(core, "KVCache", lambda make=core.KVCache, **shape: refuse_quantized(make, problem, **shape))
+        patch.setattr(parts, "KVCache", lambda make=parts.KVCache, **shape: refuse_quantized(make, problem, **shape))
         with pytest.raises(CapacityError, match="GiB of KV cache") as refusal:
-            engine.reconfigure({"kv_dtype": "int8", "batching": "static"})
+            reconfigure(engine, {"kv_dtype": "int8", "batching": "static"})
     assert refusal.value.remedy
     assert (engine.config, engine.envelope) == before
-    assert engine.path()["kv_cache"] == "float32"
+    assert path_of(engine)["kv_cache"] == "float32"
     assert finish(engine)["r"].token_ids == expected
-    assert engine.reconfigure({"kv_dtype": "int8"}).tier == "swap"  # and with memory it works
+    assert reconfigure(engine, {"kv_dtype": "int8"}).tier == "swap"  # and with memory it works
 
 
 def test_weights_that_cannot_be_swapped_with_it_take_the_cache_back_too(
@@ -244,12 +246,12 @@ def test_weights_that_cannot_be_swapped_with_it_take_the_cache_back_too(
     with monkeypatch.context() as patch:
         patch.setattr(Linear, "swap", failing_at(4, Linear.swap, FAILURES[0]))
         with pytest.raises(CapacityError, match="weights") as refusal:
-            engine.reconfigure({"kv_dtype": "int8", "weights": "int8"})
+            reconfigure(engine, {"kv_dtype": "int8", "weights": "int8"})
     assert refusal.value.field == "weights"
     assert (engine.config, engine.envelope, engine.model.weights_format()) == (*before, "model")
     assert engine.cache.format.name == "model"
     assert finish(engine)["r"].token_ids == expected
-    assert set(engine.reconfigure({"kv_dtype": "int8", "weights": "int8"}).changed) == {"kv_dtype", "weights"}
+    assert set(reconfigure(engine, {"kv_dtype": "int8", "weights": "int8"}).changed) == {"kv_dtype", "weights"}
     add(engine, prompt, 5)
     assert len(finish(engine)["r"].token_ids) == 5
 
@@ -259,15 +261,15 @@ def test_the_old_cache_is_gone_before_the_new_one_is_made(model: LoadedModel, mo
     add(engine, random_prompt(20), 8)
     engine.step()
     old = weakref.ref(engine.cache)
-    make = core.KVCache
+    make = parts.KVCache
     alive: list[bool] = []
 
     def watched(**shape: Any) -> Any:
         alive.append(old() is not None)
         return make(**shape)
 
-    monkeypatch.setattr(core, "KVCache", watched)
-    engine.reconfigure({"kv_dtype": "fp8"})
+    monkeypatch.setattr(parts, "KVCache", watched)
+    reconfigure(engine, {"kv_dtype": "fp8"})
     assert alive == [False]
     assert len(finish(engine)["r"].token_ids) == 8
 
@@ -286,7 +288,7 @@ def test_swaps_again_and_again_lose_no_request_and_no_block(model: LoadedModel, 
                 finished[output.request_id] = output
         turn += 1
         if turn % 7 == 0 and turn < 100:
-            engine.reconfigure({"kv_dtype": formats[turn // 7 % len(formats)]})
+            reconfigure(engine, {"kv_dtype": formats[turn // 7 % len(formats)]})
         engine.check_invariants()
     assert sorted(len(output.token_ids) for output in finished.values()) == [20] * 10
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
@@ -298,6 +300,6 @@ def test_a_format_that_packs_more_dimensions_than_divide_a_head_is_refused_by_na
     engine = make_engine(model)
     monkeypatch.setattr(engine.model.decoder, "head_dim", 15)
     with pytest.raises(ConfigError, match="15") as refusal:
-        engine.reconfigure({"kv_dtype": "int4"})
+        reconfigure(engine, {"kv_dtype": "int4"})
     assert refusal.value.field == "kv_dtype"
     assert engine.config.kv_dtype == "model"

@@ -11,6 +11,7 @@ import torch
 
 from engine.models import load_model
 from engine.outputs import RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from tests.support import engine_with_blocks
 
@@ -87,7 +88,7 @@ def test_every_uncancelled_request_finishes_with_the_right_tokens(tiny_llama: Pa
             in_flight.discard(victim)
             cancelled.add(victim)
         if generator.random() < 0.1:
-            engine.reconfigure(generator.choice(TOGGLES))
+            reconfigure(engine, generator.choice(TOGGLES))
             toggles += 1
         for output in engine.step():
             if output.finished:

@@ -27,7 +27,9 @@ from hypothesis.stateful import (
 from engine.core import Engine
 from engine.models import LoadedModel, load_model
 from engine.outputs import RequestOutput
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import take_status
 from tests.core.toggles import LOSSLESS
 from tests.support import engine_with_blocks
 
@@ -123,41 +125,41 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(change=st.sampled_from(LOSSLESS))
     def toggle(self, change: dict[str, Any]) -> None:
-        self.engine.reconfigure(change)
+        reconfigure(self.engine, change)
 
     @rule()
     def speculate(self) -> None:
         """With drafts of a fixed length: whether adaptive ones pay depends on the clock of a busy machine."""
-        self.engine.reconfigure({"speculation": "ngram", "ngram_min": 1, "draft_control": "fixed"})
+        reconfigure(self.engine, {"speculation": "ngram", "ngram_min": 1, "draft_control": "fixed"})
 
     @rule(running=st.integers(1, MAX_RUNNING), budget=st.integers(1, 64))
     def move_the_limits(self, running: int, budget: int) -> None:
-        self.engine.reconfigure({"max_running": running, "token_budget": budget})
+        reconfigure(self.engine, {"max_running": running, "token_budget": budget})
 
     @rule(weights=st.sampled_from(["model", "int8", "int4", "w4a8"]), really=st.integers(0, 3))
     def swap_weights(self, weights: str, really: int) -> None:
         if really and weights != "model":
             return  # seldom, or hardly a request would live long enough to be compared
-        if self.engine.reconfigure({"weights": weights}).changed:
+        if reconfigure(self.engine, {"weights": weights}).changed:
             self.lossy |= self.in_flight()
 
     @rule(kv_dtype=st.sampled_from(["model", "fp8", "int8", "int4"]), really=st.integers(0, 3))
     def swap_the_cache(self, kv_dtype: str, really: int) -> None:
         if really and kv_dtype != "model":
             return  # a quantized cache has so many blocks that nobody is preempted
-        if self.engine.reconfigure({"kv_dtype": kv_dtype}).changed:
+        if reconfigure(self.engine, {"kv_dtype": kv_dtype}).changed:
             self.lossy |= self.in_flight()
 
     @rule()
     def reset_prefix_cache(self) -> None:
         self.engine.reset_prefix_cache()
-        assert self.engine.status().blocks.count("c") == 0
+        assert take_status(self.engine).blocks.count("c") == 0
 
     @invariant()
     def nothing_is_inconsistent(self) -> None:
         self.engine.check_invariants()
         for name in self.in_flight():
-            request = self.engine._requests[name]
+            request = self.engine.streams[name].request
             assert request.output_token_ids == self.received[name], "a token was lost or invented"
 
     def teardown(self) -> None:

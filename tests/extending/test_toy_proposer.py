@@ -12,9 +12,11 @@ from engine.config import EngineConfig, knob, schema
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.models import load_model
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from engine.speculation.proposers.base import Proposer
 from engine.speculation.proposers.table import register_proposer
+from engine.status import take_status
 
 PROMPT = [72, 101, 108, 108, 111]
 
@@ -54,7 +56,7 @@ def tokens_of(engine: Engine, switch: dict[str, object] | None = None) -> dict[s
     steps = 0
     while engine.has_unfinished():
         if steps == 4 and switch is not None:
-            engine.reconfigure(switch)
+            reconfigure(engine, switch)
         finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
         engine.check_invariants()
         steps += 1
@@ -65,7 +67,7 @@ def test_a_registered_proposer_is_switched_on_mid_request_and_changes_no_token(t
     expected = tokens_of(make_engine(tiny_llama))
     engine = make_engine(tiny_llama)
     assert tokens_of(engine, {"speculation": registered}) == expected
-    status = engine.status()
+    status = take_status(engine)
     assert status.path["speculation"] == status.config["speculation"] == registered
     assert status.speculation["drafts"] > 0
     assert status.speculation["draft_tokens"] > status.speculation["accepted_tokens"]

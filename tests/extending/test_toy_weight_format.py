@@ -18,7 +18,9 @@ from engine.models.weight_swap import planned_bytes
 from engine.quantization.formats import WeightFormat
 from engine.quantization.registry import WeightChoice, register_weight_format
 from engine.quantization.rows import Weight, row_slices
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 from tests.support import transformers_greedy
 
 PROMPT, LONG = [72, 101, 108, 108, 111], list(range(40, 64))
@@ -101,17 +103,17 @@ def test_a_registered_format_is_switched_on_mid_request_and_computes_with_its_ow
     for _ in range(5):
         engine.step()
     before = engine.model.weight_bytes()
-    engine.reconfigure({"weights": registered})
+    reconfigure(engine, {"weights": registered})
     ask(engine, "fresh", PROMPT, 16)
     tokens = finish(engine)
     assert len(tokens["running"]) == 20
     assert tokens["fresh"] == rounded_reference(tiny_llama, PROMPT, 16)
     assert engine.model.weight_bytes() < before
-    status = engine.status()
+    status = take_status(engine)
     assert status.config["weights"] == registered
     assert status.path["weights"].startswith("eighths: widened to a matmul")
-    engine.reconfigure({"weights": "model"})
-    assert engine.path()["weights"].startswith("model")
+    reconfigure(engine, {"weights": "model"})
+    assert path_of(engine)["weights"].startswith("model")
 
 
 def test_a_registered_format_is_offered_like_the_others_and_labelled_lossy(registered: str):

@@ -18,6 +18,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models import load_model
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 from kernels.kv_formats import KV_FORMATS
 from tests.gpu.case import Size
 from tests.gpu.random_model import tokenizer_of
@@ -173,7 +174,7 @@ def _generate(
     engine = Engine(load_model(str(folder), dtype="float32", device=str(device)), config)
     wait_until_prepared(engine)
     found = generate(engine, size)
-    path = engine.path()
+    path = path_of(engine)
     engine.close()
     return found, path
 
@@ -197,7 +198,7 @@ def wait_until_prepared(engine: Engine) -> None:
         TimeoutError: if that takes longer than three minutes.
     """
     end = time.monotonic() + PREPARATION_TIMEOUT_S
-    while engine.status().execution["preparing"] is not None:  # asking takes over what is ready
+    while take_status(engine).execution["preparing"] is not None:  # asking takes over what is ready
         if time.monotonic() > end:
             raise TimeoutError("the execution mode was not prepared in time")
         time.sleep(0.001)

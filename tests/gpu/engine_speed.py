@@ -19,7 +19,9 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.models.loader import LoadedModel
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of
 from kernels.kv_formats import KV_FORMATS, KVFormat
 from tests.gpu.case import Size
 from tests.gpu.ceilings import Ceilings
@@ -137,11 +139,11 @@ def _headroom(
                 yield Speed("headroom", setting, batch, None, None, None, None, {}, "no time left")
                 continue
             try:
-                engine.reconfigure({"execution": execution})
+                reconfigure(engine, {"execution": execution})
                 wait_until_prepared(engine)
                 step_s = _decode_step_s(engine, batch, size)
                 floor = floor_s(model, batch, size, ceilings, engine.cache.format)
-                yield _speed("headroom", setting, batch, step_s, floor, engine.path())
+                yield _speed("headroom", setting, batch, step_s, floor, path_of(engine))
             except Exception as problem:
                 engine.fail_all("the measurement failed")
                 yield _failed("headroom", setting, batch, problem)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batching.admission import Admission
 from engine.config import EngineConfig
 from engine.errors import RequestError
 from engine.measure.results import Provenance, RequestRecord, RunResult
@@ -52,6 +51,21 @@ class _Job:
     tokens: list[int] = dataclasses.field(default_factory=list)
 
 
+class ScriptedAdmission:
+    """Stands for engine.batching.admission.Admission: refuses prompts as it is told."""
+
+    def __init__(self, reject: Callable[[Sequence[int]], bool]) -> None:
+        self.envelope = SimpleNamespace(max_model_len=2048)
+        self._reject = reject
+
+    def check(self, prompt: Sequence[int], params: Any, priority: int = 0) -> None:
+        if self._reject(prompt):
+            raise RequestError(f"{len(prompt)} tokens are refused.", field="prompt", remedy="Send others.")
+
+    def check_queue(self, in_flight: int) -> None:
+        """There is room for all."""
+
+
 class ScriptedEngine:
     """The interface of engine.core.Engine, with no model: steps of a fixed length, knobs recorded.
 
@@ -68,23 +82,22 @@ class ScriptedEngine:
         self.config = EngineConfig()
         self.tokenizer = CharacterTokenizer()
         self.model = SimpleNamespace(
-            name="scripted", fingerprint="f" * 64, tokenizer=self.tokenizer, decoder=SimpleNamespace(vocab_size=253)
+            name="scripted",
+            device=torch.device("cpu"),
+            tokenizer=self.tokenizer,
+            decoder=SimpleNamespace(vocab_size=253),
         )
         self.steps: Ring[StepStats] = Ring(8192)
         self.events: Ring[EngineEvent] = Ring(1024)
         self.history: list[dict[str, Any]] = []
-        self.admission = Admission(253, SimpleNamespace(max_model_len=2048), 100_000)  # type: ignore[arg-type]
+        self.admission = ScriptedAdmission(reject)
         self.fruitless_steps = 0
         self.prefix_resets = 0
         self.batch_sizes: list[int] = []
         self.submitted: list[list[int]] = []
         self._jobs: dict[str, _Job] = {}
-        self._step_s, self._fail_at, self._reject = step_s, fail_at_step, reject
+        self._step_s, self._fail_at = step_s, fail_at_step
         self._index = 0
-
-    def validate_request(self, prompt: Sequence[int], params: Any, priority: int = 0) -> None:
-        if self._reject(prompt):
-            raise RequestError(f"{len(prompt)} tokens are refused.", field="prompt", remedy="Send others.")
 
     def add_request(self, request_id: str, prompt: Sequence[int], params: Any, priority: int, arrival: float) -> None:
         self.submitted.append(list(prompt))
@@ -147,16 +160,13 @@ class ScriptedEngine:
         noise = {"model": 0.0, "int8": 0.01, "int4": 0.3}[self.config.weights]
         return (table + noise * torch.randn(253, 253, generator=generator))[list(token_ids)]
 
-    def path(self) -> dict[str, str]:
-        return {"weights": self.config.weights}
-
     def status(self) -> EngineStatus:
         weights = {"model": 1000, "int8": 500, "int4": 250}[self.config.weights]
         return EngineStatus(
-            model={},
+            model={"name": "scripted", "fingerprint": "f" * 64},
             config=self.config.to_dict(),
             config_hash=self.config.hash(),
-            path=self.path(),
+            path={"weights": self.config.weights},
             memory=MemoryReport(9000, weights, 1000, 100, 2000, 4000),
             block_size=16,
             num_blocks=4,
@@ -211,8 +221,12 @@ def tokenizer() -> CharacterTokenizer:
 
 
 @pytest.fixture
-def scripted_loop() -> Iterator[Callable[..., Any]]:
-    """A function that starts a loop around a :class:`ScriptedEngine`."""
+def scripted_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """A function that starts a loop around a :class:`ScriptedEngine`, which changes its knobs and tells its status
+    itself."""
+    monkeypatch.setattr("engine.reconfigure.prepare", ScriptedEngine.prepare)
+    monkeypatch.setattr("engine.reconfigure.apply", ScriptedEngine.apply)
+    monkeypatch.setattr("engine.worker.loop.take_status", ScriptedEngine.status)
     loops: list[EngineLoop] = []
 
     def start(**arguments: Any) -> EngineLoop:

@@ -65,15 +65,15 @@ def test_speculation_is_measured_by_acceptance_and_accepted_length(start_loop, t
 
 
 def _drafts(loop: EngineLoop) -> int:
-    return sum(step.draft_tokens for step in loop.steps_since(0))
+    return sum(step.draft_tokens for step in loop.steps.since(0))
 
 
 def test_a_burst_on_static_batching_is_one_batch(start_loop, tiny_llama: Path):
     loop = start_loop(model=str(tiny_llama), batching="static")
     result = run_workload(loop, {"base": "quick", "num_requests": 8, "warmup_requests": 0})
     assert result.metrics["requests_completed"] == 8
-    assert max(step.num_running for step in loop.steps_since(0)) == 8
-    assert len(loop.steps_since(0)) < 2 * 24
+    assert max(step.num_running for step in loop.steps.since(0)) == 8
+    assert len(loop.steps.since(0)) < 2 * 24
 
 
 def test_int4_costs_quality_and_the_model_itself_costs_none(start_loop, tiny_llama: Path):

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 from engine.measure.driver import _attach_quality
 from engine.measure.quality import QualityComparison, QualityStats, describe_reference
+from engine.models.checkpoint import stored_as
 from tests.storage.run_examples import make_run
 
 
 def test_the_reference_is_the_weights_as_their_file_stores_them():
     checkpoint = SimpleNamespace(source="gguf", config={}, stored_elements={"F32": 10, "Q4_1": 9_990})
-    assert describe_reference(SimpleNamespace(checkpoint=checkpoint)) == "weights as stored, Q4_1 (GGUF)"
-    assert describe_reference(SimpleNamespace()) == "weights as they are in memory"
+    assert describe_reference(stored_as(checkpoint)) == "weights as stored, Q4_1 (GGUF)"
+    assert describe_reference(None) == "weights as they are in memory"
 
 
 def test_a_run_of_a_comparison_records_its_reference_in_field_and_event():

@@ -12,6 +12,7 @@ import pytest
 from engine.errors import ConfigError, EngineDeadError, WorkloadError
 from engine.measure import METRICS, RunProgress, run_comparison, run_workload
 from engine.measure.results import from_json, to_json
+from engine.status import take_status
 
 BURST = {"base": "quick", "num_requests": 5, "prompt_tokens": 20, "output_tokens": 8}
 
@@ -318,6 +319,6 @@ def test_waiting_for_a_run_never_blocks_the_engine_for_others(scripted_loop):
     thread.start()
     began = time.perf_counter()
     while thread.is_alive():
-        loop.call(lambda engine: engine.status())
+        loop.call(lambda engine: take_status(engine))
     assert time.perf_counter() - began < 20
     thread.join()

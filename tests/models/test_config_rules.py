@@ -14,6 +14,7 @@ from engine.errors import ModelLoadError
 from engine.models import load_model
 from engine.models.config_rules import config_warnings
 from engine.models.families import FAMILIES
+from engine.status import take_status
 from tests import family_cases
 from tests.attack import checkpoints
 from tests.conftest import byte_tokenizer
@@ -112,7 +113,7 @@ def test_status_and_event_log_carry_the_warnings(folder):
         {"model": state(folder, clip_qkv=8.0), "dtype": "float32", "device": "cpu", "memory_limit_gib": 0.05}
     )
     engine = Engine.load(config)
-    (warning,) = engine.status().model["warnings"]
+    (warning,) = take_status(engine).model["warnings"]
     assert "clip_qkv" in warning
     assert [event.summary for event in engine.events if event.kind == "warning"] == [warning]
 

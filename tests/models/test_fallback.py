@@ -21,13 +21,16 @@ from transformers import (
 )
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from engine import capacity
+from engine.capacity import CacheLayout, kv_bytes_per_block
+from engine.capacity.formats import FLOAT32
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import load_model, weight_swap
 from engine.models.fallback import TransformersDecoder, context_of
+from engine.reconfigure import reconfigure
 from engine.sizing import describe_model
+from engine.status import path_of
 from tests.family_cases import BASE, FALLBACKS, LONGROPE
 
 TINY_STATE = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 256}
@@ -46,8 +49,8 @@ def neox(save_model):
 def test_recorded_path_says_that_transformers_computes_the_blocks(neox):
     model = load_model(str(neox), dtype="float32", device="cpu")
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1}))
-    assert engine.path()["decoder"] == ("fallback: transformers GPTNeoXForCausalLM, attention and cache by Headroom")
-    assert engine.path()["weights"] == "model: float32 matmul by transformers"
+    assert path_of(engine)["decoder"] == ("fallback: transformers GPTNeoXForCausalLM, attention and cache by Headroom")
+    assert path_of(engine)["weights"] == "model: float32 matmul by transformers"
     assert (model.family, model.source, model.max_position) == ("gpt_neox", "safetensors", 256)
 
 
@@ -55,7 +58,7 @@ def test_engine_sizes_its_cache_from_what_the_fallback_really_has(save_model):
     model = load_model(str(save_model(FALLBACKS["starcoder2, window"])), dtype="float32", device="cpu")
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1, "block_size": 16}))
     per_block = 2 * 3 * 16 * 1 * 32 * 4  # keys and values · layers · tokens · heads · head_dim · bytes
-    assert capacity.kv_bytes_per_block(model.spec, 16, "float32") == per_block
+    assert kv_bytes_per_block(model.spec, CacheLayout(FLOAT32.as_kv, block_size=16)) == per_block
     assert engine.cache.nbytes == engine.envelope.num_blocks * per_block
     assert model.decoder.layer_windows == [16, 16, 16]
     parameters = sum(parameter.numel() for parameter in model.decoder.model.parameters())
@@ -83,7 +86,7 @@ def test_quantized_weights_are_refused_at_load_and_while_serving(neox, weights):
     assert caught.value.field == "weights"
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1}))
     with pytest.raises(ConfigError, match="not available"):
-        engine.reconfigure({"weights": weights})
+        reconfigure(engine, {"weights": weights})
     assert engine.config.weights == "model"
 
 

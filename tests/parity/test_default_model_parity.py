@@ -13,6 +13,7 @@ import pytest
 
 from engine.config import EngineConfig, Tier, knobs
 from engine.core import Engine
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from tests.core.toggles import pairwise_rows
 from tests.support import engine_with_blocks, transformers_greedy, wait_until_prepared
@@ -101,7 +102,7 @@ def generate(
                 results[int(output.request_id)] = output.token_ids
         engine.check_invariants()
         if toggle is not None and produced > at_once * output_tokens // 2:
-            engine.reconfigure(toggle)
+            reconfigure(engine, toggle)
             wait_until_prepared(engine)
             toggle = None
     assert toggle is None, "the toggle was never reached"

@@ -10,6 +10,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.sampling.params import SamplingParams
+from engine.status import take_status
 from tests.rehearsal.simulated_gpu import Event, Simulation
 
 #: Where the tokens of a step come back: the one wait of a step.
@@ -103,7 +104,7 @@ def take(tokens: dict[str, list[int]], engine: Engine) -> None:
 
 def warmed_up(engine: Engine) -> Engine:
     """The engine, once nothing is prepared any more."""
-    while engine.status().execution["preparing"]:
+    while take_status(engine).execution["preparing"]:
         pass
     return engine
 

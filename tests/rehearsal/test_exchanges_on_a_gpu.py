@@ -9,6 +9,8 @@ from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
 from engine.measure import provenance
 from engine.models.loader import resolve_device, resolve_dtype
+from engine.reconfigure import reconfigure
+from engine.status import path_of, take_status
 from engine.telemetry.gpu import gpu_uuid
 from tests.rehearsal.rehearsal import add, check_step, load, on_the_cpu, rehearse, requests, serve, take, warmed_up
 
@@ -24,12 +26,12 @@ def test_weights_are_swapped_under_requests_and_land_on_their_own_gpu(
     asked, tokens = requests(["greedy", "top-k", "greedy"], max_tokens=14), {}
     add(engine, asked)
     for weights in FORMATS:
-        engine.reconfigure({"weights": weights, "head_weights": "model" if weights == "model" else "int8"})
+        reconfigure(engine, {"weights": weights, "head_weights": "model" if weights == "model" else "int8"})
         for _ in range(2):
             simulation.taken()
             take(tokens, engine)
             check_step(simulation.taken(), [], sampled=engine.steps[-1].output_tokens > 0)
-        assert engine.path()["weights"].startswith(weights.replace("-", " "))
+        assert path_of(engine)["weights"].startswith(weights.replace("-", " "))
     while engine.has_unfinished():
         take(tokens, engine)
     assert [len(tokens[str(index)]) for index in range(3)] == [14] * 3
@@ -44,7 +46,7 @@ def test_the_format_of_the_cache_is_swapped_under_requests(device, tiny_llama, r
     add(engine, asked)
     for kv_dtype, attention in (("int8", "triton"), ("int4", "sdpa"), ("fp8", "triton"), ("model", "triton")):
         execution = "fused" if attention == "triton" else "auto"
-        engine.reconfigure({"kv_dtype": kv_dtype, "attention": attention, "execution": execution})
+        reconfigure(engine, {"kv_dtype": kv_dtype, "attention": attention, "execution": execution})
         simulation.taken()
         take(tokens, engine)
         check_step(simulation.taken(), ["sdpa"], sampled=engine.steps[-1].output_tokens > 0)
@@ -59,25 +61,25 @@ def test_memory_that_torch_keeps_in_reserve_counts_as_free(tiny_llama, runtime, 
     engine = load(tiny_llama, dtype="bfloat16")
     runtime.free_bytes, runtime.reserved_bytes = 1000, 0
     with pytest.raises(CapacityError, match="the new weights need"):
-        engine.reconfigure({"weights": "int8"})
+        reconfigure(engine, {"weights": "int8"})
     runtime.reserved_bytes = 2**20
     assert available_memory(engine.model.device) == 1000 + 2**20
-    engine.reconfigure({"weights": "int8"})
+    reconfigure(engine, {"weights": "int8"})
 
 
 def test_every_bucket_is_captured_and_serves_with_padding(tiny_llama, runtime, simulation):
     engine = warmed_up(load(tiny_llama, execution="graphs", max_num_seqs=6))
-    assert engine.status().execution["failed"] == []
+    assert take_status(engine).execution["failed"] == []
     simulation.taken()
     asked = requests(["greedy", "top-k", "greedy"])
     assert rehearse(engine, simulation, asked) == on_the_cpu(tiny_llama, asked)
-    assert engine.status().execution["last"] == "graphs"
+    assert take_status(engine).execution["last"] == "graphs"
 
 
 def test_what_reads_back_cannot_be_captured_and_serves_eagerly(folders, runtime, simulation):
     """Quantized experts: one product for each, their counts known on the host."""
     engine = warmed_up(load(folders["mixtral"], execution="graphs", weights="int8", max_num_seqs=2))
-    failed = engine.status().execution["failed"]
+    failed = take_status(engine).execution["failed"]
     assert failed
     assert all("while a graph is captured" in row["error"] for row in failed)
     rehearse(engine, simulation, requests(["greedy"]), ["forward"])
@@ -129,7 +131,7 @@ def test_an_old_gpu_runs_torchs_own_operators_and_says_why(tiny_llama, runtime, 
     runtime.compute_capability = (7, 5)
     asked = requests(["greedy", "greedy"])
     engine = load(tiny_llama)
-    path = engine.path()
+    path = path_of(engine)
     assert (path["attention"], path["sampling"], path["execution"]) == ("sdpa", "torch", "eager")
     assert "needs compute capability 8.0" in path["attention_reason"]
     assert rehearse(engine, simulation, asked, ["sdpa"]) == on_the_cpu(tiny_llama, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.status import path_of
 from tests.family_cases import FALLBACKS, FAMILIES
 from tests.rehearsal.rehearsal import KINDS, NAMED_WAITS, TORCH_SAMPLER, load, on_the_cpu, rehearse, requests
 from tests.support import engine_with_blocks
@@ -37,7 +38,7 @@ def test_every_family_runs_fused_with_one_wait_a_step(family, folders, runtime, 
     asked = requests()
     engine = load(folders[family], execution="fused")
     assert rehearse(engine, simulation, asked) == on_the_cpu(folders[family], asked)
-    assert engine.path()["execution"] == "fused"
+    assert path_of(engine)["execution"] == "fused"
 
 
 @pytest.mark.parametrize("family", ["gemma3, untied, soft cap, scaled", "qwen3 moe", "phi3, part of a head rotated"])

@@ -11,6 +11,7 @@ from engine import core, device
 from engine.attention.operator import AttendContext
 from engine.layers.mlp import GatedMLP
 from engine.layers.rotary import RotaryEmbedding
+from engine.reconfigure import reconfigure
 from tests.rehearsal.rehearsal import load, rehearse, requests
 from tests.rehearsal.simulated_gpu import GpuMistake
 
@@ -32,8 +33,8 @@ def test_a_tensor_left_on_the_cpu_is_caught(tiny_llama, runtime, simulation):
 
 def test_a_tensor_of_the_cpu_given_to_a_kernel_is_caught(tiny_llama, runtime, simulation):
     engine = load(tiny_llama, execution="eager")
-    engine.reconfigure({"execution": "fused"})
-    engine._executor.mode.warm_up.pending.clear()
+    reconfigure(engine, {"execution": "fused"})
+    engine.executor.mode.warm_up.pending.clear()
     norm = engine.model.decoder.layers[0].input_norm
     norm.weight = torch.nn.Parameter(norm.weight.inner.clone(), requires_grad=False)
     refused(simulation, engine, "_rms_norm_kernel is given weight_ptr on cpu")
@@ -108,8 +109,8 @@ def test_the_wrong_type_for_a_kernel_is_caught(tiny_llama, runtime, simulation, 
 
 def test_angles_in_the_wrong_type_are_caught(tiny_llama, runtime, simulation, monkeypatch):
     engine, forward = load(tiny_llama, execution="eager"), RotaryEmbedding.forward
-    engine.reconfigure({"execution": "fused"})
-    engine._executor.mode.warm_up.pending.clear()
+    reconfigure(engine, {"execution": "fused"})
+    engine.executor.mode.warm_up.pending.clear()
     monkeypatch.setattr(RotaryEmbedding, "forward", lambda self, at: tuple(x.half() for x in forward(self, at)))
     with pytest.raises((ValueError, AssertionError), match="cos must be float32"):  # the launching code looks itself
         rehearse(engine, simulation, requests(["greedy"]))

@@ -17,7 +17,7 @@ from engine.capacity.speed.serving import OperatingPoint, serving
 from engine.capacity.speed.workload import (
     MAX_RATE,
     Objectives,
-    Workload,
+    PlannedWorkload,
     check_number,
     check_objectives,
     check_workload,
@@ -41,7 +41,7 @@ class Goal:
     """
 
     request: PlanRequest
-    workload: Workload
+    workload: PlannedWorkload
     objectives: Objectives
     rate: float
     gpus: tuple[Gpu, ...]
@@ -73,7 +73,7 @@ def solve(goal: Goal) -> tuple[Solution, ...]:
     >>> from engine.capacity.model.catalog import model_spec
     >>> from engine.capacity.hardware import find_gpu
     >>> h100 = find_gpu("H100 SXM 80GB")
-    >>> wanted = Goal(PlanRequest(model_spec("Llama-3.1-8B"), h100, context=2048), Workload(1024, 256),
+    >>> wanted = Goal(PlanRequest(model_spec("Llama-3.1-8B"), h100, context=2048), PlannedWorkload(1024, 256),
     ...               Objectives(ttft_s=0.5, tpot_s=0.05), 30.0, (h100,), weights=("auto",), kv_dtypes=("auto",))
     >>> [(answer.gpus, answer.request.tp) for answer in solve(wanted)]
     [(2, 1)]

@@ -1,5 +1,5 @@
 """How a checkpoint says that it is quantized: ``quantization_config`` of a ``config.json``, or NVIDIA ModelOpt's
-``hf_quant_config.json`` beside it. Which matrices are, in which format, and what the KV cache is to be kept in."""
+``hf_quant_config.json`` next to it. Which matrices are, in which format, and what the KV cache is to be kept in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from engine.capacity.memory.formats import UNQUANTIZED, WeightFormat, weight_format
+from engine.capacity.formats import UNQUANTIZED, WeightPrecision, weight_precision
 from engine.capacity.model.layers import Layer
 from engine.capacity.model.module_names import ROLES, ModuleList
 from engine.capacity.model.stated import Stated
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 
 _UNKNOWN = "The checkpoint's quantization_config is not understood: weights are planned unquantized unless you choose."
 _MOST_ENTRIES = 100_000
@@ -23,7 +23,7 @@ class _Rule:
     """Matrices that ``targets`` holds (None: all) are in ``format``; a later rule wins over an earlier one."""
 
     targets: ModuleList | None
-    format: WeightFormat
+    format: WeightPrecision
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Quantization:
         remarks: what could not be read, for display.
     """
 
-    format: WeightFormat | None = None
+    format: WeightPrecision | None = None
     rules: tuple[_Rule, ...] = ()
     kv_dtype: str | None = None
     remarks: tuple[str, ...] = ()
 
-    def of(self, role: str, layer: int) -> WeightFormat:
+    def of(self, role: str, layer: int) -> WeightPrecision:
         """The format of the matrices of ``role`` (see :mod:`engine.capacity.model.module_names`) in a layer."""
         found = self.format or UNQUANTIZED
         for rule in self.rules:
@@ -55,7 +55,7 @@ class Quantization:
         if self.format is None or not self.rules:
             return layers
         roles: dict[int, list[str]] = {}
-        made: dict[tuple[int, tuple[tuple[str, WeightFormat], ...]], Layer] = {}
+        made: dict[tuple[int, tuple[tuple[str, WeightPrecision], ...]], Layer] = {}
         found = []
         for index, layer in enumerate(layers):
             if id(layer) not in roles:
@@ -68,7 +68,7 @@ class Quantization:
             found.append(made[key])
         return tuple(found)
 
-    def head(self) -> WeightFormat | None:
+    def head(self) -> WeightPrecision | None:
         """The format of a head of its own; None where it is not quantized."""
         if self.format is None:
             return None
@@ -77,13 +77,13 @@ class Quantization:
 
 
 def checkpoint_quantization(
-    config: Mapping[str, Any], beside: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], separate: Mapping[str, Any] | None = None
 ) -> tuple[Quantization, list[str]]:
     """(the quantization that a checkpoint states, paths of fields of it that were not read).
 
     Args:
         config: the ``config.json``.
-        beside: the ``hf_quant_config.json``, if there is one; it counts where ``config`` states nothing.
+        separate: the ``hf_quant_config.json``, if there is one; it counts where ``config`` states nothing.
 
     >>> def name(**stated):
     ...     return checkpoint_quantization({"quantization_config": stated})[0].format.name
@@ -98,7 +98,7 @@ def checkpoint_quantization(
     >>> found.format.name, found.kv_dtype
     ('fp8', 'fp8')
     """
-    field, value = _where(config, beside)
+    field, value = _where(config, separate)
     if value is None:
         return Quantization(), []
     if not isinstance(value, Mapping):
@@ -128,7 +128,7 @@ def _with_experts(found: Quantization, stated: object) -> Quantization:
     if stated not in ("fp4", "mxfp4"):
         remark = f"Not read: expert_dtype ({shown(stated)}): experts are planned as the other matrices."
         return dataclasses.replace(found, remarks=(*found.remarks, remark))
-    form = WeightFormat("mxfp4", 4, 32, scale_bytes=1)
+    form = WeightPrecision("mxfp4", 4, 32, scale_bytes=1)
     rule = _Rule(_Roles(["expert_up", "expert_down"]), form)
     return dataclasses.replace(found, rules=(*found.rules, rule))
 
@@ -149,7 +149,7 @@ _LOOSE = (
 )  # fmt: skip
 
 
-def _where(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> tuple[str, Any]:
+def _where(config: Mapping[str, Any], separate: Mapping[str, Any] | None) -> tuple[str, Any]:
     """(path, object) of the statement, None where there is none."""
     inner = config.get("text_config")
     places = [config, *([inner] if isinstance(inner, Mapping) else [])]
@@ -157,10 +157,10 @@ def _where(config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> tuple
         for field in ("quantization_config", "compression_config"):
             if place.get(field):
                 return field, place[field]
-    if beside is None:
+    if separate is None:
         return "", None
-    stated = beside.get("quantization")
-    return "hf_quant_config.json", stated if stated is not None else beside
+    stated = separate.get("quantization")
+    return "hf_quant_config.json", stated if stated is not None else separate
 
 
 def _listed(stated: Stated, *fields: str) -> tuple[ModuleList | None, tuple[str, ...]]:
@@ -197,7 +197,7 @@ def _plain_head(modules: ModuleList | None) -> tuple[_Rule, ...]:
 def _mxfp4(stated: Stated) -> Quantization:
     _listed(stated, "modules_to_not_convert")
     others = [role for role in ROLES if not role.startswith("expert")]
-    return Quantization(weight_format("mxfp4"), (_Rule(_Roles(others), UNQUANTIZED),))
+    return Quantization(weight_precision("mxfp4"), (_Rule(_Roles(others), UNQUANTIZED),))
 
 
 class _Roles(ModuleList):
@@ -214,12 +214,12 @@ class _Roles(ModuleList):
 def _fp8(stated: Stated) -> Quantization:
     modules, remarks = _listed(stated, "modules_to_not_convert", "ignored_layers")
     if stated.get("weight_block_size"):
-        form = weight_format("fp8-block")
+        form = weight_precision("fp8-block")
         block = stated["weight_block_size"]
         if block != [128, 128]:
             remarks = (*remarks, f"Not read: weight_block_size {shown(block)}: scales are counted for 128 · 128.")
     else:
-        form = weight_format("fp8")
+        form = weight_precision("fp8")
     return Quantization(form, _plain_head(modules), remarks=remarks)
 
 
@@ -228,23 +228,23 @@ def _whole(stated: Mapping[str, Any], field: str, most: int) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most else None
 
 
-def _integers(bits: object, group: object, *, zero: bool, scale_bytes: int = 2) -> WeightFormat | None:
+def _integers(bits: object, group: object, *, zero: bool, scale_bytes: int = 2) -> WeightPrecision | None:
     """INT2 … INT8 in groups along the input, or with a scale a channel where ``group`` is null or -1."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
         return None
     if group in (None, -1, 0):
         zeros = bits if zero else 0
         if bits == 8:
-            return WeightFormat("int8", 8, scale_bytes=scale_bytes, zero_point_bits=zeros)
-        return WeightFormat(f"int{bits}-channel", bits, scale_bytes=scale_bytes, zero_point_bits=zeros)
+            return WeightPrecision("int8", 8, scale_bytes=scale_bytes, zero_point_bits=zeros)
+        return WeightPrecision(f"int{bits}-channel", bits, scale_bytes=scale_bytes, zero_point_bits=zeros)
     if not isinstance(group, int) or isinstance(group, bool) or not 0 < group <= 2**20:
         return None
     name = f"int{bits}-g{group}"
-    return WeightFormat(name, bits, group, scale_bytes=scale_bytes, zero_point_bits=bits if zero else 0, exact=True)
+    return WeightPrecision(name, bits, group, scale_bytes=scale_bytes, zero_point_bits=bits if zero else 0, exact=True)
 
 
 def _packed(stated: Stated) -> Quantization | None:
-    """AWQ, GPTQ and AutoRound: integers with scales in 16 bits, zero points packed beside them."""
+    """AWQ, GPTQ and AutoRound: integers with scales in 16 bits, zero points packed next to them."""
     # GPTQ's layout stores zero points of a symmetric grid too.
     bits = stated.get("bits", stated.get("w_bit", 4))
     stated.mark("w_bit", "q_group_size", "zero_point", "group_size")
@@ -273,7 +273,7 @@ def _only(stated: Stated) -> tuple[tuple[_Rule, ...], tuple[str, ...]]:
     return (_Rule(_Roles(unlisted), UNQUANTIZED),), remarks
 
 
-def _overrides(stated: Stated, usual: WeightFormat) -> tuple[list[_Rule], list[str]]:
+def _overrides(stated: Stated, usual: WeightPrecision) -> tuple[list[_Rule], list[str]]:
     """GPTQModel's ``dynamic`` and AutoRound's ``extra_config``: bits of some modules, or none."""
     rules: list[_Rule] = []
     remarks: list[str] = []
@@ -307,9 +307,9 @@ def _bitsandbytes(stated: Stated) -> Quantization | None:
     halves = stated.get("llm_int8_has_fp16_weight") is True
     if four:
         name = kind if kind in ("nf4", "fp4") else "fp4"
-        form = WeightFormat(str(name), 4, absmax=(64, 256 if double else 0))
+        form = WeightPrecision(str(name), 4, absmax=(64, 256 if double else 0))
     elif eight and not halves:
-        form = WeightFormat("int8", 8, scale_bytes=4)
+        form = WeightPrecision("int8", 8, scale_bytes=4)
     else:
         return None
     return Quantization(form, rules, remarks=remarks)
@@ -329,10 +329,10 @@ def _modelopt(stated: Stated) -> Quantization | None:
     return Quantization(form, found, kv_dtype, (*remarks, *more))
 
 
-def _by_algorithm(stated: Stated, group: object) -> tuple[list[_Rule], WeightFormat | None]:
+def _by_algorithm(stated: Stated, group: object) -> tuple[list[_Rule], WeightPrecision | None]:
     """Rules of ``quantized_layers``, and the format of most of them."""
     listed = stated.get("quantized_layers")
-    by_format: dict[WeightFormat, list[object]] = {}
+    by_format: dict[WeightPrecision, list[object]] = {}
     for name, entry in list(listed.items())[:_MOST_ENTRIES] if isinstance(listed, Mapping) else []:
         form = (
             _algorithm(entry.get("quant_algo"), entry.get("group_size", group)) if isinstance(entry, Mapping) else None
@@ -343,25 +343,25 @@ def _by_algorithm(stated: Stated, group: object) -> tuple[list[_Rule], WeightFor
     return rules, max(by_format, key=lambda form: len(by_format[form]), default=None)
 
 
-def _algorithm(name: object, group: object) -> WeightFormat | None:
+def _algorithm(name: object, group: object) -> WeightPrecision | None:
     """The weight format of one of ModelOpt's algorithms."""
     text = name.upper() if isinstance(name, str) else ""
     if text == "FP8":
-        return WeightFormat("fp8", 8, scale_bytes=4, whole_tensor=True)
+        return WeightPrecision("fp8", 8, scale_bytes=4, whole_tensor=True)
     if text.startswith(("FP8_PB", "FP8_BLOCK")):
-        return weight_format("fp8-block")
+        return weight_precision("fp8-block")
     if text.startswith("FP8_"):
-        return weight_format("fp8")
+        return weight_precision("fp8")
     if "NVFP4" in text:
-        return weight_format("nvfp4")
+        return weight_precision("nvfp4")
     if "MXFP4" in text:
-        return WeightFormat("mxfp4", 4, 32, scale_bytes=1)
+        return WeightPrecision("mxfp4", 4, 32, scale_bytes=1)
     if text == "MXFP8":
-        return WeightFormat("mxfp8", 8, 32, scale_bytes=1, exact=True)
+        return WeightPrecision("mxfp8", 8, 32, scale_bytes=1, exact=True)
     if text.startswith(("W4A16", "W4A8", "INT4")):
         return _integers(4, group if group is not None else 128, zero=False)
     if text.startswith(("W8A16", "W8A8", "INT8")):
-        return WeightFormat("int8", 8, scale_bytes=4)
+        return WeightPrecision("int8", 8, scale_bytes=4)
     return None
 
 
@@ -371,7 +371,7 @@ def _compressed(stated: Stated) -> Quantization | None:
     kv_dtype, more = _kv_dtype(stated)
     groups = stated.get("config_groups")
     rules: list[_Rule] = []
-    usual: WeightFormat | None = None
+    usual: WeightPrecision | None = None
     for name, group in list(groups.items())[:100] if isinstance(groups, Mapping) else []:
         form, targets, unread = _group(group)
         remarks = (*remarks, *unread)
@@ -396,7 +396,7 @@ _WEIGHT_LOOSE = (
 )  # fmt: skip
 
 
-def _group(group: object) -> tuple[WeightFormat | None, ModuleList | None, tuple[str, ...]]:
+def _group(group: object) -> tuple[WeightPrecision | None, ModuleList | None, tuple[str, ...]]:
     """(format, what it is for or None for every linear layer, remarks) of one of ``config_groups``."""
     if not isinstance(group, Mapping):
         return None, None, ()
@@ -418,25 +418,27 @@ def _group(group: object) -> tuple[WeightFormat | None, ModuleList | None, tuple
     return form, modules, (*remarks, *more)
 
 
-def _compressed_format(weights: Stated) -> WeightFormat | None:
+def _compressed_format(weights: Stated) -> WeightPrecision | None:
     bits, kind, size = weights.get("num_bits"), weights.get("type", "int"), weights.get("group_size")
     strategy = weights.get("strategy")
     zero = weights.get("symmetric", True) is False
     if kind == "int":
         if strategy == "tensor" and isinstance(bits, int) and bits == 8:
-            return WeightFormat("int8", 8, scale_bytes=4, whole_tensor=True)
+            return WeightPrecision("int8", 8, scale_bytes=4, whole_tensor=True)
         return _integers(bits, size, zero=zero)
     if kind != "float":
         return None
     if bits == 4:
-        return weight_format("nvfp4") if size == 16 else WeightFormat("mxfp4", 4, 32, scale_bytes=1)
+        return weight_precision("nvfp4") if size == 16 else WeightPrecision("mxfp4", 4, 32, scale_bytes=1)
     if bits != 8:
         return None
     if strategy == "block" or weights.get("block_structure"):
-        return weight_format("fp8-block")
+        return weight_precision("fp8-block")
     if strategy == "group" and isinstance(size, int) and 0 < size <= 2**20:
-        return WeightFormat("mxfp8", 8, size, scale_bytes=1, exact=True)
-    return WeightFormat("fp8", 8, scale_bytes=4, whole_tensor=True) if strategy == "tensor" else weight_format("fp8")
+        return WeightPrecision("mxfp8", 8, size, scale_bytes=1, exact=True)
+    return (
+        WeightPrecision("fp8", 8, scale_bytes=4, whole_tensor=True) if strategy == "tensor" else weight_precision("fp8")
+    )
 
 
 def _kv_dtype(stated: Stated) -> tuple[str | None, list[str]]:

@@ -19,7 +19,7 @@ from engine.capacity.memory.request import CompleteRequest, complete
 from engine.capacity.speed.queueing import Moments, mg1_wait, slot_wait
 from engine.capacity.speed.roofline import Batch, Operator, StepModel, has_speeds, step_model
 from engine.capacity.speed.speculation import expected_tokens
-from engine.capacity.speed.workload import Objectives, Workload
+from engine.capacity.speed.workload import Objectives, PlannedWorkload
 
 _HALVINGS = 40
 #: How far a request's mean step duration follows the fluctuation of the number of running requests: a time average
@@ -83,7 +83,7 @@ class Serving:
         slots: sequences of this workload that a replica can run at once (memory, largest batch); at least 1.
     """
 
-    def __init__(self, request: CompleteRequest, workload: Workload, slots: int) -> None:
+    def __init__(self, request: CompleteRequest, workload: PlannedWorkload, slots: int) -> None:
         self.request, self.workload, self.slots = request, workload, max(1, slots)
         self.model: StepModel = step_model(request)
         self.tokens_a_step = (
@@ -124,15 +124,15 @@ class Serving:
         return self._draft.seconds(Batch(running, work.mean_context)) if self._draft else 0.0
 
     def room_for_prompts(self, running: float) -> float:
-        """Prompt tokens that a step can take beside ``running`` sequences."""
+        """Prompt tokens that a step can take besides ``running`` sequences."""
         budget = self.request.token_budget or 2.0**31
         return max(1.0, budget - running * (self.workload.draft_length + 1.0))
 
     def _line(self, running: float) -> tuple[float, float, float]:
         """(a, b, room): a step takes a + b · prompt tokens, of which it can take ``room``."""
         work, room = self.workload, self.room_for_prompts(running)
-        # Prompts of a step that takes any: the first tokens cost little beside the weights that are read anyway, so the
-        # slope must be taken at the size that such steps really have.
+        # Prompts of a step that takes any: the first tokens cost little next to the weights that are read anyway, so
+        # the slope must be taken at the size that such steps really have.
         prompts = running * self.tokens_a_step / work.output_tokens / self.request.pp
         together = prompts / -math.expm1(-prompts) if prompts > 1e-9 else 1.0
         chunk = min(work.prefill_tokens * together, room)
@@ -142,7 +142,7 @@ class Serving:
     def step_s(self, running: float, closed: bool = False) -> float:
         """Mean duration, seen by a request, of a step in steady state with ``running`` sequences decoding.
 
-        Where arrivals come from outside, a request sees itself beside the average number of others.
+        Where arrivals come from outside, a request sees itself besides the average number of others.
         """
         if self.request.profile.batch_is_concurrency:
             return self.decode_step_s(running)
@@ -386,7 +386,9 @@ def _second_moment(mean: float, cv: float) -> float:
     return mean**2 * (1.0 + cv**2)
 
 
-def _step_moments(work: Workload, rate: float, slope: float, step: float, load: float) -> tuple[float, float, float]:
+def _step_moments(
+    work: PlannedWorkload, rate: float, slope: float, step: float, load: float
+) -> tuple[float, float, float]:
     """Mean, variance and third central moment of the duration of steps: prompts come or do not come."""
     prompt, prompt2 = work.prefill_tokens, _second_moment(work.prefill_tokens, work.input_cv)
     prompt3 = prompt**3 * (1.0 + work.input_cv**2) * (1.0 + 2.0 * work.input_cv**2)  # of a gamma distribution
@@ -403,18 +405,18 @@ def _arrivals_near(rate: float, seconds: float, burstiness: float) -> float:
     if burstiness <= 1.0 or plain <= 0.0:
         return plain
     shape = 1.0 / burstiness
-    soon = (shape * plain) ** shape / math.gamma(1.0 + shape)
+    soon = math.pow(shape * plain, shape) / math.gamma(1.0 + shape)
     return max(plain, min(soon, plain + (burstiness - 1.0) / 2.0))
 
 
-def _e2e(work: Workload, ttft: Moments, tpot: Moments) -> Moments:
+def _e2e(work: PlannedWorkload, ttft: Moments, tpot: Moments) -> Moments:
     rest = max(work.output_tokens - 1.0, 0.0)
     spread = (work.output_tokens * work.output_cv) ** 2
     variance = rest**2 * tpot.variance + spread * (tpot.mean**2 + tpot.variance)
     return ttft.plus(Moments(rest * tpot.mean, variance))
 
 
-def _draft_model(request: CompleteRequest, workload: Workload) -> StepModel | None:
+def _draft_model(request: CompleteRequest, workload: PlannedWorkload) -> StepModel | None:
     if request.draft is None or not workload.draft_length:
         return None
     own = dataclasses.replace(
@@ -424,7 +426,7 @@ def _draft_model(request: CompleteRequest, workload: Workload) -> StepModel | No
         tp=request.draft_tp,
         pp=1,
         ep=1,
-        weights=request.dtype,
+        weights=request.dtype.name,
         context=1,
         concurrency=1,
         lora_adapters=0,
@@ -435,6 +437,6 @@ def _draft_model(request: CompleteRequest, workload: Workload) -> StepModel | No
 
 
 @functools.lru_cache(maxsize=2048)
-def serving(request: CompleteRequest, workload: Workload, slots: int) -> Serving | None:
+def serving(request: CompleteRequest, workload: PlannedWorkload, slots: int) -> Serving | None:
     """The deployment under that workload; None where the speeds of its GPU are not known."""
     return Serving(request, workload, slots) if has_speeds(request.gpu) else None

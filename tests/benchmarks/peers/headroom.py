@@ -14,7 +14,9 @@ import torch
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.measure.provenance import versions
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 from tests.benchmarks.peers.protocol import Order, Request, Timing, UnsupportedError, Work, drive, serve, shared_prefix
 from tests.benchmarks.settings import label, shared_knobs
 
@@ -38,8 +40,8 @@ class Headroom:
 
     def path(self) -> dict[str, str]:
         own = {name: value for name, value in self.engine.config.to_dict().items() if name not in self._shared}
-        size = self.engine.status().memory.weights
-        return self.engine.path() | {"weights_bytes": str(size), "knobs": label(own)}
+        size = take_status(self.engine).memory.weights
+        return path_of(self.engine) | {"weights_bytes": str(size), "knobs": label(own)}
 
     def warm_up(self, work: Work) -> None:
         """Run the warm-up requests with the execution mode ready; keep only a prefix that is meant to be kept."""
@@ -54,11 +56,11 @@ class Headroom:
 
     def _run_with(self, work: Work, requests: list[Request], *, one_by_one: bool) -> list[Timing]:
         previous = {name: getattr(self.engine.config, name) for name in work.changes}
-        self.engine.reconfigure(work.changes)
+        reconfigure(self.engine, work.changes)
         try:
             return drive(self, requests, one_by_one=one_by_one)
         finally:
-            self.engine.reconfigure(previous)
+            reconfigure(self.engine, previous)
 
     def _await_preparation(self) -> None:
         """Wait for what an execution mode prepares beside the running engine; the path tells what became of it."""
@@ -67,7 +69,7 @@ class Headroom:
             time.sleep(0.2)
 
     def _preparing(self) -> bool:
-        execution: Any = getattr(self.engine.status(), "execution", None)
+        execution: Any = getattr(take_status(self.engine), "execution", None)
         return isinstance(execution, dict) and execution.get("preparing") is not None
 
     # -- Stepper -----------------------------------------------------------------------------------------------

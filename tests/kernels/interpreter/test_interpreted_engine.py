@@ -10,7 +10,9 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.models import load_model
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import take_status
 
 PROMPTS = [[(7 * request + position * position) % 250 for position in range(5 + 17 * request)] for request in range(4)]
 
@@ -31,7 +33,7 @@ def generate(model, attention, speculation, *, prompts=PROMPTS, count=8, **more)
     while engine.has_unfinished():
         for output in engine.step():
             tokens[output.request_id] = list(output.token_ids)
-    return tokens, engine.status().path
+    return tokens, take_status(engine).path
 
 
 @pytest.mark.parametrize("speculation", ["off", "ngram"])
@@ -121,8 +123,8 @@ def test_layers_over_a_quantized_cache_compute_through_triton_what_they_compute_
         engine = Engine(model, EngineConfig.from_mapping({**config, "kv_dtype": kv_dtype}))
         assert engine.cache.format.name == kv_dtype
         hidden.append([])
-        forward = engine._executor.forward
-        engine._executor.forward = lambda step, f=forward, seen=hidden[-1]: seen.append(f(step)) or seen[-1]
+        forward = engine.executor.forward
+        engine.executor.forward = lambda step, f=forward, seen=hidden[-1]: seen.append(f(step)) or seen[-1]
         for index, prompt in enumerate(PROMPTS[:3]):
             engine.add_request(str(index), prompt, SamplingParams(max_tokens=1))
         while engine.has_unfinished():
@@ -142,7 +144,7 @@ def test_execution_can_go_to_the_fused_kernels_and_back_while_requests_are_in_fl
     tokens, ran = {}, set()
     modes = ["eager", "fused"]
     while engine.has_unfinished():
-        engine.reconfigure({"execution": modes[len(engine.steps) % 2]})
+        reconfigure(engine, {"execution": modes[len(engine.steps) % 2]})
         for output in engine.step():
             tokens[output.request_id] = list(output.token_ids)
         ran.add(engine.steps[-1].execution)
@@ -162,8 +164,8 @@ def test_compiled_execution_of_linear_layers_in_triton_is_refused_with_the_remed
     small = load_model(str(tiny_llama), dtype="float32", device="cpu")
     engine = Engine(small, EngineConfig.from_mapping(knobs))  # the model's own weights are torch's products
     with pytest.raises(ConfigError, match="launched, not compiled") as refused:
-        engine.reconfigure({"weights": "int8"})
+        reconfigure(engine, {"weights": "int8"})
     assert refused.value.field == "execution"
     assert "set linear to torch" in (refused.value.remedy or "")
-    assert engine.reconfigure({"weights": "int8", "linear": "torch"}).changed["weights"] == ("model", "int8")
+    assert reconfigure(engine, {"weights": "int8", "linear": "torch"}).changed["weights"] == ("model", "int8")
     engine.close()

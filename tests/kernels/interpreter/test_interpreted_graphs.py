@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from engine import core
+from engine import core, parts
 from engine.config import EngineConfig
 from engine.execution.executor import Executor
 from engine.execution.graphs import GraphsMode
 from engine.models import load_model
 from engine.sampling.params import SamplingParams
+from engine.status import take_status
 from tests.family_cases import FAMILIES, save_random_model
 from tests.kernels.recorded_graph import CaptureError, RecordedCapture
 
@@ -24,10 +25,10 @@ def captures(monkeypatch):
         made.append(RecordedCapture())
         return made[-1]
 
-    make_cache = core._make_cache
+    make_cache = parts._allocate_cache
     monkeypatch.setattr(GraphsMode, "make_capture", make_capture)
     monkeypatch.setattr(Executor, "check", lambda self, config, attention: None)  # refuses graphs without a GPU
-    monkeypatch.setattr(core, "_make_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
+    monkeypatch.setattr(parts, "_allocate_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
     return made
 
 
@@ -43,7 +44,7 @@ def generate(model, prompts=PROMPTS, count=3, **knobs):
         "max_num_seqs": 4,
     }
     engine = core.Engine(model, EngineConfig.from_mapping({**fixed, "memory_limit_gib": 0.02, **knobs}))
-    while engine.status().execution["preparing"] is not None:
+    while take_status(engine).execution["preparing"] is not None:
         pass
     for index, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0.0, max_tokens=count + 2 * index, ignore_eos=True)
@@ -53,7 +54,7 @@ def generate(model, prompts=PROMPTS, count=3, **knobs):
         for output in engine.step():
             tokens[output.request_id] = list(output.token_ids)
         ran.append(engine.steps[-1].execution)
-    failed = engine.status().execution["failed"]
+    failed = take_status(engine).execution["failed"]
     engine.close()
     return tokens, ran, failed
 

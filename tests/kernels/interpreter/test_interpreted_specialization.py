@@ -13,13 +13,14 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend
 from triton.runtime.interpreter import InterpretedFunction
 
-from engine import core
+from engine import parts
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.execution import warm_up
 from engine.execution.environment import ExecutionEnvironment
 from engine.models import load_model
 from engine.sampling.params import SamplingParams
+from engine.status import take_status
 from tests.family_cases import FAMILIES, save_random_model
 
 #: Numbers of a weight, which are the same at every step: a configuration as the constants are.
@@ -52,8 +53,8 @@ def compiled(monkeypatch):
 @pytest.fixture
 def warming_up(monkeypatch):
     """Engines on the CPU warm up, as on a GPU, and have the scratch block for it."""
-    make_cache = core._make_cache
-    monkeypatch.setattr(core, "_make_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
+    make_cache = parts._allocate_cache
+    monkeypatch.setattr(parts, "_allocate_cache", lambda model, config, blocks: make_cache(model, config, blocks + 1))
     monkeypatch.setattr(ExecutionEnvironment, "compiles_at_launch", True)
 
 
@@ -100,7 +101,7 @@ def test_a_warm_up_launches_every_kernel_that_serving_will(family, compiled, tin
     engine = Engine(model, EngineConfig.from_mapping({**knobs, **limits, "weights": "int8"}))
     cache = [tensor.fill_(7) for tensor in (*engine.cache.keys, *engine.cache.values)]
     progress = []
-    while (preparing := engine.status().execution["preparing"]) is not None:
+    while (preparing := take_status(engine).execution["preparing"]) is not None:
         progress.append((preparing["done"], preparing["total"]))
     assert [done for done, _ in progress] == list(range(1, len(progress) + 1))
     assert {total for _, total in progress} == {len(progress) + 1}
@@ -127,7 +128,7 @@ def test_a_warm_up_that_fails_is_told_and_requests_are_served(tiny_llama, warmin
     outputs = [output for _ in range(2) for output in engine.step()]
     assert len(outputs[-1].token_ids) == 2
     assert any("warm-up stopped" in event.summary and "no space left" in event.summary for event in engine.events)
-    assert engine.status().execution["preparing"] is None
+    assert take_status(engine).execution["preparing"] is None
 
 
 def test_the_watch_sees_what_triton_looks_at(compiled):
