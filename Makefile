@@ -10,10 +10,15 @@ PORT ?= 8501
 TORCH ?= auto
 HEADROOM_HOME ?= $(HOME)/.cache/headroom
 PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
+# Processes that share the suite: one a core, four at most (each holds a gigabyte or two).
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+# Each computes with one thread: they have the cores already.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+SLOW_MARKS := model or browser or postgres or interpreter or beside or slow or waiting
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev lock chromium test lint format docs reference bench gpu peers soak attack clean
+.PHONY: help run setup setup-dev lock chromium check test test-waiting lint format docs reference image bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,8 +50,15 @@ chromium: # The browser tests drive the system's Chromium; installed only where 
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	  { echo "Chromium is missing and could not be installed: install it with your package manager." >&2; exit 1; }
 
-test: setup-dev lint ## Lint, type-check and run the whole test suite.
-	$(BIN)/python -m pytest
+check: $(VENV)/.installed-dev lint ## Lint, types and the quick tests: three minutes at most, no model, browser or database server.
+	$(PYTEST) -q -m "not ($(SLOW_MARKS))" $(ARGS)
+
+test: setup-dev lint ## Lint, type-check and run the whole test suite; the slowest are in tests/artifacts/slowest.md.
+	$(PYTEST) -m "not waiting" --durations=40 $(ARGS)
+
+test-waiting: setup-dev ## Test the functions that no product code calls yet (kernels/waiting.py).
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m waiting tests/kernels/interpreter
+	$(BIN)/python -m pytest -m waiting tests/kernels/test_kernels_compile_ahead_of_time.py
 
 lint: $(VENV)/.installed-dev ## Ruff (lint and format check) and mypy.
 	$(BIN)/ruff check --no-cache .
@@ -63,6 +75,9 @@ docs: $(VENV)/.installed-dev ## Build the documentation site into site/; a broke
 reference: $(VENV)/.installed-dev ## Write docs/api and the tables of docs/benchmarks.md again from the code and the saved results.
 	$(BIN)/python -m tests.docs.reference
 	$(BIN)/python -m tests.benchmarks.report_docs
+
+image: ## Build the container image (FILE=Dockerfile.cuda for NVIDIA GPUs).
+	docker build --tag $(or $(TAG),headroom) --file $(or $(FILE),Dockerfile) .
 
 bench: setup-dev ## Measure the engine beside its peers on this machine, in one run (ARGS=…, see tests/benchmarks).
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)

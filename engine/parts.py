@@ -24,6 +24,7 @@ from engine.batching.admission import Admission
 from engine.batching.scheduler import Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.cache.kv_cache import KVCache
+from engine.capacity.text import GIB
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.executor import Executor
@@ -232,7 +233,7 @@ def work_on(
 
 def describe_memory(model: LoadedModel, cache: KVCache) -> str:
     """What the weights and the cache take, for the log."""
-    weights, kv = model.weight_bytes() / sizing.GIB, cache.nbytes / sizing.GIB
+    weights, kv = model.weight_bytes() / GIB, cache.nbytes / GIB
     blocks = f"{cache.num_blocks:,} blocks of {cache.block_size} tokens"
     return f"weights {weights:.3f} GiB, KV cache {kv:.3f} GiB in {blocks}, on {model.device}"
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine import parts, sizing
+from engine.capacity.text import GIB
 from engine.config import EngineConfig, Tier, knob
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError
@@ -114,7 +115,7 @@ def apply(engine: Engine, prepared: PreparedChange) -> ReconfigureResult:
     engine.executor.configure(target, kernels.attention)
     if prepared.weights is not None and (offer := cache_on_offer(engine)) is not None:
         notes.append(
-            f"the KV cache could take {offer.gained_bytes / sizing.GIB:.2f} GiB more: {offer.num_blocks:,} blocks "
+            f"the KV cache could take {offer.gained_bytes / GIB:.2f} GiB more: {offer.num_blocks:,} blocks "
             f"instead of {engine.envelope.num_blocks:,} (resize)"
         )
     tiers = {knob(name).tier for name in differences}

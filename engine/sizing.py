@@ -17,8 +17,22 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from engine import capacity
 from engine.cache.kv_cache import KVCache
+from engine.capacity import (
+    CacheLayout,
+    CompleteRequest,
+    KVPrecision,
+    ModelSpec,
+    PlanRequest,
+    check_holds_a_block,
+    complete,
+    custom_gpu,
+    kv_bytes_per_block,
+    kv_bytes_per_token,
+    kv_precision,
+    memory_budget,
+)
+from engine.capacity.text import GIB
 from engine.config import EngineConfig
 from engine.device import release_gpu_memory, total_memory, used_memory
 from engine.errors import CapacityError, ConfigError, HeadroomError
@@ -31,7 +45,6 @@ from engine.quantization.registry import WeightChoice
 if TYPE_CHECKING:
     from engine.models import LoadedModel
 
-GIB = 2**30
 GPU_UTILIZATION = 0.9
 CPU_DEFAULT_BYTES = 4 * GIB
 CPU_SHARE_OF_FREE = 0.5
@@ -90,28 +103,38 @@ def cache_on_offer(model: LoadedModel, config: EngineConfig, envelope: Envelope)
 
 
 def _sized(model: LoadedModel, config: EngineConfig, limit: int, weights: int) -> Envelope:
+    """The planner's budget of this engine on this device, with the weights as they were measured."""
     context = _context_length(model, config)
-    activations = capacity.activation_bytes(
-        model.spec, config.max_num_batched_tokens, config.max_num_seqs, _dtype_name(model.dtype)
-    )
-    size = capacity.size_kv_cache(
-        model.spec,
-        limit_bytes=limit,
-        weights_bytes=weights,
-        activation_bytes=activations,
-        block_size=config.block_size,
-        kv_dtype=kv_format_name(config, model.dtype),
-        max_blocks=config.max_num_seqs * -(-context // config.block_size),
-    )
-    longest = min(context, size.num_blocks * config.block_size)
+    request = _as_planned(model, config, context, limit)
+    budget = memory_budget(request, measured_weights=weights)
+    check_holds_a_block(request, budget)
+    longest = min(context, budget.kv_blocks * config.block_size)
     if longest < context:
-        limited_by = f"the KV cache has {size.num_blocks:,} blocks of {config.block_size} tokens"
+        limited_by = f"the KV cache has {budget.kv_blocks:,} blocks of {config.block_size} tokens"
         remedy = "Load the model with a larger memory_limit_gib."
     elif context < model.max_position:
         limited_by, remedy = "the max_model_len it was loaded with", "Load the model with a larger max_model_len."
     else:
         limited_by, remedy = "the model's context length", "Shorten the prompt."
-    return Envelope(limit, weights, activations, size.num_blocks, longest, longest, limited_by, remedy)
+    return Envelope(limit, weights, budget.activation, budget.kv_blocks, longest, longest, limited_by, remedy)
+
+
+def _as_planned(model: LoadedModel, config: EngineConfig, context: int, limit: int) -> CompleteRequest:
+    """What :func:`engine.capacity.plan` would be asked to plan this engine: ``limit`` bytes are all there is."""
+    return complete(
+        PlanRequest(
+            spec=dataclasses.replace(model.spec, max_position=model.max_position),
+            gpu=custom_gpu("this device", limit / GIB),
+            profile="headroom",
+            dtype=_dtype_name(model.dtype),
+            kv_dtype=kv_format_name(config, model.dtype),
+            context=context,
+            max_num_seqs=config.max_num_seqs,
+            token_budget=config.max_num_batched_tokens,
+            block_size=config.block_size,
+            utilization=1.0,
+        )
+    )
 
 
 def widest_window(model: LoadedModel) -> int | None:
@@ -172,19 +195,19 @@ class Explained(contextlib.AbstractContextManager[None]):
         self._shortage = shortage
 
     def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del trace
-        if problem is not None and is_out_of_memory(problem):
-            problem.__traceback__ = None
+        if error is not None and is_out_of_memory(error):
+            error.__traceback__ = None
             raise self._shortage() from None
 
 
-def is_out_of_memory(problem: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """True for a failed allocation of Python, NumPy or torch; on the CPU torch's is known by its text alone."""
-    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(problem, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(problem)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def release_memory() -> None:
@@ -198,7 +221,7 @@ def load_shortage(config: EngineConfig) -> CapacityError:
     try:
         device = resolve_device(config.device)
         dtype, choice = resolve_dtype(config.dtype, device), wanted_formats(config)
-        needed = planned_bytes(capacity.ModelSpec.from_hf_config(resolve(config.model).config), choice, dtype)
+        needed = planned_bytes(ModelSpec.from_hf_config(resolve(config.model).config), choice, dtype)
         kept = _dtype_name(dtype) if choice.label == "model" else choice.label
         numbers = f": its weights are {needed / GIB:.3f} GiB in {kept}; {free_bytes(device) / GIB:.3f} GiB are free now"
     except HeadroomError:  # then the load would have failed for that, not for memory
@@ -215,7 +238,7 @@ def cache_shortage(model: LoadedModel, config: EngineConfig, envelope: Envelope)
     kv_bytes = _kv_bytes(model, config, envelope)
     return CapacityError(
         f"memory ran out while {kv_bytes / GIB:.3f} GiB of KV cache were allocated: the limit of "
-        f"{envelope.limit_bytes / GIB:.3f} GiB leaves them beside {envelope.weights_bytes / GIB:.3f} GiB of weights "
+        f"{envelope.limit_bytes / GIB:.3f} GiB leaves them next to {envelope.weights_bytes / GIB:.3f} GiB of weights "
         f"and {envelope.activation_bytes / GIB:.3f} GiB of activations, but free are "
         f"{free_bytes(model.device) / GIB:.3f} GiB.",
         field="memory_limit_gib",
@@ -227,21 +250,25 @@ def swap_shortage(model: LoadedModel, target: EngineConfig) -> CapacityError:
     """Memory ran out while other weights were made or put in place."""
     wanted, present = predicted_weight_bytes(model, target), model.weight_bytes()
     return CapacityError(
-        f"memory ran out while {target.weights} weights were made: they need {wanted / GIB:.3f} GiB beside the present "
-        f"{present / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
-        f"The present weights stay.",
+        f"memory ran out while {target.weights} weights were made: they need {wanted / GIB:.3f} GiB next to the "
+        f"current {present / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
+        f"The current weights stay.",
         field="weights",
         remedy="Free memory, or load the model again with these weights.",
     )
 
 
 def _kv_bytes(model: LoadedModel, config: EngineConfig, envelope: Envelope) -> int:
-    block = capacity.kv_bytes_per_block(model.spec, config.block_size, kv_format_name(config, model.dtype))
-    return envelope.num_blocks * block
+    layout = CacheLayout(_kv_precision(config, model), config.block_size)
+    return envelope.num_blocks * kv_bytes_per_block(model.spec, layout)
+
+
+def _kv_precision(config: EngineConfig, model: LoadedModel) -> KVPrecision:
+    return kv_precision(kv_format_name(config, model.dtype))
 
 
 def kv_format_name(config: EngineConfig, dtype: torch.dtype) -> str:
-    """The format of the KV cache in the planner's words, see :func:`engine.capacity.memory.formats.kv_format`.
+    """The planner's name of the KV cache's format, see :func:`engine.capacity.formats.kv_precision`.
 
     >>> kv_format_name(EngineConfig(kv_dtype="int8"), torch.bfloat16)
     'int8_per_token_head'
@@ -311,7 +338,7 @@ def describe_model(model: LoadedModel, config: EngineConfig) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "context_length": model.max_position,
         "warnings": list(model.warnings),
-        "kv_bytes_per_token": capacity.kv_bytes_per_token(spec, kv_format_name(config, model.dtype)),
+        "kv_bytes_per_token": kv_bytes_per_token(spec, _kv_precision(config, model)),
     }
 
 

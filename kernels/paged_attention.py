@@ -232,9 +232,7 @@ def paged_attention_triton(
     tiles, chunks = launch.config, launch.chunks
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=query.device)
-    # One state a chunk: its softmax's maximum and sum, and the weighted values.
-    partial = torch.empty((num_tokens, num_heads, chunks, launch.block_d), dtype=torch.float32, device=query.device)
-    state = torch.empty((num_tokens, num_heads, chunks, 2), dtype=torch.float32, device=query.device)
+    partial, state = _empty_states(query, launch)
     key_scales, value_scales = scales or (state, state)  # without any, never read
     _paged_attention_kernel[launch.grid](
         output, lse, partial, state, query, key_cache, value_cache, key_scales, value_scales,
@@ -292,6 +290,13 @@ def _plan_launch(
     blocks = num_seqs if decode else num_tokens // (chosen.block_m // group_size) + num_seqs
     block_d = max(16, triton.next_power_of_2(head_dim))
     return _Launch(chosen, decode, (blocks, num_kv_heads, splits), chunks, block_d)
+
+
+def _empty_states(query: torch.Tensor, launch: _Launch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for one state a chunk: the weighted values, and its softmax's maximum and sum."""
+    rows = (*query.shape[:2], launch.chunks)
+    values = torch.empty((*rows, launch.block_d), dtype=torch.float32, device=query.device)
+    return values, torch.empty((*rows, 2), dtype=torch.float32, device=query.device)
 
 
 def _merge(

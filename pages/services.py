@@ -36,7 +36,7 @@ class WorkerView:
         phase: "loading", "ready", "failed" (alive, but the model could not be loaded) or "dead".
         model: what it serves or loads.
         stage, progress: of a load; progress from 0 to 1, None if unknown.
-        error, remedy: of a failed load; also while the previous model serves on ("ready").
+        error, remedy: of a failed load; also while the previous model keeps serving ("ready").
         ending: how it died, e.g. "killed by signal 9 (SIGKILL)".
         log: its last lines.
     """

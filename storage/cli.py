@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from engine.measure.unsaved import kept_words
+from engine.measure.unsaved import kept_message
 from storage.documents import parse_documents
 from storage.errors import StorageError
 from storage.queries import RunFilter, RunRow
@@ -139,7 +139,7 @@ def _keep(text: bytes) -> None:
         for result in parse_documents(text).runs:
             path = keep(result)
             if path is not None:
-                print(kept_words(path), file=sys.stderr)
+                print(kept_message(path), file=sys.stderr)
 
 
 def _write(text: str) -> None:

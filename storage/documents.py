@@ -17,7 +17,7 @@ _MOST_PARTS = 3_000_000  # objects and lists: a small text of many of them would
 CANNOT_BE_SHOWN = "cannot_be_shown"
 """The field of an exported run that could not be read; on import it is passed over."""
 _REMEDY = (
-    "Import a file that Headroom exported as JSON, or what `python -m engine bench --json` printed. Nothing of this "
+    "Import a file that Headroom exported as JSON, or what `headroom bench --json` printed. Nothing of this "
     "one was imported."
 )
 _SPLIT = "Export fewer runs at a time and import the files one after another. Nothing of this one was imported."
@@ -65,7 +65,7 @@ def ended(result: RunResult) -> RunResult:
 
 def _load(text: str | bytes, source: str) -> Any:
     if len(text) > MOST_BYTES:
-        message = f"{len(text) / 2**20:,.0f} MiB are more than the {MOST_BYTES / 2**20:,.0f} MiB that can be taken."
+        message = f"{len(text) / 2**20:,.0f} MiB are more than the {MOST_BYTES / 2**20:,.0f} MiB that are accepted."
         raise StorageError(message, field=source, remedy=_SPLIT)
     parts = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if parts > _MOST_PARTS:
@@ -95,7 +95,7 @@ def _split(data: Any, source: str) -> list[Any]:
         data = data["runs"]
     documents = data if isinstance(data, list) else [data]
     if len(documents) > MOST_RUNS:
-        message = f"{len(documents):,} runs are more than the {MOST_RUNS:,} that can be taken at once."
+        message = f"{len(documents):,} runs are more than the {MOST_RUNS:,} that are accepted at once."
         raise StorageError(message, field=source, remedy=_SPLIT)
     return documents
 

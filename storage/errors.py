@@ -36,7 +36,7 @@ class StorageError(HeadroomError):
 
 
 _FULL = (
-    "Free some space: delete old runs on the History page (or with `python -m storage delete`), or other files on that "
+    "Free some space: delete old runs on the History page (or with `headroom history delete`), or other files on that "
     "disk. Then record the run again."
 )
 _LOCKED = "Another program holds a write lock on the database: close it, or wait, and try again."
@@ -70,8 +70,8 @@ _SQLSTATE = (
     ("XX", "the database is damaged", "Ask whoever runs the database server; its log names the damaged table."),
     ("25006", "the database may not be written to", "Connect with a user that may write."),
     ("42501", "this database user lacks a permission", "Grant it the right to create and change tables."),
-    ("22P05", "the encoding of the database has no place for a character", _ENCODING),
-    ("22021", "the encoding of the database has no place for a character", _ENCODING),
+    ("22P05", "the encoding of the database cannot store a character", _ENCODING),
+    ("22021", "the encoding of the database cannot store a character", _ENCODING),
     ("22", "the database refused a value", _REFUSED),
     ("08", "the database server cannot be reached", _UNREACHABLE),
     ("28", "the database server refused the login", _UNREACHABLE),

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from engine.measure.results import RunResult
-from engine.measure.unsaved import kept_words
+from engine.measure.unsaved import kept_message
 from storage import exports, queries, space
 from storage.database import database_url, make_engine, migrate, reader, require_file, require_record, writer
 from storage.documents import ended, parse_documents
@@ -76,13 +76,13 @@ class Store:
         """Announce a run: status "running", owned by this process until :meth:`save_run` or :meth:`fail_run`.
 
         Raises:
-            StorageError: also if a run of this id is on record already.
+            StorageError: also if a run of this id is already on record.
         """
         announced = dataclasses.replace(result, status="running")
         with self._writing() as connection:
             if _status(connection, result.run_id) is not None:
                 remedy = "Give the new run an id of its own."
-                raise StorageError(f"run {result.run_id} is on record already.", field="run_id", remedy=remedy)
+                raise StorageError(f"run {result.run_id} is already on record.", field="run_id", remedy=remedy)
             connection.execute(insert(RUNS).values(run_values(announced, this_process())))
             write_details(connection, announced)
 
@@ -104,7 +104,7 @@ class Store:
             raise StorageError(
                 error.message,
                 field=error.field,
-                remedy=f"{error.remedy} {kept_words(path)}",
+                remedy=f"{error.remedy} {kept_message(path)}",
                 kept=path,
                 disk_full=error.disk_full,
             ) from error
@@ -279,7 +279,7 @@ class Store:
     def import_json(self, text: str | bytes, source: str = "import") -> ImportReport:
         """Add runs from JSON: one document, a list of them, or a comparison's ``{"runs": [...]}``; all or none.
 
-        A run whose id is on record already is skipped, so importing twice changes nothing; only the announcement
+        A run whose id is already on record is skipped, so importing twice changes nothing; only the announcement
         of a run that was left running is replaced by its record. One that could not be read where it was exported is
         skipped, too.
 

@@ -1,9 +1,10 @@
-"""Commands of minutes that need no attention: they run beside the suite, one after another, at the lowest priority.
+"""Commands of minutes that tests ask for and that need a process of their own, at the lowest priority.
 
-Browser tests wait, and most tests have one thread: the suite leaves much of a core idle. What takes minutes in a
-process of its own anyway (Triton's interpreter, its compiler) or needs one thread only (parity of the families) begins
-with the suite and is asked for at its end: tests marked ``beside("name of a command")`` come last, and their commands
-start when the tests have been collected.
+Triton's interpreter and its compiler cannot live in the process of the other tests. Tests marked
+``beside("name of a command")`` read what it came to. Where the suite runs in one process, the commands begin when the
+tests have been collected, run next to it one after another, and the tests that read them come last. Where it runs in
+several (``make test``), the tests of a command stay together in one of them, which runs the command when the first of
+them asks: the other processes keep the other cores busy meanwhile.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from pathlib import Path
 from tests.bare_site import make_bare_site
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Files that a command runs where a test that waits for it has been collected, too; else they run where they are.
-FILES = {"families": "tests/parity/test_families_parity.py"}
+#: What Triton has compiled, by its own key (source, constants, target, versions): only what has changed is compiled.
+COMPILED = ROOT / ".cache" / "triton"
 #: What a machine with a GPU may be expected to have. The proof must run there as it is.
 GPU_IMAGE = ("torch", "triton", "transformers", "psutil")
+#: How long a test waits for a command on a slow machine that does other things as well.
+PATIENCE_S = 1770.0
 _INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -35,7 +38,7 @@ class Command:
 
     Attributes:
         arguments: of the interpreter; ``{folder}`` stands for a folder of its own.
-        environment: beside what the suite has, likewise.
+        environment: added to what the suite has, likewise.
         packages: where given, only these and what they require can be imported.
     """
 
@@ -52,15 +55,11 @@ COMMANDS = {
     ),
     "compilation": Command(
         ("-m", "kernels.aot", "--json"),
-        {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": "{folder}"},  # from scratch
+        {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(COMPILED)},  # a clean clone compiles everything
     ),
     "interpreter": Command(
-        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreter"),
+        ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=15", "tests/kernels/interpreter"),
         _INTERPRETED,
-    ),
-    "families": Command(
-        ("-m", "pytest", "-q", "-p", "no:cacheprovider", FILES["families"]),
-        {"OMP_NUM_THREADS": "1"},
     ),
 }
 
@@ -76,23 +75,27 @@ class Beside:
         self._folder = folder
         self._results: dict[str, subprocess.CompletedProcess[str]] = {}
         self._changed = threading.Condition()
+        self._started: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
     def start(self, names: Sequence[str]) -> None:
         """Run these commands one after another, in a thread."""
+        self._started.update(names)
         threading.Thread(target=self._run_all, args=(tuple(names),), daemon=True).start()
 
     def folder(self, name: str) -> Path:
         """The folder of a command."""
         return self._folder / name
 
-    def result(self, name: str, timeout_s: float = 590) -> subprocess.CompletedProcess[str]:
-        """What a command came to, waited for.
+    def result(self, name: str, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+        """What a command came to, waited for; run now if it was not started.
 
         Raises:
             TimeoutError: if it has not ended by then.
         """
+        if name not in self._started:
+            self.start([name])
         with self._changed:
             if not self._changed.wait_for(lambda: name in self._results, timeout_s):
                 raise TimeoutError(f"{name} has not ended within {timeout_s:.0f} s of waiting")

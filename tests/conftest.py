@@ -18,29 +18,37 @@ import pytest
 import torch
 
 from engine.config import DEFAULT_MODEL
-from tests.beside import FILES, ROOT, Beside
+from tests import durations, marks
+from tests.beside import PATIENCE_S, ROOT, Beside
 
+#: This is one of several processes that share the suite (pytest-xdist).
+IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 _BESIDE = pytest.StashKey[Beside]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What waits for a command beside the suite comes last; what such a command runs is left to it."""
-    waiting = {marker.args[0] for item in items if (marker := item.get_closest_marker("beside")) is not None}
-    elsewhere = {ROOT / path for name, path in FILES.items() if name in waiting}
-    config.hook.pytest_deselected(items=[item for item in items if item.path in elsewhere])
-    items[:] = [item for item in items if item.path not in elsewhere]
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)  # stable
+    """Check the marks, put every test into a group of tests that run in one process, and order the groups."""
+    mistakes = [mistake for item in items if (mistake := marks.mistake(item)) is not None]
+    if mistakes:
+        raise pytest.UsageError("\n".join(mistakes))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(marks.group(item)))
+        if item.get_closest_marker("beside") is not None:
+            item.add_marker(pytest.mark.timeout(PATIENCE_S + 30))
+    items.sort(key=lambda item: marks.rank(item, in_parallel=IN_PARALLEL))  # stable
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the commands that the collected tests ask for."""
+    """Start the commands that the collected tests ask for, or leave each to the first test that asks for it."""
     if session.config.option.collectonly:
         return
     markers = (item.get_closest_marker("beside") for item in session.items)
     names = list(dict.fromkeys(marker.args[0] for marker in markers if marker is not None))
     if names:
         beside = session.config.stash[_BESIDE] = Beside(Path(tempfile.mkdtemp(prefix="headroom-beside-")))
-        beside.start(names)
+        if not IN_PARALLEL:
+            beside.start(names)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -51,15 +59,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(beside.folder("."), ignore_errors=True)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Write what took longest; printed by ``--durations``, kept for whoever makes the suite quicker."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    durations.write(reports, ROOT / "tests" / "artifacts" / "slowest.md")
+
+
 @pytest.fixture(scope="session")
 def beside(request: pytest.FixtureRequest) -> Beside:
-    """The commands that run beside the suite, for tests marked ``beside("name")``."""
+    """The commands that run next to the suite, for tests marked ``beside("name")``."""
     return request.config.stash[_BESIDE]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    """Half of the suite runs beside worker processes: do not fight over the cores."""
+    """Many tests run next to worker processes that compute as well: do not fight over the cores."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, min(4, os.cpu_count() or 1))))
 
 

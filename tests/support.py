@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from engine import capacity
+from engine.capacity import CacheLayout, activation_bytes, compute_dtype, kv_bytes_per_block
+from engine.capacity.text import GIB
 from engine.config import EngineConfig
 from engine.core import Engine
-from engine.sizing import GIB
 from engine.status import take_status
 
 PATIENCE_S = 400.0
@@ -29,9 +29,9 @@ def wait_until_prepared(engine: Engine) -> Engine:
 def engine_with_blocks(model: Any, num_blocks: int, **knobs: Any) -> Engine:
     """An engine whose memory limit leaves room for exactly ``num_blocks`` KV blocks."""
     config = EngineConfig.from_mapping(knobs)
-    dtype = str(model.dtype).removeprefix("torch.")
-    activations = capacity.activation_bytes(model.spec, config.max_num_batched_tokens, config.max_num_seqs, dtype)
-    block = capacity.kv_bytes_per_block(model.spec, config.block_size, dtype)
+    dtype = compute_dtype(str(model.dtype))
+    activations = activation_bytes(model.spec, config.max_num_batched_tokens, config.max_num_seqs, dtype)
+    block = kv_bytes_per_block(model.spec, CacheLayout(dtype.as_kv, config.block_size))
     limit = model.weight_bytes() + activations + num_blocks * block + block // 2
     engine = Engine(model, config.with_changes({"memory_limit_gib": limit / GIB}))
     assert engine.envelope.num_blocks == num_blocks

@@ -12,7 +12,7 @@ import difflib
 import functools
 import importlib.resources
 
-from engine.capacity.words import GIB, shown
+from engine.capacity.text import GIB, shown
 from engine.errors import ConfigError
 
 MAX_MEMORY_GIB = 100_000.0
@@ -123,11 +123,11 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _matches(key: str) -> list[Gpu]:
-    """By the whole name, else by its first words ("L4" is not "L40S"), else by its first letters."""
+    """By the whole name, else without its memory size ("L4" is not "L40S"), else by its first letters."""
     if not key:
         return []
     names = [(gpu, _key(gpu.name), _key(gpu.name.rsplit(" ", 1)[0])) for gpu in gpus()]
-    exact = [gpu for gpu, whole, words in names if key in (whole, words)]
+    exact = [gpu for gpu, whole, without_size in names if key in (whole, without_size)]
     return exact or [gpu for gpu, whole, _ in names if whole.startswith(key)]
 
 

@@ -114,7 +114,7 @@ def _show_run(out: TextIO, result: RunResult) -> None:
 
 def put_on_record(document: dict[str, Any], url: str) -> bool:
     """Put the run on record through the storage room's own command; False, with the run in a file, if it fails."""
-    from engine.measure.unsaved import keep_document, kept_words
+    from engine.measure.unsaved import keep_document, kept_message
 
     environment = storage_environment({"HEADROOM_DB": url})  # not as an argument: everybody here can read those
     command = [*storage_command(), "record"]
@@ -129,5 +129,5 @@ def put_on_record(document: dict[str, Any], url: str) -> bool:
         console.note(f"  {line}")
     if f"headroom-run-{document['run_id']}.json" not in told:  # it ended before it could keep the run itself
         path = keep_document(document)
-        console.note("It could not be kept in a file either." if path is None else kept_words(path))
+        console.note("It could not be kept in a file either." if path is None else kept_message(path))
     return False

@@ -81,7 +81,7 @@ def plan(
     """Plan a deployment: memory, what fits, latency, cost. Figures of memory are of one GPU."""
     from engine.capacity.advice.deployment import deploy
     from engine.capacity.memory.plan import request_from_names
-    from engine.capacity.speed.workload import Objectives, Workload
+    from engine.capacity.speed.workload import Objectives, PlannedWorkload
 
     _check_format(output_format)
     if context is None and input_tokens is not None:
@@ -112,7 +112,9 @@ def plan(
         lora_rank=lora_rank,
     )
     prompt, output = _lengths(request, input_tokens, output_tokens)
-    work = Workload(prompt, output, input_cv, output_cv, burstiness, prefix_hit_rate, draft_length, acceptance, None)
+    work = PlannedWorkload(
+        prompt, output, input_cv, output_cv, burstiness, prefix_hit_rate, draft_length, acceptance, None
+    )
     objectives = Objectives(_s(slo_ttft_ms), _s(slo_tpot_ms))
     answer = deploy(request, work, objectives, rate, price)
     _print(answer, name, "json" if as_json else output_format)

@@ -1,4 +1,4 @@
-"""What the literature claims for an optimization, to be shown beside what was measured here.
+"""What the literature claims for an optimization, shown next to what was measured here.
 
 The figures are those of the usual "optimization summary"; none of them is a promise of this engine. A claim belongs
 to a change of knobs: ``claims_for({"weights": ("model", "int4")})`` finds it, and finds it turned round when the change

@@ -9,7 +9,7 @@ positive in every run, the pairs give log-ratios d_i = ln(b_i / a_i), and
 
 Why t and not a bootstrap: with the 3 to 10 repeats that a person waits for, a percentile or BCa bootstrap cannot
 reach beyond the few values seen and covers far less than 95 %; on the log scale the noise of times and rates is
-close to symmetric. A sign-flip permutation test, which assumes nothing but symmetry, stands beside it
+close to symmetric. A sign-flip permutation test, which assumes nothing but symmetry, stands next to it
 (``p_value_permutation``); its smallest possible value is 2^(1−n), 0.06 with 5 repeats, so it cannot decide alone
 before 6. Where a value is 0 (counts, hit rates) the same is done with plain differences and there is no ratio. Runs
 that are not paired are compared by Welch's t on logs, and Mann and Whitney's U.
@@ -110,7 +110,7 @@ def compare(runs_a: Sequence[RunResult], runs_b: Sequence[RunResult], metric: st
     done_b = [run for run in runs_b if _counts(run, metric)]
     values_a, values_b, paired = _arrange(done_a, done_b, metric)
     left_out = len(runs_a) + len(runs_b) - len(values_a) - len(values_b) - disturbed
-    warnings = [disturbed_words(disturbed)] if disturbed else []
+    warnings = [disturbed_label(disturbed)] if disturbed else []
     if left_out:
         warnings.append(f"{left_out} runs left out: not completed, not measured or without a partner")
     return compare_values(values_a, values_b, metric, paired=paired, warnings=warnings)
@@ -120,10 +120,10 @@ def _counts(run: RunResult, metric: str) -> bool:
     return run.status == "completed" and not run.disturbed and run.metrics.get(metric) is not None
 
 
-def disturbed_words(count: int) -> str:
-    """How many runs are left out because they were disturbed, in words.
+def disturbed_label(count: int) -> str:
+    """How many runs are left out because they were disturbed, as a text.
 
-    >>> disturbed_words(1)
+    >>> disturbed_label(1)
     '1 disturbed run left out of averages: something else changed or used the engine while it was measured'
     """
     runs = "run" if count == 1 else "runs"

@@ -255,7 +255,7 @@ def _report(run: Interval, idle: Interval | None, idle_reason: str, output_token
     }
     detail = {
         "reason": None if run.energy_j is not None else run.method,
-        "gpu": {name: run.gpu[name] for name in ("index", "name", "uuid")},  # type: ignore[literal-required]
+        "gpu": {name: run.gpu[name] for name in ("index", "name", "uuid")},
         "method": run.method,
         "duration_s": run.duration_s,
         "samples": run.samples,
@@ -273,15 +273,15 @@ def _each(energy_j: float | None, tokens: int) -> float | None:
 def _sentence(run: Interval, idle: Interval | None, idle_reason: str) -> str:
     if run.energy_j is None:
         return f"energy not measured: {run.method}"
-    words = f"energy: {run.energy_j:,.1f} J in {run.duration_s:.2f} s on {_name(run.gpu)}, by {run.method}"
+    text = f"energy: {run.energy_j:,.1f} J in {run.duration_s:.2f} s on {_name(run.gpu)}, by {run.method}"
     if idle is not None and idle.mean_w is not None:
-        words += f"; idle power {idle.mean_w:.1f} W, measured for {idle.duration_s:.1f} s before the run"
+        text += f"; idle power {idle.mean_w:.1f} W, measured for {idle.duration_s:.1f} s before the run"
     else:
-        words += f"; idle power not measured: {idle_reason}"
+        text += f"; idle power not measured: {idle_reason}"
     if run.throttled:
         reasons = ", ".join(f"{reason} ({100 * share:.0f} %)" for reason, share in run.throttled.items())
-        words += f"; clocks held back by {reasons} of the samples"
-    return words
+        text += f"; clocks held back by {reasons} of the samples"
+    return text
 
 
 def _name(gpu: GpuReading) -> str:

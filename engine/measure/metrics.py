@@ -271,7 +271,7 @@ METRICS: dict[str, MetricInfo] = {
     "kv_blocks_used_peak": MetricInfo(
         "KV blocks in use, peak", "blocks", False, "Most blocks that running requests held after a step."
     ),
-    "weights_bytes": MetricInfo("Weights", "bytes", False, "Resident bytes of the parameters in the format in force."),
+    "weights_bytes": MetricInfo("Weights", "bytes", False, "Resident bytes of the parameters in the current format."),
     "resident_bytes_peak": MetricInfo(
         "Memory, peak", "bytes", False, "Most resident memory of the process (device memory on a GPU) in the samples."
     ),

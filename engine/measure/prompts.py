@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from engine.errors import WorkloadError
@@ -164,7 +164,7 @@ def _repeat_to(tokens: list[int], length: int) -> list[int]:
     return repeated[:length]
 
 
-def _open(write: Any, tokenizer: PromptTokenizer, length: int, index: int) -> list[int]:
+def _open(write: Callable[[int, int], list[int]], tokenizer: PromptTokenizer, length: int, index: int) -> list[int]:
     opening = opening_tokens(tokenizer)[: length - 1]
     return opening + write(length - len(opening), index)
 

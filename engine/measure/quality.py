@@ -89,7 +89,7 @@ class QualityStats:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QualityComparison:
-    """Two settings beside the unquantized model.
+    """Two settings next to the unquantized model.
 
     Attributes:
         a, b: the two settings; reference: the unquantized model, whose distance to itself is 0.
@@ -259,7 +259,7 @@ def measure_quality(
     progress: Callable[[float], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> QualityComparison | None:
-    """Quality of two settings on a text, on the live engine; the knobs in force before are restored.
+    """Quality of two settings on a text, on the live engine; the previous knobs are restored.
 
     Windows run one at a time between two steps, so requests in flight go on, under the setting being measured.
 

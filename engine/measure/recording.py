@@ -225,6 +225,6 @@ def _after(entries: Sequence[Any], otherwise: int = 0) -> int:
     return entries[-1].index + 1 if entries else otherwise
 
 
-def describe_error(problem: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The text of an error for a record: a user's error as it is, any other with its type."""
-    return str(problem) if isinstance(problem, HeadroomError) else f"{type(problem).__name__}: {problem}"
+    return str(error) if isinstance(error, HeadroomError) else f"{type(error).__name__}: {error}"

@@ -49,7 +49,7 @@ class SampleRecord:
         step_ms: mean step time since the previous sample; None if there was no step.
         resident_bytes: memory of the process.
         gpu_power_w, gpu_utilization_percent, gpu_memory_bytes, gpu_sm_clock_mhz: of the engine's GPU, see
-            :class:`engine.telemetry.gpu.GpuReading`; None if it has none or the reading is not to be had.
+            :class:`engine.telemetry.gpu.GpuReading`; None if it has none or the reading is unavailable.
     """
 
     t_s: float

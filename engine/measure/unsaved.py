@@ -44,7 +44,7 @@ def keep_document(document: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def kept_words(path: Path) -> str:
+def kept_message(path: Path) -> str:
     """Where a run was kept and what to do with it, in a sentence."""
     return f"The run was kept in {path}; afterwards: python -m storage record < {path}"
 

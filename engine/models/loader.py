@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from engine.capacity import ModelSpec
-from engine.capacity.memory.weights import parameter_count
+from engine.capacity.model.parameters import parameter_count
+from engine.capacity.text import GIB
 from engine.config import DEFAULT_MODEL
 from engine.device import has_bfloat16, num_gpus
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import weight_swap
-from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from engine.models.checkpoint import Checkpoint
 from engine.models.config_rules import config_warnings, tensor_warning, unknown_to
 from engine.models.decoder import Decoder
 from engine.models.decoder_config import DecoderConfig, read_decoder_config
@@ -33,6 +34,8 @@ from engine.models.fallback import (
     spec_of,
 )
 from engine.models.families import Family
+from engine.models.gguf_checkpoint import GGUFCheckpoint
+from engine.models.safetensors_checkpoint import SafetensorsCheckpoint
 from engine.models.tokenizer import check_vocabulary, eos_token_ids, load_tokenizer
 from engine.models.weight_reader import WeightSource
 from engine.models.weight_swap import PreparedWeights, planned_bytes
@@ -405,7 +408,7 @@ def _check_memory(needed: int, device: torch.device, kept: str) -> None:
     free = weight_swap.free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the weights need {needed / 2**30:.2f} GiB in {kept}, but {free / 2**30:.2f} GiB are free.",
+            f"the weights need {needed / GIB:.2f} GiB in {kept}, but {free / GIB:.2f} GiB are free.",
             field="model",
             remedy="Free memory, or choose a smaller model, a smaller dtype or quantized weights.",
         )

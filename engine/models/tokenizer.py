@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelLoadError
-from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, read_json
+from engine.models.checkpoint import Checkpoint, read_json
+from engine.models.gguf_checkpoint import GGUFCheckpoint
 from engine.models.gguf_pretokenizers import pre_tokenizer_of, set_pre_tokenizer
 from engine.paths import cache_dir, private_dir
 from kernels.trust import tighten

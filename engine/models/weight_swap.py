@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from engine.capacity import ModelSpec, weight_bytes
-from engine.capacity.memory.formats import weight_format
+from engine.capacity.formats import compute_dtype, weight_precision
+from engine.capacity.text import GIB
 from engine.device import available_memory
 from engine.errors import CapacityError, ConfigError
 from engine.models.checkpoint import Checkpoint
@@ -159,12 +160,10 @@ def _original(checkpoint: Checkpoint, sources: tuple[str, ...]) -> torch.Tensor:
 
 def planned_bytes(spec: ModelSpec, choice: WeightChoice, dtype: torch.dtype) -> int:
     """Bytes of all weights in the formats of ``choice``, by the planner's formula."""
-    name, planned_as = dtype_name(dtype), choice.planned_as
-    if planned_as == "model":
-        total = weight_bytes(spec, name)
-    else:
-        # torch's operator wants an INT4 group's zero point in bfloat16, next to its scale
-        total = weight_bytes(spec, weight_format(planned_as, zero_point_bits=16), dtype=name)
+    name = dtype_name(dtype)
+    # torch's operator wants an INT4 group's zero point in bfloat16, next to its scale
+    stored = name if choice.planned_as == "model" else choice.planned_as
+    total = weight_bytes(spec, weight_precision(stored, zero_point_bits=16), compute_dtype(name))
     if choice.head == "int8":
         rows, width = spec.vocab_size, spec.hidden_size
         total += rows * (width + 2) - rows * width * dtype.itemsize  # one bfloat16 scale a row
@@ -188,7 +187,7 @@ def _check_memory(
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the new weights need {needed / 2**30:.2f} GiB next to the current ones; {free / 2**30:.2f} are free.",
+            f"the new weights need {needed / GIB:.2f} GiB next to the current ones; {free / GIB:.2f} are free.",
             field="weights",
             remedy="Free memory, or load the model again with these weights.",
         )

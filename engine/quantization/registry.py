@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.capacity import weight_format
+from engine.capacity import weight_precision
 from engine.config import add_choice
 from engine.errors import ConfigError
 from engine.quantization.formats import ModelDtypeFormat, WeightFormat
@@ -75,7 +75,7 @@ def register_weight_format(name: str, make: MakeFormat, *, planned_as: str = "mo
         ConfigError: if the knob has that value already, or the planner has no format ``planned_as``.
     """
     if planned_as != "model":
-        weight_format(planned_as)
+        weight_precision(planned_as)
     remove_choice = add_choice("weights", name)
     QUANTIZED_FORMATS[name], _PLANNED_AS[name] = make, planned_as
 

@@ -40,7 +40,7 @@ class GpuReading(TypedDict):
         power_w, power_limit_w: of the whole board, watts; a mean over the last second on Ampere and newer.
         energy_mj: of the whole board since the driver was loaded, millijoules (Volta and newer).
         sm_clock_mhz, memory_clock_mhz: now.
-        clocks_event_reasons: NVML's bit mask; throttle_reasons: its bits in words, without "idle".
+        clocks_event_reasons: NVML's bit mask; throttle_reasons: labels of its bits, without "idle".
     """
 
     index: int
@@ -173,7 +173,7 @@ class GpuReader:
         if mask is None:  # its name before driver 535
             mask = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
         reading["clocks_event_reasons"] = mask
-        reading["throttle_reasons"] = None if mask is None else throttle_words(mask)
+        reading["throttle_reasons"] = None if mask is None else throttle_labels(mask)
 
     def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """An answer, or None where the device or its driver has none: virtual GPUs and MIG slices leave out some.
@@ -192,18 +192,18 @@ class GpuReader:
             return None
 
 
-def throttle_words(mask: int) -> list[str]:
-    """What holds the clocks back, in words; an idle GPU's lower clocks are not among it.
+def throttle_labels(mask: int) -> list[str]:
+    """Labels of what holds the clocks back; an idle GPU's lower clocks are not among it.
 
     Args:
         mask: of ``nvmlDeviceGetCurrentClocksEventReasons``.
 
-    >>> throttle_words(0x1), throttle_words(0x24), throttle_words(0x8000)
+    >>> throttle_labels(0x1), throttle_labels(0x24), throttle_labels(0x8000)
     ([], ['software power cap', 'software thermal slowdown'], ['reason 0x8000'])
     """
-    words = [word for bit, word in THROTTLE_REASONS if mask & bit]
+    labels = [label for bit, label in THROTTLE_REASONS if mask & bit]
     unknown = mask & ~(_IDLE_BIT | sum(bit for bit, _ in THROTTLE_REASONS))
-    return [*words, f"reason {unknown:#x}"] if unknown else words
+    return [*labels, f"reason {unknown:#x}"] if unknown else labels
 
 
 def own_gpu(readings: list[GpuReading] | None) -> GpuReading | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from engine.measure.results import Provenance, RunResult, from_json
-from engine.measure.unsaved import kept_words
+from engine.measure.unsaved import kept_message
 from storage.spool import keep
 
 logger = logging.getLogger(__name__)
@@ -255,4 +255,4 @@ class RunRecorder:
                 job.unrecorded.append(result)
                 if getattr(error, "kept", None) is None:  # the store was not there to keep it
                     path = keep(result)
-                    job.storage_error += f" {kept_words(path)}" if path is not None else ""
+                    job.storage_error += f" {kept_message(path)}" if path is not None else ""

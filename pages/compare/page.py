@@ -22,7 +22,7 @@ _POLL_S = 1.0
 
 
 def main() -> None:
-    """Draw the page: the question at the left, the answer at the right."""
+    """Draw the page: the question on the left, the answer on the right."""
     services = get_services()
     ready = services.view().phase == "ready"
     engine = services.feed.read().engine if ready else None
@@ -139,7 +139,7 @@ def _empty() -> None:
     with st.container(border=True):
         st.markdown("**Nothing compared yet**")
         st.markdown(
-            "Choose a question at the left. The loaded model then runs the workload under A and under B in turn, "
+            "Choose a question on the left. The loaded model then runs the workload under A and under B in turn, "
             "with the same requests in each pair, so that drift of the machine falls on both. Here you will see:\n\n"
             "- each metric of A and B with its spread, and the difference with a 95 % interval\n"
             "- every single run\n"

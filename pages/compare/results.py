@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from engine.measure.comparison import MetricComparison, compare_all, disturbed_words
+from engine.measure.comparison import MetricComparison, compare_all, disturbed_label
 from engine.measure.results import RunResult, to_json
 from pages.compare.charts import interval_chart, single_runs
 from pages.compare.energy import compared_energy
@@ -66,7 +66,7 @@ def _disturbed(runs: Sequence[RunResult]) -> None:
     found = [run for run in runs if run.disturbed]
     if not found:
         return
-    text = disturbed_words(len(found))
+    text = disturbed_label(len(found))
     lines = [
         f"{run.arm or 'run'}, repeat {(run.repeat or 0) + 1}, {line}"
         for run in found

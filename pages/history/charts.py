@@ -52,7 +52,9 @@ def time_chart(
     names = list(columns.values())
     data = long(table, dict(columns)).dropna()
     data["order"] = data["series"].map(names.index)  # the first name at the bottom of a stack
-    y = alt.Y("value:Q", axis=alt.Axis(title=None, tickCount=4), stack="zero" if stacked else None)
+    step = 1 if stacked else alt.Undefined  # what is stacked is counted: there is no half a request
+    axis = alt.Axis(title=None, tickCount=4, tickMinStep=step)
+    y = alt.Y("value:Q", axis=axis, stack="zero" if stacked else None)
     base = alt.Chart(data)
     # Requests and blocks hold their value until the next sample; a rate belongs to the whole interval.
     drawn = (

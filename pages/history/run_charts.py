@@ -44,7 +44,7 @@ def over_time(run: RunResult) -> None:
         for column, (title, unit, columns, stacked) in zip(st.columns(2), charts[start : start + 2], strict=False):
             with column:
                 st.markdown(f"**{title}** :small[:gray[{unit}]]")
-                chart = time_chart(table, columns, marks, stacked=stacked, labels=start == 0)
+                chart = time_chart(table, columns, marks, stacked=stacked, labels=title == charts[0][0])
                 st.altair_chart(chart, width="stretch", key=f"history-{title}")
     _events(run)
 

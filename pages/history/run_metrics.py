@@ -35,7 +35,7 @@ def _metric_table(metrics: Mapping[str, float | None], reference: str = "") -> N
     rows = []
     for name, value in metrics.items():
         info = metric_info(name)
-        aside = f" **{plain(reference)}**" if reference and name in QUALITY else ""
+        aside = f" **Measured against: {plain(reference)}.**" if reference and name in QUALITY else ""
         rows.append(
             {
                 "Metric": plain(info.label),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from engine.measure.comparison import disturbed_words
+from engine.measure.comparison import disturbed_label
 from engine.measure.results import RunResult
 from pages.history.charts import distribution_curves, latencies, samples_table, throughput_curves
 from pages.history.difference_table import show_differences
@@ -52,7 +52,7 @@ def _left_out(groups: Sequence[Group]) -> None:
     """Say how many disturbed runs no average and no difference counts."""
     count = sum(len(group.runs) - len(group.counted) for group in groups)
     if count:
-        text = disturbed_words(count)
+        text = disturbed_label(count)
         lone = " A column of its own shows what such a run measured." if any(not g.counted for g in groups) else ""
         st.warning(f"{text[0].upper()}{text[1:]}.{lone}", icon=":material/tsunami:")
 

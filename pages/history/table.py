@@ -91,12 +91,12 @@ def _columns(status_width: int) -> dict[str, Any]:
     number = st.column_config.NumberColumn
     columns: dict[str, Any] = {
         "Started": st.column_config.DatetimeColumn(format="D MMM, HH:mm:ss", width=115),
-        "Label": st.column_config.TextColumn(width=170),
+        "Label": st.column_config.TextColumn(width=215),
         "Status": st.column_config.MultiselectColumn(
             options=list(STATUS_COLORS), color=list(STATUS_COLORS.values()), width=status_width
         ),
         "Workload": st.column_config.TextColumn(width=90),
-        "Setting": st.column_config.ListColumn(width=190, help="Knobs that are not at their default."),
+        "Setting": st.column_config.ListColumn(width=145, help="Knobs that are not at their default."),
         "Arm": st.column_config.TextColumn(width=45, help="Setting A or B of a comparison, and the repetition."),
         "Requests": number(width=70, format="localized"),
         "Duration": number("Duration, s", format="%.1f"),

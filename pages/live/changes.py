@@ -128,6 +128,6 @@ def change_text(result: Any) -> str:
     if not changed:
         return "Nothing changed: the engine already has that setting."
     prepared = f", prepared in {result.prepare_ms:.0f} ms in the background" if result.prepare_ms >= 1 else ""
-    flight = f" {result.requests_in_flight} requests in flight went on." if result.requests_in_flight else ""
+    flight = f" {result.requests_in_flight} requests in flight continued." if result.requests_in_flight else ""
     notes = "".join(f"\n\n{plain(note)}" for note in result.notes)
     return f"{changed}. The engine paused {result.pause_ms:.1f} ms{prepared}.{flight}{notes}"

@@ -58,7 +58,7 @@ def draw_charts(
 
     Args:
         table: with ``t``, seconds before the end (≤ 0), and every chart's columns.
-        marks: see :func:`pages.live.series.event_marks`; they have labels in the first row if ``labelled``.
+        marks: see :func:`pages.live.series.event_marks`; they have labels in the first chart if ``labelled``.
         height: of a chart, pixels.
     """
     for row in range(0, len(charts), in_a_row):
@@ -67,7 +67,7 @@ def draw_charts(
                 st.markdown(f"**{chart.title}** :small[:gray[{chart.unit}]]")
                 data = {"series": long(table, chart.columns), "marks": _placed(marks, window_s)}
                 labels = tuple(chart.columns.values())
-                spec = _spec(chart.kind, labels, window_s, labelled and row == 0, chart.top)
+                spec = _spec(chart.kind, labels, window_s, labelled and chart is charts[0], chart.top)
                 spec = {**spec, "height": height, "datasets": data}
                 st.vega_lite_chart(spec, width="stretch", key=f"live-{chart.title}")
 
@@ -75,7 +75,7 @@ def draw_charts(
 _CHARTS = (
     Chart("Throughput", "tokens/s", {"output_tokens_s": "output", "total_tokens_s": "with prompts"}, "line"),
     Chart("Requests", "running and waiting", {"running": "running", "waiting": "waiting"}, "steps"),
-    Chart("Work of the steps", "tokens/s", {"decode": "decode", "prefill": "prefill", "draft": "drafts"}, "area"),
+    Chart("Tokens computed", "tokens/s", {"decode": "decode", "prefill": "prefill", "draft": "drafts"}, "area"),
     Chart("Step time", "ms", {"step_mean_ms": "mean", "step_max_ms": "longest"}, "gaps"),
     Chart(
         "Prefix hits and draft acceptance",
@@ -84,7 +84,7 @@ _CHARTS = (
         "points",
         100.0,
     ),
-    Chart("Preemptions", "requests put back", {"preempted": "preempted"}, "bar"),
+    Chart("Preemptions", "requests", {"preempted": "preempted"}, "bar"),
 )
 _MARK_OF: dict[str, Spec] = {
     "line": {"type": "line", "strokeWidth": 1.8, "interpolate": "monotone"},
@@ -105,6 +105,8 @@ def _spec(kind: str, labels: tuple[str, ...], window_s: float, labelled: bool, t
         y["axis"] = {"title": None, "values": [0, top / 2, top], "format": ",.3~r"}
     elif kind == "bar":
         y |= {"scale": {"domain": {"unionWith": [0, 1]}}, "axis": {"title": None, "tickMinStep": 1, "format": "d"}}
+    elif kind == "steps":
+        y["axis"] = {"title": None, "tickCount": 4, "tickMinStep": 1, "format": "d"}  # there is no half a request
     y["stack"] = "zero" if kind in ("area", "steps") else None
     series = {
         "data": {"name": "series"},
@@ -139,7 +141,7 @@ def _color(labels: tuple[str, ...]) -> Spec:
 
 
 def _marks(window_s: float, labelled: bool) -> list[Spec]:
-    """A dashed line at each toggle; on the top row with labels, towards the middle so that none is cut."""
+    """A dashed line at each toggle; in the first chart with labels, towards the middle so that none is cut."""
     x, tooltip = _x(window_s), [{"field": "summary", "title": "event"}]
     rule = {"type": "rule", "strokeDash": [3, 3], "color": _MARK_COLOR, "opacity": 0.8}
     layers: list[Spec] = [{"data": {"name": "marks"}, "mark": rule, "encoding": {"x": x, "tooltip": tooltip}}]

@@ -33,7 +33,7 @@ _WINDOWS = {"1 min": 60.0, "5 min": 300.0, "15 min": 900.0}
 
 
 def main() -> None:
-    """Draw the page: knobs at the left, charts in the middle, chat and workloads at the right."""
+    """Draw the page: knobs on the left, charts in the middle, chat and workloads on the right."""
     services = get_services()
     phase = services.view().phase
     ready = phase == "ready"

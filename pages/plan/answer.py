@@ -9,7 +9,7 @@ import streamlit as st
 
 from engine.capacity import Deployment, OperatingPoint, Plan, Remedy
 from engine.capacity.advice.deployment import warnings_of
-from engine.capacity.words import gib
+from engine.capacity.text import gib
 from pages.plan.fields import key
 from pages.plan.inputs import apply_changes
 from pages.plan.model import size_text
@@ -135,7 +135,7 @@ def _load_figures(found: Deployment, point: OperatingPoint) -> None:
 def _cost_help(found: Deployment) -> str:
     cost = found.cost
     if cost.per_month is None or cost.per_million_tokens is None:
-        return "Give a price at the left."
+        return "Give a price on the left."
     energy = cost.kwh_per_million_output_tokens
     power = f" {cost.power_w or 0:,.0f} W; {energy:,.2f} kWh a million output tokens." if energy is not None else ""
     return (
@@ -182,7 +182,7 @@ def _memory_figures(plan: Plan) -> None:
         f"Weights{each}",
         gib(plan.memory.weights),
         **_below(f"{size_text(plan.parameters.total)} parameters"),
-        help=f"{plan.parameters.total:,} parameters in {plan.request.weights}, as the engine holds them.",
+        help=f"{plan.parameters.total:,} parameters in {plan.request.weights.name}, as the engine holds them.",
         border=True,
     )
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import streamlit as st
 
-from engine.capacity import Gpu, ModelSpec, Workload, model_names, model_spec, parameter_count
+from engine.capacity import Gpu, ModelSpec, PlannedWorkload, model_names, model_spec, parameter_count
 from pages.plan.fields import DEFAULTS, NGRAM, choice, key, number, widget
 
 #: Coefficients of variation of (prompts, answers).
 VARIATIONS = {"equal": (0.0, 0.0), "varied": (0.5, 0.5), "wild": (1.0, 1.0)}
 
 
-def details(spec: ModelSpec, prompt: int, answer: int, gpu: Gpu) -> tuple[Workload, dict[str, Any], float | None]:
+def details(
+    spec: ModelSpec, prompt: int, answer: int, gpu: Gpu
+) -> tuple[PlannedWorkload, dict[str, Any], float | None]:
     """Draw the details; the workload, further fields of the request, and the price in $ an hour if one is given."""
     variation = choice(
         "Lengths of requests",
@@ -52,7 +54,7 @@ def details(spec: ModelSpec, prompt: int, answer: int, gpu: Gpu) -> tuple[Worklo
             **widget("price"),
         )
     cvs = VARIATIONS[variation]
-    work = Workload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, None)
+    work = PlannedWorkload(prompt, answer, *cvs, float(burst or 1.0), hit / 100, draft, accepted / 100, None)
     extra = {"lora_adapters": lora, "draft": drafter if draft else None}
     return work, extra, None if price is None else float(price)
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import streamlit as st
 
-from engine.capacity import Plan, compare_kv_formulas
-from engine.capacity.memory.kv import Factor, KVFormula
-from engine.capacity.words import gib
+from engine.capacity import CacheLayout, Plan, compare_kv_formulas
+from engine.capacity.memory.kv_formula import Factor, KVFormula
+from engine.capacity.text import gib
 from pages.shared.text import plain
 
 
 def formulas(plan: Plan) -> None:
     """Both forms side by side for one request of the planned context, and what the published one gets wrong here."""
     asked = plan.request
-    both = compare_kv_formulas(
-        asked.spec,
-        asked.context,
-        asked.block_size,
-        asked.kv_dtype,
-        asked.tp,
-        frees_windows=asked.profile.frees_windows_of(asked.spec),
-    )
+    frees_windows = asked.profile.frees_windows_of(asked.spec)
+    layout = CacheLayout(asked.kv_dtype, asked.block_size, frees_windows)
+    both = compare_kv_formulas(asked.spec, layout, asked.context, asked.tp)
     st.markdown(f"**KV cache of one request of {asked.context:,} tokens**")
     left, right = st.columns(2, gap="small")
     with left, st.container(border=True, height="stretch"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from engine.capacity import Gpu, Objectives, PlanRequest, Workload
+from engine.capacity import Gpu, Objectives, PlannedWorkload, PlanRequest
 from pages.plan.details import details
 from pages.plan.engine import engine_options
 from pages.plan.fields import key, state
@@ -21,7 +21,7 @@ class PlanInputs:
     """What the inputs ask for; ``rate`` is None where the goal is a number of users."""
 
     request: PlanRequest
-    workload: Workload
+    workload: PlannedWorkload
     objectives: Objectives
     rate: float | None
     price: float | None

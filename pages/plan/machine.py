@@ -10,6 +10,7 @@ import streamlit as st
 
 from engine.capacity import Gpu, custom_gpu, find_gpu
 from engine.capacity.hardware import with_memory
+from engine.capacity.text import GIB
 from engine.errors import HeadroomError
 
 PREFIX = "This machine"
@@ -23,7 +24,7 @@ def machine_gpus() -> dict[str, Gpu]:
     devices: dict[str, Gpu] = {}
     for name, memory_gib in _nvidia_gpus():
         devices[f"{PREFIX}: {name} ({memory_gib:,.1f} GiB)"] = _described(name, memory_gib)
-    memory_gib = psutil.virtual_memory().total / 2**30
+    memory_gib = psutil.virtual_memory().total / GIB
     label = f"{PREFIX}: CPU ({memory_gib:,.1f} GiB RAM)"
     devices[label] = custom_gpu("this machine's CPU", round(memory_gib, 2), "all of its main memory")
     return devices

@@ -9,9 +9,8 @@ import pandas as pd
 import streamlit as st
 
 from engine.capacity import Plan
-from engine.capacity.words import gib
+from engine.capacity.text import GIB, gib
 
-_GIB = 2**30
 _HEIGHT = 196
 #: A segment narrower than this share of the bar has its size in the legend only.
 _LABEL_SHARE = 0.08
@@ -65,8 +64,8 @@ def segments(plan: Plan) -> pd.DataFrame:
 def _row(part: str, start: int, size: int, place: tuple[float, float]) -> dict[str, object]:
     return {
         "part": part,
-        "start": start / _GIB,
-        "end": (start + size) / _GIB,
+        "start": start / GIB,
+        "end": (start + size) / GIB,
         "size": gib(size),
         "low": place[0],
         "high": place[1],
@@ -81,9 +80,9 @@ def memory_bar(plan: Plan) -> None:
 
 
 def _chart(plan: Plan, table: pd.DataFrame) -> alt.LayerChart:
-    right = 1.002 * max(plan.memory.capacity / _GIB, float(table["end"].max()))
+    right = 1.002 * max(plan.memory.capacity / GIB, float(table["end"].max()))
     table["entry"] = table["part"] + ": " + table["size"]
-    lines = sorted({plan.memory.limit / _GIB, plan.memory.capacity / _GIB})
+    lines = sorted({plan.memory.limit / GIB, plan.memory.capacity / GIB})
     pieces = [_widest_piece(start, end, lines) for start, end in zip(table["start"], table["end"], strict=True)]
     table["middle"] = [(start + end) / 2 for start, end in pieces]
     wide = pd.Series([end - start > _LABEL_SHARE * right for start, end in pieces])
@@ -132,7 +131,7 @@ def _y(field: str) -> alt.Y:
 
 def _lines(plan: Plan, right: float) -> list[alt.Chart]:
     """Dashed lines at the capacity and at what the engine may use of it, each with its name on a row of its own."""
-    capacity, limit = plan.memory.capacity / _GIB, plan.memory.limit / _GIB
+    capacity, limit = plan.memory.capacity / GIB, plan.memory.limit / GIB
     marks = [(capacity, f"capacity {capacity:,.2f} GiB", capacity > 0.6 * right)]
     if limit < capacity:
         share = f"{100 * plan.request.utilization:.0f} %"

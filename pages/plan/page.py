@@ -7,7 +7,7 @@ import streamlit as st
 
 from engine.capacity import Deployment, Plan, concurrency_curve, deploy, what_would_fit
 from engine.capacity.advice.deployment import assumptions_of
-from engine.capacity.words import gib
+from engine.capacity.text import gib
 from engine.errors import HeadroomError
 from pages.plan.answer import answer, remedies
 from pages.plan.curve import concurrency_chart
@@ -24,7 +24,7 @@ from pages.shared.text import plain
 
 
 def main() -> None:
-    """Draw the page: the question at the left, the answer at the right."""
+    """Draw the page: the question on the left, the answer on the right."""
     left, right = st.columns([1, 2.6], gap="medium")
     with left:
         inputs = plan_inputs()
@@ -104,7 +104,7 @@ def _parameters(result: Plan) -> None:
 
 
 def _no_model() -> None:
-    st.info("Choose a model at the left, or upload its config.json, to see what it needs.", icon=":material/upload:")
+    st.info("Choose a model on the left, or upload its config.json, to see what it needs.", icon=":material/upload:")
 
 
 main()

@@ -46,8 +46,8 @@ def changes_of(item: Solution) -> dict[str, object]:
     """Fields of a request that make it the solution's."""
     full = item.request
     own = full.spec.checkpoint_format or full.spec.torch_dtype
-    weights = "auto" if full.weights == own else full.weights
-    kv_dtype = "auto" if full.kv_dtype == full.dtype else full.kv_dtype
+    weights = "auto" if full.weights.name == own else full.weights.name
+    kv_dtype = "auto" if full.kv_dtype == full.dtype.as_kv else full.kv_dtype.name
     return {"gpu": full.gpu, "tp": full.tp, "dp": full.dp, "pp": 1, "weights": weights, "kv_dtype": kv_dtype}
 
 
@@ -57,8 +57,8 @@ def solutions_table(found: tuple[Solution, ...]) -> pd.DataFrame:
         {
             "hardware": f"{item.gpus} × {item.request.gpu.name}",
             "copies × GPUs": f"{item.request.dp} × {item.request.tp}",
-            "weights": item.request.weights,
-            "KV": item.request.kv_dtype,
+            "weights": item.request.weights.name,
+            "KV": item.request.kv_dtype.name,
             "$ an hour": None if item.cost.per_hour is None else round(item.cost.per_hour, 2),
             "$ / M output": _rounded(item.cost.per_million_output_tokens),
             "TTFT p95, ms": round(1e3 * item.point.ttft_p95_s),

@@ -6,6 +6,7 @@ from typing import Any
 
 import streamlit as st
 
+from engine.capacity.text import GIB
 from pages.shared.text import plain
 
 
@@ -39,7 +40,7 @@ def bytes_text(count: float) -> str:
     >>> bytes_text(269_000_000), bytes_text(5 * 2**30)
     ('257 MiB', '5.00 GiB')
     """
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
 def seconds_text(seconds: float | None) -> str:

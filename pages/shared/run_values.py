@@ -77,7 +77,7 @@ def reference_text(run: RunRow | RunResult) -> str:
     """What the figures of quality are measured against; "" where none was measured."""
     if not any(run.metrics.get(name) is not None for name in QUALITY):
         return ""
-    return f"reference: {run.quality_reference or 'not recorded'}"
+    return run.quality_reference or "not recorded"
 
 
 def number_text(value: float) -> str:

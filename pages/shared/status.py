@@ -78,7 +78,7 @@ def _previous_model(view: WorkerView) -> None:
         st.progress(min(max(float(view.progress), 0.0), 1.0), text=plain(view.stage))
     if view.error:
         told = plain(f"The last load failed: {view.error.rstrip('.')}. {view.remedy or ''}")
-        st.warning(f"{told} **{plain(view.model)}** serves on.", icon=":material/warning:")
+        st.warning(f"{told} **{plain(view.model)}** keeps serving.", icon=":material/warning:")
 
 
 def _ready_line(engine: EngineStatus) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.benchmarks.quality import measure, stored_as
@@ -23,5 +24,6 @@ def test_quality_is_that_of_exactly_the_combination_and_the_reference_loses_noth
     assert 0 < found["dtype=bfloat16"].kl_mean < alone.kl_mean
 
 
+@pytest.mark.model
 def test_how_the_reference_is_stored_is_read_from_its_file(default_gguf: Path):
     assert stored_as(default_gguf) == "Q4_1 (token_embd: Q8_0)"

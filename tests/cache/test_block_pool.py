@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.cache.block_pool import BlockPool, OutOfBlocksError, chain_digest
+from engine.cache.block_pool import Block, BlockPool, FreeList, OutOfBlocksError, chain_digest
 
 
 def digests_of(tokens: list[int], block_size: int) -> list[bytes]:
@@ -98,6 +98,84 @@ def test_checker_notices_a_stale_hash():
     pool.blocks[table[0]].digest = b"something else"
     with pytest.raises(AssertionError):
         pool.check({"a": table})
+
+
+def test_checker_notices_a_hash_that_the_index_does_not_hold():
+    pool = BlockPool(2, 2)
+    (index,) = pool.allocate(1)
+    pool.blocks[index].digest, pool.blocks[index].tokens = b"never published", (1, 2)
+    with pytest.raises(AssertionError, match="hash not in the index"):
+        pool.check({"a": [index]})
+
+
+def test_checker_notices_a_block_that_is_missing_among_those_sorted_by_tokens():
+    pool = BlockPool(2, 2)
+    table = fill_and_publish(pool, [1, 2])
+    pool._children.clear()
+    with pytest.raises(AssertionError, match="sorted by tokens"):
+        pool.check({"a": table})
+
+
+def test_block_released_twice_is_an_error():
+    pool = BlockPool(2, 2)
+    table = pool.allocate(1)
+    pool.release(table)
+    with pytest.raises(AssertionError, match="released twice"):
+        pool.release(table)
+
+
+def test_block_leaves_the_free_list_once():
+    free, block = FreeList(), Block(0)
+    free.push_tail(block)
+    free.remove(block)
+    with pytest.raises(AssertionError):
+        free.remove(block)
+    assert len(free) == 0
+
+
+def test_prefix_ends_where_a_block_of_it_was_evicted_although_its_continuation_is_held():
+    pool = BlockPool(3, 1)
+    first, middle, last = fill_and_publish(pool, [1, 2, 3])
+    pool.release([middle])
+    assert pool.allocate(1) == [middle]
+    assert pool.lookup(digests_of([1, 2, 3], 1), [1, 2, 3]) == [first]
+    assert pool.blocks[last].digest is not None
+
+
+def test_content_that_is_published_twice_stays_with_the_first_block():
+    pool = BlockPool(4, 2)
+    first, second = fill_and_publish(pool, [1, 2]), fill_and_publish(pool, [1, 2])
+    assert pool.lookup(digests_of([1, 2], 2), [1, 2]) == first
+    pool.check({"a": first, "b": second})
+
+
+def test_published_block_keeps_the_content_that_it_was_published_with():
+    pool = BlockPool(2, 2)
+    (index,) = fill_and_publish(pool, [1, 2])
+    pool.publish(index, b"", chain_digest(b"", [3, 4]), [3, 4])
+    assert pool.lookup(digests_of([3, 4], 2), [3, 4]) == []
+    pool.check({"a": [index]})
+
+
+def test_states_and_counts_tell_free_reusable_held_and_shared_blocks_apart():
+    pool = BlockPool(5, 1)
+    held = fill_and_publish(pool, [1, 2, 3])
+    pool.release(held[1:])
+    pool.share(held[:1])
+    alone = pool.allocate(1)  # a block that was never used goes first
+    states = {held[0]: "s", held[1]: "c", held[2]: "c", alone[0]: "u"}
+    assert pool.block_states() == "".join(states.get(index, ".") for index in range(5))
+    assert pool.count_free(held) == 2
+    assert pool.count_free([held[0], alone[0]]) == 0
+
+
+def test_reset_tells_how_many_prefixes_it_forgot_held_ones_too():
+    pool = BlockPool(4, 1)
+    held, released = fill_and_publish(pool, [1]), fill_and_publish(pool, [2])
+    pool.release(released)
+    assert pool.reset_prefixes() == 2
+    assert (pool.num_cached, pool.lookup(digests_of([1], 1), [1])) == (0, [])
+    pool.check({"a": held})
 
 
 def test_longest_partial_finds_the_block_that_agrees_longest_among_many():

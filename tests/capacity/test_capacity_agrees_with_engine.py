@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from engine.capacity import ModelSpec, PlanRequest, custom_gpu, parameter_count, plan, weight_bytes
-from engine.capacity.memory.profiles import find_profile, profile_weight_format, resident_weight_bytes
+from engine.capacity import ModelSpec, PlanRequest, custom_gpu, parameter_count, plan
+from engine.capacity.formats import BFLOAT16
+from engine.capacity.memory import budget
+from engine.capacity.memory.profiles import find_profile, profile_weight_precision, resident_weight_bytes
+from tests.capacity.by_name import weight_bytes
 
 
 @pytest.mark.model
@@ -39,8 +42,8 @@ def test_planned_quantized_weights_are_what_the_engine_keeps(tiny_llama: Any, we
     model.commit_weights(model.prepare_weights(weights, group))
     spec = ModelSpec.from_hf_config(json.loads((tiny_llama / "config.json").read_text()))
     headroom = find_profile("headroom")
-    assert weight_bytes(spec, profile_weight_format(headroom, planned), dtype="bfloat16") == model.weight_bytes()
-    assert resident_weight_bytes(headroom, spec, planned, "bfloat16", tp=1) == model.weight_bytes()
+    precision = profile_weight_precision(headroom, planned, spec)
+    assert resident_weight_bytes(headroom, spec, precision, BFLOAT16) == model.weight_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,31 @@ def test_engine_allocates_exactly_the_planned_blocks(own_model: Any, limit_gib: 
     assert engine.cache.nbytes == answer.memory.kv
     assert engine.envelope.weights_bytes == answer.memory.weights
     assert engine.envelope.activation_bytes == answer.memory.activation
+
+
+def test_engine_and_plan_go_through_the_same_budget(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch):
+    from engine.config import EngineConfig
+    from engine.models import load_model
+    from engine.sizing import size_engine
+
+    model = load_model(str(tiny_llama), dtype="float32", device="cpu")
+    config = EngineConfig.from_mapping({"memory_limit_gib": 0.1, "max_num_seqs": 8, "max_num_batched_tokens": 512})
+
+    def numbers() -> list[tuple[int, ...]]:
+        envelope = size_engine(model, config)
+        answer = _plan_of_engine(model.spec, 0.1, 8, model.max_position)
+        limit, memory = int(config.memory_limit_gib * 2**30), answer.memory
+        return [
+            (envelope.limit_bytes, envelope.weights_bytes, envelope.activation_bytes, envelope.num_blocks),
+            (limit, memory.weights, memory.activation, memory.kv_blocks),
+        ]
+
+    engine, planned = numbers()
+    assert engine == planned
+    # A term that is added to the one budget is taken from both caches.
+    monkeypatch.setattr(budget, "peak_activation_bytes", lambda *_: 99 * 2**20)
+    dearer = numbers()
+    assert dearer[0] == dearer[1] != engine
 
 
 _RESIDENT = """

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.capacity import ModelSpec, model_config, parameter_count, weight_bytes
+from engine.capacity import ModelSpec, model_config, parameter_count
 from engine.capacity.model.module_names import ModuleList
+from tests.capacity.by_name import weight_bytes
 
 LLAMA, MIXTURE = model_config("Llama-3.1-8B"), model_config("Qwen3-30B-A3B")
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from engine.capacity import (
     Goal,
     Objectives,
+    PlannedWorkload,
     PlanRequest,
-    Workload,
     as_json,
     as_markdown,
     as_yaml,
@@ -35,11 +35,11 @@ from engine.capacity import (
     solve,
 )
 from engine.capacity.advice.solver import candidates, reaches
-from engine.capacity.memory.kv import kv_bytes_per_sequence
 from engine.errors import ConfigError, HeadroomError
+from tests.capacity.by_name import kv_bytes_per_sequence
 
 H100 = find_gpu("H100 SXM 80GB")
-CHAT = Workload(1024, 256, 0.5, 0.5)
+CHAT = PlannedWorkload(1024, 256, 0.5, 0.5)
 WANTED = Objectives(ttft_s=0.5, tpot_s=0.05)
 
 
@@ -283,7 +283,7 @@ works = st.fixed_dictionaries(
         "acceptance": st.floats(0, 1) | numbers,
     },
 )
-sane = st.builds(Workload, st.integers(1, 5000), st.integers(1, 2000), st.floats(0, 2), st.floats(0, 2))
+sane = st.builds(PlannedWorkload, st.integers(1, 5000), st.integers(1, 2000), st.floats(0, 2), st.floats(0, 2))
 
 
 def _check_explained(problem: HeadroomError) -> None:
@@ -295,7 +295,7 @@ def _check_explained(problem: HeadroomError) -> None:
     st.sampled_from(model_names()),
     st.sampled_from(gpus()),
     fields,
-    works.map(lambda values: Workload(**values)) | sane,
+    works.map(lambda values: PlannedWorkload(**values)) | sane,
     st.none() | st.floats(0.001, 1e5) | numbers,
     st.none() | st.floats(0.0001, 100),
 )

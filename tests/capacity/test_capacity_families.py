@@ -7,20 +7,9 @@ import math
 
 import pytest
 
-from engine.capacity import (
-    ModelSpec,
-    PlanRequest,
-    compare_kv_formulas,
-    find_gpu,
-    kv_bytes_per_sequence,
-    kv_bytes_per_token,
-    model_config,
-    model_spec,
-    parameter_count,
-    plan,
-    weight_bytes,
-)
+from engine.capacity import ModelSpec, PlanRequest, find_gpu, model_config, model_spec, parameter_count, plan
 from engine.errors import ConfigError
+from tests.capacity.by_name import compare_kv_formulas, kv_bytes_per_sequence, kv_bytes_per_token, weight_bytes
 from tests.capacity.test_capacity_agrees_with_transformers import default_config
 
 #: Two layers of a Nemotron-NAS model of hidden size 1024 with 8 heads of 128.

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engine.capacity import (
+    CompleteRequest,
     ModelSpec,
-    compare_kv_formulas,
-    kv_bytes_per_block,
-    kv_bytes_per_sequence,
-    kv_bytes_per_token,
+    PlanRequest,
+    check_holds_a_block,
+    complete,
+    custom_gpu,
+    memory_budget,
     model_config,
     model_spec,
-    size_kv_cache,
 )
+from engine.capacity.formats import BFLOAT16
 from engine.capacity.memory.kv import state_bytes_per_sequence
+from engine.capacity.text import gib
 from engine.errors import CapacityError, ConfigError
+from tests.capacity.by_name import compare_kv_formulas, kv_bytes_per_block, kv_bytes_per_sequence, kv_bytes_per_token
 
 
 def test_tensor_parallel_divides_heads_and_replicates_beyond_them():
@@ -80,48 +86,43 @@ def test_layers_with_and_without_a_window_are_counted_apart():
     assert "8 of 28 layers see only the last 1,024 tokens" in " ".join(both.errors)
 
 
-def test_cache_size_is_whole_blocks_and_never_above_the_limit():
-    spec = model_spec("SmolLM2-135M")
-    block = kv_bytes_per_block(spec, 16, "float32")
-    size = size_kv_cache(
-        spec,
-        limit_bytes=1000 + 10 * block - 1,
-        weights_bytes=600,
-        activation_bytes=400,
-        block_size=16,
-        kv_dtype="float32",
-    )
-    assert (size.num_blocks, size.tokens, size.bytes) == (9, 144, 9 * block)
+def _of_a_gpu(limit_bytes: int, name: str = "SmolLM2-135M", **options: Any) -> CompleteRequest:
+    """A deployment of this engine to which one GPU gives that many bytes."""
+    gpu = custom_gpu("a GPU", limit_bytes / 2**30)
+    return complete(PlanRequest(model_spec(name), gpu, profile="headroom", utilization=1.0, **options))
 
 
-def test_cache_size_respects_the_most_blocks_that_can_be_used():
-    spec = model_spec("SmolLM2-135M")
-    size = size_kv_cache(
-        spec, limit_bytes=2**40, weights_bytes=0, activation_bytes=0, block_size=16, kv_dtype="bf16", max_blocks=7
-    )
-    assert size.num_blocks == 7
+def test_cache_is_whole_blocks_and_never_above_the_limit():
+    block = kv_bytes_per_block(model_spec("SmolLM2-135M"), 16, "float32")
+    taken = memory_budget(_of_a_gpu(2**30, dtype="float32")).activation + 600
+    request = _of_a_gpu(taken + 10 * block - 1, dtype="float32")
+    budget = memory_budget(request, measured_weights=600)
+    assert (budget.kv_blocks, budget.kv, budget.unused) == (9, 9 * block, block - 1)
+    assert budget.fixed + budget.kv + budget.unused == budget.limit == request.gpu.usable_bytes
+
+
+def test_cache_has_no_more_blocks_than_all_sequences_can_use():
+    request = _of_a_gpu(2**40, context=100, max_num_seqs=3)
+    assert memory_budget(request).kv_blocks == 3 * 7
 
 
 def test_no_room_for_a_block_is_told_with_the_arithmetic():
-    with pytest.raises(CapacityError) as problem:
-        size_kv_cache(
-            model_spec("Llama-3.1-8B"),
-            limit_bytes=16 * 2**30,
-            weights_bytes=15 * 2**30,
-            activation_bytes=2 * 2**30,
-            block_size=16,
-            kv_dtype="bf16",
-        )
-    text = str(problem.value)
-    assert "16.00 GiB do not hold 15.00 GiB of weights, 2.00 GiB of activations" in text
-    assert "1.00 GiB missing" in text
-    assert problem.value.field == "memory_limit_gib"
+    request = _of_a_gpu(16 * 2**30, "Llama-3.1-8B", token_budget=65536)
+    budget = memory_budget(request, measured_weights=15 * 2**30)
+    assert budget.kv_blocks == 0
+    assert budget.excess > 0
+    with pytest.raises(CapacityError) as caught:
+        check_holds_a_block(request, budget)
+    text = str(caught.value)
+    assert f"16.00 GiB do not hold 15.00 GiB of weights, {gib(budget.activation)} of activations and one KV" in text
+    assert f"{gib(budget.excess + 2**21)} missing" in text
+    assert caught.value.field == "memory_limit_gib"
 
 
 def test_unknown_cache_format_is_refused_with_the_choices():
-    with pytest.raises(ConfigError) as problem:
+    with pytest.raises(ConfigError) as caught:
         kv_bytes_per_token(model_spec("SmolLM2-135M"), "int3")
-    assert problem.value.field == "kv_dtype"
+    assert caught.value.field == "kv_dtype"
 
 
 def test_latent_attention_is_cached_once_and_not_divided_by_tensor_parallelism():
@@ -138,8 +139,8 @@ def test_hybrid_keeps_a_constant_state_and_caches_in_its_attention_layers_only()
     assert spec.num_layers == 52
     assert spec.num_attention_layers == 4
     assert kv_bytes_per_token(spec, "bf16") == 4 * 2 * 8 * 128 * 2
-    assert state_bytes_per_sequence(spec, "bfloat16") == 24 * (128 * 64 * 128 * 4 + (128 * 64 + 2 * 8 * 128) * 3 * 2)
-    assert state_bytes_per_sequence(model_spec("Llama-3.1-8B"), "bfloat16") == 0
+    assert state_bytes_per_sequence(spec, BFLOAT16) == 24 * (128 * 64 * 128 * 4 + (128 * 64 + 2 * 8 * 128) * 3 * 2)
+    assert state_bytes_per_sequence(model_spec("Llama-3.1-8B"), BFLOAT16) == 0
     assert "48 of 52 layers keep no keys and values" in " ".join(compare_kv_formulas(spec, 4096, 16).errors)
 
 

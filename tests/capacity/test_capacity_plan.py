@@ -7,7 +7,17 @@ import json
 
 import pytest
 
-from engine.capacity import PROFILES, PlanRequest, find_gpu, gpus, model_spec, plan, plan_from_names, what_would_fit
+from engine.capacity import (
+    PROFILES,
+    PlanRequest,
+    concurrency_curve,
+    find_gpu,
+    gpus,
+    model_spec,
+    plan,
+    plan_from_names,
+    what_would_fit,
+)
 from engine.errors import ConfigError
 
 H100 = find_gpu("H100 SXM 80GB")
@@ -184,3 +194,10 @@ def test_our_engine_keeps_a_window_where_every_layer_has_one_and_everything_wher
 
     assert kept("Mistral-7B-v0.1", 16_384) == kept("Mistral-7B-v0.1", 4096) == 4096 * 131_072
     assert kept("Gemma-3-4b", 16_384) == 4 * kept("Gemma-3-4b", 4096)
+
+
+def test_curve_begins_above_a_prefix_that_all_sequences_share():
+    request = _request("Llama-3.1-8B", context=4096, shared_prefix=512)
+    contexts = [point.context for point in concurrency_curve(request)]
+    assert contexts[:2] == [1024, 2048]
+    assert 4096 in contexts

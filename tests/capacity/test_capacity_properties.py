@@ -11,18 +11,15 @@ from engine.capacity import (
     PROFILES,
     ModelSpec,
     PlanRequest,
-    activation_bytes,
-    compare_kv_formulas,
     custom_gpu,
-    kv_bytes_per_sequence,
     model_config,
     model_names,
     model_spec,
     plan,
-    weight_bytes,
     what_would_fit,
 )
 from engine.errors import HeadroomError
+from tests.capacity.by_name import activation_bytes, compare_kv_formulas, kv_bytes_per_sequence, weight_bytes
 
 models = st.sampled_from(model_names()).map(model_spec)
 profiles = st.sampled_from([profile.name for profile in PROFILES])

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from engine.capacity import ModelSpec, kv_bytes_per_token, parameter_count, weight_bytes
+from engine.capacity import ModelSpec, parameter_count
 from engine.cli.app import main
+from tests.capacity.by_name import kv_bytes_per_token, weight_bytes
 from tests.capacity.test_capacity_agrees_with_transformers import built_parameters
 
 REPORTS = Path(__file__).parent / "data" / "reports"

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.capacity import Objectives, PlanRequest, Workload, find_gpu, model_names, model_spec, plan, weight_bytes
+from engine.capacity import Objectives, PlannedWorkload, PlanRequest, find_gpu, model_names, model_spec, plan
 from engine.capacity.advice.deployment import slots_of
 from engine.capacity.memory.request import complete
 from engine.capacity.speed.queueing import Moments, erlang_c, mg1_wait
 from engine.capacity.speed.roofline import Batch, StepModel, all_reduce_seconds, touched_experts
 from engine.capacity.speed.serving import Serving, serving
 from engine.capacity.speed.speculation import best_draft_length, expected_tokens, ideal_speedup, published_speedup
+from tests.capacity.by_name import weight_bytes
 from tests.capacity.serving_simulation import simulate, simulate_users
 
 H100 = find_gpu("H100 SXM 80GB")
@@ -25,7 +26,7 @@ def _request(name: str = "Llama-3.1-8B", **options):
     return complete(PlanRequest(model_spec(name), options.pop("gpu", H100), **options))
 
 
-def _serving(work: Workload, name: str = "Llama-3.1-8B", **options) -> Serving:
+def _serving(work: PlannedWorkload, name: str = "Llama-3.1-8B", **options) -> Serving:
     full = _request(name, context=8192, **options)
     made = serving(full, work, slots_of(full, work))
     assert made is not None
@@ -130,16 +131,21 @@ def test_percentiles_are_ordered_and_those_of_an_exponential_are_exact():
 # The load is a share of what can be served at all; tolerances are relative, of (median TTFT, TTFT p95, mean TPOT, E2E
 # p95).
 CASES = {
-    "chat, light": (Workload(1024, 256, 0.5, 0.5), 0.2, {}, (0.1, 0.15, 0.05, 0.1)),
-    "chat, half": (Workload(1024, 256, 0.5, 0.5), 0.5, {}, (0.1, 0.2, 0.05, 0.1)),
-    "chat, busy": (Workload(1024, 256, 0.5, 0.5), 0.75, {}, (0.1, 0.2, 0.08, 0.1)),
-    "chat, full": (Workload(1024, 256, 0.5, 0.5), 0.9, {}, (0.15, 0.2, 0.12, 0.12)),
-    "equal lengths, short answers": (Workload(1024, 64), 0.5, {}, (0.25, 0.3, 0.1, 0.12)),
-    "long prompts in chunks": (Workload(6000, 128, 0.3, 0.3), 0.4, {"token_budget": 2048}, (0.25, 0.3, 0.15, 0.2)),
-    "in bursts": (Workload(1024, 256, 0.5, 0.5, burstiness=4.0), 0.5, {}, (0.35, 0.3, 0.15, 0.15)),
-    "few slots": (Workload(1024, 256, 0.5, 0.5), 0.7, {"max_num_seqs": 32}, (0.15, 0.35, 0.08, 0.12)),
+    "chat, light": (PlannedWorkload(1024, 256, 0.5, 0.5), 0.2, {}, (0.1, 0.15, 0.05, 0.1)),
+    "chat, half": (PlannedWorkload(1024, 256, 0.5, 0.5), 0.5, {}, (0.1, 0.2, 0.05, 0.1)),
+    "chat, busy": (PlannedWorkload(1024, 256, 0.5, 0.5), 0.75, {}, (0.1, 0.2, 0.08, 0.1)),
+    "chat, full": (PlannedWorkload(1024, 256, 0.5, 0.5), 0.9, {}, (0.15, 0.2, 0.12, 0.12)),
+    "equal lengths, short answers": (PlannedWorkload(1024, 64), 0.5, {}, (0.25, 0.3, 0.1, 0.12)),
+    "long prompts in chunks": (
+        PlannedWorkload(6000, 128, 0.3, 0.3),
+        0.4,
+        {"token_budget": 2048},
+        (0.25, 0.3, 0.15, 0.2),
+    ),
+    "in bursts": (PlannedWorkload(1024, 256, 0.5, 0.5, burstiness=4.0), 0.5, {}, (0.35, 0.3, 0.15, 0.15)),
+    "few slots": (PlannedWorkload(1024, 256, 0.5, 0.5), 0.7, {"max_num_seqs": 32}, (0.15, 0.35, 0.08, 0.12)),
     "tensor parallel": (
-        Workload(2048, 256, 0.5, 0.5),
+        PlannedWorkload(2048, 256, 0.5, 0.5),
         0.6,
         {"name": "Llama-3.1-70B", "tp": 4},
         (0.12, 0.2, 0.08, 0.12),
@@ -163,7 +169,7 @@ def test_latencies_are_those_of_a_discrete_event_simulation(case: str):
 
 @pytest.mark.parametrize("users", [1, 16, 128])
 def test_throughput_of_a_number_of_users_is_that_of_the_simulation(users: int):
-    made = _serving(Workload(1024, 256))
+    made = _serving(PlannedWorkload(1024, 256))
     seen = simulate_users(made, users, max(60, 8 * users))
     point = made.at_concurrency(users)
     assert point.output_tokens_s == pytest.approx(seen.output_tokens_s, rel=0.08)
@@ -171,7 +177,7 @@ def test_throughput_of_a_number_of_users_is_that_of_the_simulation(users: int):
 
 
 def test_what_cannot_be_served_is_told_as_unstable():
-    made = _serving(Workload(1024, 256))
+    made = _serving(PlannedWorkload(1024, 256))
     point = made.at_rate(2 * made.capacity())
     assert not point.stable
     assert point.ttft_p95_s == float("inf")
@@ -179,7 +185,7 @@ def test_what_cannot_be_served_is_told_as_unstable():
 
 
 def test_largest_load_keeps_the_objectives_and_a_little_more_does_not():
-    made = _serving(Workload(1024, 256, 0.5, 0.5))
+    made = _serving(PlannedWorkload(1024, 256, 0.5, 0.5))
     wanted = Objectives(ttft_s=0.2, tpot_s=0.03)
     best = made.largest_load(wanted)
     assert best is not None
@@ -190,7 +196,7 @@ def test_largest_load_keeps_the_objectives_and_a_little_more_does_not():
 
 
 def test_latency_grows_with_the_load():
-    made = _serving(Workload(1024, 256, 0.5, 0.5))
+    made = _serving(PlannedWorkload(1024, 256, 0.5, 0.5))
     points = [made.at_rate(share * made.capacity()) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
     for name in ("ttft_p95_s", "tpot_s", "tpot_p95_s", "e2e_p95_s", "running", "output_tokens_s"):
         values = [getattr(point, name) for point in points]
@@ -200,14 +206,14 @@ def test_latency_grows_with_the_load():
 
 
 def test_copies_share_the_load():
-    work = Workload(1024, 256, 0.5, 0.5)
+    work = PlannedWorkload(1024, 256, 0.5, 0.5)
     one, four = _serving(work), _serving(work, dp=4)
     assert four.capacity() == pytest.approx(4 * one.capacity())
     assert four.at_rate(20.0).ttft_p95_s == pytest.approx(one.at_rate(5.0).ttft_p95_s)
 
 
 def test_static_batches_wait_for_their_longest_answer():
-    work = Workload(1024, 256, 0.0, 1.0)
+    work = PlannedWorkload(1024, 256, 0.0, 1.0)
     full = _request(profile="transformers", context=2048, concurrency=16)
     static = serving(full, work, 16)
     assert static is not None
@@ -235,7 +241,7 @@ def test_expected_tokens_are_between_one_and_all_drafts_and_the_bonus(acceptance
 
 
 def test_speculation_helps_few_users_and_not_a_full_batch():
-    plain, drafted = (_serving(Workload(512, 256, draft_length=length, draft_cost=0.0)) for length in (0, 4))
+    plain, drafted = (_serving(PlannedWorkload(512, 256, draft_length=length, draft_cost=0.0)) for length in (0, 4))
     assert drafted.at_concurrency(1).tpot_s < 0.6 * plain.at_concurrency(1).tpot_s
     gains = [plain.at_concurrency(users).tpot_s / drafted.at_concurrency(users).tpot_s for users in (1, 64, 256)]
     assert gains == sorted(gains, reverse=True)
@@ -243,7 +249,7 @@ def test_speculation_helps_few_users_and_not_a_full_batch():
 
 def test_draft_model_costs_time_and_a_good_one_is_drafted_longer():
     target = plan(PlanRequest(model_spec("Llama-3.1-70B"), H100, tp=4, context=4096, draft=model_spec("Llama-3.2-1B")))
-    work = Workload(1024, 256, draft_length=4, acceptance=0.8)
+    work = PlannedWorkload(1024, 256, draft_length=4, acceptance=0.8)
     made = serving(target.request, work, 16)
     free = serving(target.request, dataclasses.replace(work, draft_cost=0.0), 16)
     assert made is not None

@@ -9,18 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.capacity import (
-    SHAPE_FIELDS,
-    PlanRequest,
-    find_gpu,
-    kv_bytes_per_token,
-    model_spec,
-    parameter_count,
-    plan,
-    spec_of_shape,
-)
+from engine.capacity import SHAPE_FIELDS, PlanRequest, find_gpu, model_spec, parameter_count, plan, spec_of_shape
 from engine.cli.app import main
 from engine.errors import ConfigError
+from tests.capacity.by_name import kv_bytes_per_token
 
 LLAMA = {"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "intermediate": 14336, "vocab": 128256}
 SAME: list[tuple[str, dict[str, Any], int]] = [

@@ -7,17 +7,10 @@ import importlib.resources
 
 import pytest
 
-from engine.capacity import (
-    kv_bytes_per_block,
-    kv_bytes_per_token,
-    model_names,
-    model_spec,
-    parameter_count,
-    weight_bytes,
-)
-from engine.capacity.memory.parallel import pipeline_stages
-from engine.capacity.memory.weights import lora_bytes
+from engine.capacity import model_names, model_spec, parameter_count
+from engine.capacity.model.sharding import pipeline_stages
 from engine.errors import ConfigError
+from tests.capacity.by_name import kv_bytes_per_block, kv_bytes_per_token, lora_bytes, weight_bytes
 
 
 def published() -> list[dict[str, str]]:

@@ -182,12 +182,12 @@ def test_prompt_longer_than_the_cache_is_refused_with_the_remedy(tiny_llama: Pat
     [("model", "float32"), ("fp8", "fp8_per_token_head"), ("int8", "int8_per_token_head"), ("int4", "int4")],
 )
 def test_cache_that_is_allocated_is_the_cache_that_was_planned(tiny_llama: Path, kv_dtype: str, planned: str):
-    from engine import capacity
+    from engine.capacity import CacheLayout, kv_bytes_per_block, kv_precision
 
     engine = make_engine(tiny_llama, kv_dtype=kv_dtype)
     status = take_status(engine)
     report = status.memory
-    per_block = capacity.kv_bytes_per_block(engine.model.spec, 4, planned)
+    per_block = kv_bytes_per_block(engine.model.spec, CacheLayout(kv_precision(planned), block_size=4))
     assert report.kv_cache == engine.envelope.num_blocks * per_block
     assert status.model["kv_bytes_per_token"] == per_block // 4
     assert status.path["kv_cache"] == planned

@@ -92,7 +92,7 @@ def test_swap_that_runs_out_of_memory_is_explained_and_requests_go_on_with_the_o
     before = engine.config, engine.model.weights_format(), engine.model.weights_path()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing_at(call, getattr(owner, name), problem))
-        with pytest.raises(CapacityError, match=r"GiB beside the present 0\.\d+ GiB") as refusal:
+        with pytest.raises(CapacityError, match=r"GiB next to the current 0\.\d+ GiB") as refusal:
             reconfigure(engine, {"weights": "int8", "batching": "static"})
     assert refusal.value.field == "weights"
     assert refusal.value.remedy

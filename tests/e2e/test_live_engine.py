@@ -13,7 +13,7 @@ from tests.e2e.steps import ask, choose, enabled, run_workload, set_number, wait
 pytestmark = [pytest.mark.browser, pytest.mark.model, pytest.mark.slow]
 
 LINES = "Repeat the same line twenty times: the quick brown fox jumps over the lazy dog. " * 4
-CHARTS = ("Work of the steps", "Prefix hits and draft acceptance", "Preemptions")
+CHARTS = ("Tokens computed", "Prefix hits and draft acceptance", "Preemptions")
 SMALL_CACHE_TOKENS = 900
 GIB = 2**30
 

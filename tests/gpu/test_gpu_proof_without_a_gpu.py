@@ -25,12 +25,14 @@ def document(beside):
     return json.loads((beside.folder("proof") / "gpu.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("proof")
 def test_every_operation_that_triton_does_is_measured_against_its_reference(document):
     measured = {item["kernel"] for item in document["kernels"] if item["right"] is True}
     assert measured == {name for name, paths in IMPLEMENTATIONS.items() if "triton" in paths and name != "linear"}
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("proof")
 @pytest.mark.parametrize("package", ["streamlit", "sqlalchemy", "gguf", "fastapi"])
 def test_the_proof_needs_no_package_that_an_image_with_a_gpu_may_lack(document, beside, package):
@@ -40,11 +42,13 @@ def test_the_proof_needs_no_package_that_an_image_with_a_gpu_may_lack(document, 
     assert not (site / package).exists()
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("proof")
 def test_every_case_has_a_time_and_a_floor(document):
     assert [item for item in document["kernels"] if item["us"] is None or item["floor_us"] is None] == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("proof")
 def test_the_engine_gives_the_tokens_of_transformers_in_every_setting(document):
     quantized = {f"fused, {name} cache" for name in KV_FORMATS if name != "model"}
@@ -59,6 +63,7 @@ def test_the_engine_gives_the_tokens_of_transformers_in_every_setting(document):
     assert caches == {"fp8": "fp8_per_token_head", "int8": "int8_per_token_head", "int4": "int4"}
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("proof")
 def test_the_engine_is_measured_in_every_weight_format_and_over_quantized_caches(document):
     ours = {item["setting"] for item in document["engine"] if item["engine"] == "headroom" and item["step_ms"]}
@@ -67,6 +72,7 @@ def test_the_engine_is_measured_in_every_weight_format_and_over_quantized_caches
     assert any(item["engine"] == "transformers" and item["step_ms"] for item in document["engine"])
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("proof")
 def test_the_tables_show_every_case_and_say_that_no_gpu_was_there(document):
     text, rows = table.text(document), table.kernel_rows(document)

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.interpreter
 @pytest.mark.beside("interpreter")
 def test_kernels_agree_with_their_references_in_the_interpreter(beside):
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -89,7 +89,7 @@ def test_without_a_counter_power_is_integrated_by_trapezoids():
     assert found.method == "the integral of 3 power samples"
 
 
-def test_counter_that_began_anew_is_not_believed():
+def test_counter_that_began_again_is_not_believed():
     found = measure_interval(entries({"energy_mj": 9_000, "power_w": 100.0}, {"energy_mj": 10, "power_w": 100.0}))
     assert found.energy_j == 100.0
     assert "power samples" in found.method

@@ -120,3 +120,41 @@ def test_an_objective_that_makes_no_sense_is_refused_by_name(bad):
         Slo.from_mapping(bad)
     assert caught.value.field == f"slo.{next(iter(bad))}"
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("bound", [float("inf"), True, -1.0])
+def test_a_bound_that_holds_nothing_back_is_refused(bound):
+    with pytest.raises(WorkloadError, match="not a bound on a time"):
+        Slo(ttft_ms=bound)
+
+
+def test_a_bound_may_be_a_part_of_a_millisecond():
+    assert Slo.from_mapping({"tpot_ms": 0.25}) == Slo(tpot_ms=0.25)
+
+
+def test_a_prompt_counts_from_its_first_output_token_on(make_request):
+    one_token = make_request(prompt_tokens=8, cached_tokens=4, output_tokens=1, tpot_ms=None, itl_ms=[])
+    never_begun = make_request(
+        prompt_tokens=100, cached_tokens=0, output_tokens=0, finish_reason="unsent", ttft_ms=None, itl_ms=[]
+    )
+    metrics = summarize([one_token, never_begun], 1.0)
+    assert (metrics["prompt_tokens"], metrics["prefix_hit_rate"]) == (8.0, 0.5)
+    assert (metrics["output_tokens"], metrics["total_tokens_s"]) == (1.0, 9.0)
+
+
+def test_every_gap_above_zero_begins_a_pass_however_short_it_is(make_request):
+    request = make_request(output_tokens=6, itl_ms=[30.0, 0.0, 0.0, 0.0, 0.25], draft_tokens=1, accepted_tokens=1)
+    metrics = summarize([request], 1.0)
+    assert metrics["mean_accepted_length"] == 2.5  # five tokens after the first, in two passes
+    assert metrics["acceptance_rate"] == 1.0
+
+
+def test_every_latency_has_its_mean_and_percentiles_by_name_label_and_definition(two_requests):
+    measured = {name for name in summarize(two_requests, 1.0) if "_ms_" in name}
+    assert {name for name, info in METRICS.items() if info.unit == "ms"} >= measured
+    for name, label in (("ttft", "TTFT"), ("itl", "ITL"), ("tpot", "TPOT"), ("e2e", "E2E latency")):
+        assert METRICS[f"{name}_ms_mean"].label == f"{label} mean"
+        assert METRICS[f"{name}_ms_mean"].definition.startswith("Mean of: ")
+        assert METRICS[f"{name}_ms_p99"].label == f"{label} p99"
+        assert METRICS[f"{name}_ms_p99"].definition.startswith("99th percentile of: ")
+        assert METRICS[f"{name}_ms_p99"].higher_is_better is False

@@ -52,10 +52,10 @@ def test_the_revision_is_the_checkouts_and_knows_whether_it_is_dirty(tmp_path, m
     assert revision() == ("", None)
 
 
-@pytest.mark.parametrize("problem", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 5)])
-def test_without_git_there_is_no_revision_and_no_error(monkeypatch, problem):
+@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 5)])
+def test_without_git_there_is_no_revision_and_no_error(monkeypatch, error):
     def fail(*arguments, **options):
-        raise problem
+        raise error
 
     monkeypatch.setattr(subprocess, "run", fail)
     assert provenance.code_revision.__wrapped__() == ("", None)

@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.models.gpt_neox import modeling_gpt_neox
 
-from engine import capacity
+from engine.capacity import CacheLayout, kv_bytes_per_block
+from engine.capacity.formats import FLOAT32
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError, ModelLoadError
@@ -57,7 +58,7 @@ def test_engine_sizes_its_cache_from_what_the_fallback_really_has(save_model):
     model = load_model(str(save_model(FALLBACKS["starcoder2, window"])), dtype="float32", device="cpu")
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1, "block_size": 16}))
     per_block = 2 * 3 * 16 * 1 * 32 * 4  # keys and values · layers · tokens · heads · head_dim · bytes
-    assert capacity.kv_bytes_per_block(model.spec, 16, "float32") == per_block
+    assert kv_bytes_per_block(model.spec, CacheLayout(FLOAT32.as_kv, block_size=16)) == per_block
     assert engine.cache.nbytes == engine.envelope.num_blocks * per_block
     assert model.decoder.layer_windows == [16, 16, 16]
     parameters = sum(parameter.numel() for parameter in model.decoder.model.parameters())

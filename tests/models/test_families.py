@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, Gemma3TextConfig, MixtralConfig, Phi3Config, Qwen3MoeConfig
 
 from engine.capacity import weight_bytes
-from engine.capacity.memory.profiles import find_profile, profile_weight_format
+from engine.capacity.formats import FLOAT32
+from engine.capacity.memory.profiles import find_profile, profile_weight_precision
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.errors import ModelLoadError
@@ -168,8 +169,8 @@ def test_weights_of_every_family_are_swapped_and_restored_bit_identical(name, we
     expected = engine.prompt_logits(list(range(40)))
     reconfigure(engine, {"weights": weights, "group_size": 32})
     assert all(linear.format.name != "model" for _, linear, _ in model.decoder.linears())
-    planned_format = profile_weight_format(find_profile("headroom"), planned)
-    assert model.weight_bytes() == weight_bytes(model.spec, planned_format, dtype="float32")
+    planned_format = profile_weight_precision(find_profile("headroom"), planned, model.spec)
+    assert model.weight_bytes() == weight_bytes(model.spec, planned_format, FLOAT32)
     assert not torch.equal(engine.prompt_logits(list(range(40))), expected)
     reconfigure(engine, {"weights": "model"})
     after = {name: linear.format.dequantize() for name, linear, _ in model.decoder.linears()}

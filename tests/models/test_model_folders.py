@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from engine.errors import CapacityError, ConfigError, ModelLoadError
 from engine.models import load_model, resolve, weight_swap
-from engine.models.checkpoint import SafetensorsCheckpoint
+from engine.models.safetensors_checkpoint import SafetensorsCheckpoint
 
 SMALL = {
     "vocab_size": 257,

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import DEFAULT_MODEL
-from engine.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint, stored_as
+from engine.models.checkpoint import Checkpoint, stored_as
+from engine.models.gguf_checkpoint import GGUFCheckpoint
 from engine.models.loader import resolve
+from engine.models.safetensors_checkpoint import SafetensorsCheckpoint
 
 
 @pytest.mark.model

@@ -111,6 +111,7 @@ def test_progress_runs_from_zero_to_one(model):
     assert seen[-1] == 1.0
 
 
+@pytest.mark.model
 def test_weights_prepared_for_another_model_are_refused_whole(model, default_model_float32):
     before = snapshot(model)
     other = default_model_float32.prepare_weights("int8", 64)
@@ -150,6 +151,7 @@ def test_quantization_errors_are_reported_for_every_layer(model):
     assert all(0 < error.max_error <= error.half_step * (1 + 1e-5) for error in errors.values())
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("weights", ["model", "int8", "int4"])
 def test_native_layout_changes_no_number_and_comes_back_bit_by_bit(default_model_float32, weights):
     model = default_model_float32
@@ -166,6 +168,7 @@ def test_native_layout_changes_no_number_and_comes_back_bit_by_bit(default_model
     assert all(torch.equal(linear.format.dequantize(), before[name]) for name, linear, _ in model.decoder.linears())
 
 
+@pytest.mark.model
 def test_int8_head_is_shared_with_the_tied_embedding_and_its_bytes_are_counted_once(default_model_float32):
     model = default_model_float32
     before = model.weight_bytes()
@@ -183,6 +186,7 @@ def test_int8_head_is_shared_with_the_tied_embedding_and_its_bytes_are_counted_o
     assert model.weight_bytes() == before
 
 
+@pytest.mark.model
 def test_embedding_and_head_that_stay_are_taken_over_not_read_again(default_model_float32):
     model = default_model_float32
     table = model.decoder.embed_tokens.format

@@ -110,7 +110,7 @@ def test_a_quality_cost_names_what_it_is_measured_against(page, store):
     page.run()
     assert not page.exception
     for shown in page.table[0].value["Measured against"]:
-        assert shown.replace("\\", "") == "reference: weights as stored, Q4_1 (GGUF)"
+        assert shown.replace("\\", "") == "weights as stored, Q4_1 (GGUF)"
 
 
 def test_a_disturbed_run_is_named_and_counts_in_no_figure(page, store):

@@ -13,8 +13,8 @@ from streamlit.testing.v1 import AppTest
 
 from engine.capacity import (
     Objectives,
+    PlannedWorkload,
     PlanRequest,
-    Workload,
     concurrency_curve,
     deploy,
     find_gpu,
@@ -83,7 +83,7 @@ def test_answer_gives_latency_cost_and_headroom_in_one_sentence(page):
     for part in ("TTFT p95", "ms a token", "per million output tokens", "headroom"):
         assert part in headline(page)
     request = PlanRequest(model_spec("Llama-3.1-70B"), find_gpu("H100 SXM 80GB"), tp=4, context=8192, concurrency=32)
-    work = Workload(2000, 300, 0.5, 0.5)
+    work = PlannedWorkload(2000, 300, 0.5, 0.5)
     found = deploy(request, work, Objectives(1.0, 0.05))
     assert metric(page, "First token, p95") == f"{1e3 * found.point.ttft_p95_s:,.0f} ms"
     assert metric(page, "Output tokens a second") == f"{found.point.output_tokens_s:,.0f}"
@@ -169,7 +169,7 @@ def deploy_and_charts(concurrency: int) -> None:
     request = PlanRequest(
         model_spec("Llama-3.1-70B"), find_gpu("H100 SXM 80GB"), tp=4, context=8192, concurrency=concurrency
     )
-    found = deploy(request, Workload(2000, 300 + concurrency, 0.5, 0.5), Objectives(1.0, 0.05))
+    found = deploy(request, PlannedWorkload(2000, 300 + concurrency, 0.5, 0.5), Objectives(1.0, 0.05))
     found.serving.sweep(18)
     operator_table(found.serving, found.point.running)
     sensitivity(found)

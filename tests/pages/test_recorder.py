@@ -133,11 +133,11 @@ def test_an_engine_that_gave_up_can_be_restarted(services, client, worker):
     assert worker.restarts == 1
 
 
-def test_a_failed_load_tells_that_the_previous_model_serves_on(services, client):
+def test_a_failed_load_tells_that_the_previous_model_keeps_serving(services, client):
     client.phase = {"status": "ready", "error": {"message": "no such file", "remedy": "Give a path."}}
     page = AppTest.from_string(STRIP, default_timeout=20).run()
     assert "no such file" in page.warning[0].value
-    assert "serves on" in page.warning[0].value
+    assert "keeps serving" in page.warning[0].value
 
 
 def test_exit_codes_are_told_in_words():

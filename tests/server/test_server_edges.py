@@ -6,11 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM
 
 from engine.config import EngineConfig
 from engine.worker.client import EngineClient, WorkerError
@@ -95,21 +98,62 @@ def test_missing_max_tokens_means_16_for_a_text_and_all_that_remains_for_a_chat(
 
 @pytest.mark.parametrize("path", [PLAIN, CHAT])
 def test_streamed_logprobs_are_those_of_the_whole_answer(http: httpx.Client, path: str):
-    asked = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
-    fields = {**LONG, "max_tokens": 12, **asked}
+    fields = {**LONG, "max_tokens": 12, **logprobs_asked(path)}
     whole = http.post(path, json=body_of(path, **fields)).json()["choices"][0]["logprobs"]
-    parts = [chunk["choices"][0].get("logprobs") for chunk in stream(http, path, **fields)]
-    keys = ("content",) if path == CHAT else ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    for key in keys:
-        joined = [entry for part in parts if part for entry in part[key]]
-        assert len(whole[key]) == 12
-        assert joined == pytest.approx(whole[key]) if key == "token_logprobs" else len(joined) == 12
-    tokens = "tokens" if path == PLAIN else "content"
-    assert [named(e) for part in parts if part for e in part[tokens]] == [named(e) for e in whole[tokens]]
+    parts = [part for chunk in stream(http, path, **fields) if (part := chunk["choices"][0].get("logprobs"))]
+    streamed = {name: [entry for part in parts for entry in part[name]] for name in whole}
+    assert without_values(streamed) == without_values(whole)
+    assert values(streamed) == pytest.approx(values(whole), abs=1e-5)
+    assert len(values(whole)) >= 2 * 12
 
 
-def named(entry: Any) -> str:
-    return entry if isinstance(entry, str) else entry["token"]
+@pytest.mark.parametrize("path", [PLAIN, CHAT])
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_logprobs_are_the_log_softmax_of_transformers(http: httpx.Client, tiny_llama: Path, path: str, streamed: bool):
+    fields = {**LONG, "max_tokens": 12, **logprobs_asked(path), "return_token_ids": True}
+    whole = http.post(path, json=body_of(path, **fields)).json()["choices"][0]
+    prompt, answer = whole["prompt_token_ids"], whole["token_ids"]
+    parts = [chunk["choices"][0] for chunk in stream(http, path, **fields)] if streamed else [whole]
+    parts = [part["logprobs"] for part in parts if part["logprobs"]]
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    chosen = [expected[index, token].item() for index, token in enumerate(answer)]
+    best, second = expected.topk(2).values.T.tolist()
+    if path == CHAT:
+        content = [entry for part in parts for entry in part["content"]]
+        assert [entry["logprob"] for entry in content] == pytest.approx(chosen, abs=1e-4)
+        assert [entry["top_logprobs"][0]["logprob"] for entry in content] == pytest.approx(best, abs=1e-4)
+        assert [entry["top_logprobs"][1]["logprob"] for entry in content] == pytest.approx(second, abs=1e-4)
+        return
+    tops = [top for part in parts for top in part["top_logprobs"]]
+    assert [value for part in parts for value in part["token_logprobs"]] == pytest.approx(chosen, abs=1e-4)
+    assert [max(top.values()) for top in tops] == pytest.approx(best, abs=1e-4)
+    # two tokens that are parts of characters have one text
+    seconds = [min(top.values()) if len(top) == 2 else second[index] for index, top in enumerate(tops)]
+    assert seconds == pytest.approx(second, abs=1e-4)
+
+
+def logprobs_asked(path: str) -> dict[str, Any]:
+    return {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
+
+
+def values(document: Any) -> list[float]:
+    """Every log-probability of a document, in its order."""
+    if isinstance(document, float):
+        return [document]
+    parts = document.values() if isinstance(document, dict) else document if isinstance(document, list) else ()
+    return [value for part in parts for value in values(part)]
+
+
+def without_values(document: Any) -> Any:
+    """The document with its log-probabilities, which rounding may change, left out."""
+    if isinstance(document, dict):
+        return {name: without_values(part) for name, part in document.items()}
+    if isinstance(document, list):
+        return [without_values(part) for part in document]
+    return None if isinstance(document, float) else document
 
 
 def test_only_the_last_chunk_has_the_usage_and_only_if_asked_for(http: httpx.Client):

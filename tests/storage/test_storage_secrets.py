@@ -134,7 +134,7 @@ def test_a_database_in_sql_ascii_keeps_every_character(encoded_database):
 def test_what_an_encoding_cannot_keep_is_told_in_a_sentence_and_the_run_is_kept(encoded_database):
     store = open_store(encoded_database)
     store.save_run(make_run(1, label="héadroom"))
-    with pytest.raises(StorageError, match="encoding of the database has no place for a character") as caught:
+    with pytest.raises(StorageError, match="encoding of the database cannot store a character") as caught:
         store.save_run(make_run(2, label="漢字"))
     assert "UTF8" in caught.value.remedy
     assert caught.value.kept.exists()

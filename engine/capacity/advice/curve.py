@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from engine.capacity.memory.kv import compare_kv_formulas
+from engine.capacity.memory.kv import CacheLayout
+from engine.capacity.memory.kv_formula import compare_kv_formulas
 from engine.capacity.memory.plan import plan
 from engine.capacity.memory.request import PlanRequest, complete
 
@@ -40,7 +41,8 @@ def concurrency_curve(request: PlanRequest) -> tuple[CurvePoint, ...]:
     """
     full = complete(request)
     longest = full.spec.max_position
-    powers = [2**n for n in range(longest.bit_length()) if _SHORTEST <= 2**n <= longest]
+    shortest = max(_SHORTEST, full.shared_prefix + 1)  # a prefix that all share leaves something of each
+    powers = [2**n for n in range(longest.bit_length()) if shortest <= 2**n <= longest]
     contexts = sorted({*powers, full.context, longest})
     return tuple(_point(request, context) for context in contexts)
 
@@ -48,7 +50,7 @@ def concurrency_curve(request: PlanRequest) -> tuple[CurvePoint, ...]:
 def _point(request: PlanRequest, context: int) -> CurvePoint:
     answer = plan(dataclasses.replace(request, context=context))
     full = answer.request
-    both = compare_kv_formulas(full.spec, context, full.block_size, full.kv_dtype, full.tp)
+    both = compare_kv_formulas(full.spec, CacheLayout(full.kv_dtype, full.block_size), context, full.tp)
     # The published form knows no sharding: its bytes are of one request on all GPUs together.
     pool = answer.memory.kv * full.gpus
     return CurvePoint(context, answer.max_concurrency, pool // both.published.bytes)

@@ -10,11 +10,12 @@ from typing import Any
 from engine.capacity.advice.money import Cost, cost_of
 from engine.capacity.memory.plan import Plan, max_concurrency, plan
 from engine.capacity.memory.request import CompleteRequest, PlanRequest
-from engine.capacity.speed.serving import OperatingPoint, Serving, serving
+from engine.capacity.speed.operating_point import OperatingPoint
+from engine.capacity.speed.serving import Serving, serving
 from engine.capacity.speed.workload import (
     MAX_RATE,
     Objectives,
-    Workload,
+    PlannedWorkload,
     check_number,
     check_objectives,
     check_workload,
@@ -39,13 +40,13 @@ class Deployment:
         best: at the largest load that keeps the objectives; None if none does.
         cost: at the planned load.
         headroom: share of the largest load that is still free; negative if the goal is above it.
-        first_limit: what breaks first as the load grows, in words.
+        first_limit: what breaks first as the load grows, as text.
         fits: memory holds the goal and the load is served.
         meets: the objectives are kept, too.
     """
 
     plan: Plan
-    workload: Workload
+    workload: PlannedWorkload
     objectives: Objectives
     rate: float | None
     slots: int
@@ -72,7 +73,7 @@ def lengths(context: int, input_tokens: int | None, output_tokens: int | None) -
 
 def deploy(
     request: PlanRequest,
-    workload: Workload,
+    workload: PlannedWorkload,
     objectives: Objectives | None = None,
     rate: float | None = None,
     price: float | None = None,
@@ -85,7 +86,7 @@ def deploy(
     >>> from engine.capacity.model.catalog import model_spec
     >>> from engine.capacity.hardware import find_gpu
     >>> wanted = PlanRequest(model_spec("Llama-3.1-8B"), find_gpu("H100 SXM 80GB"), context=2048, concurrency=64)
-    >>> answer = deploy(wanted, Workload(1024, 256), Objectives(ttft_s=0.5, tpot_s=0.05))
+    >>> answer = deploy(wanted, PlannedWorkload(1024, 256), Objectives(ttft_s=0.5, tpot_s=0.05))
     >>> answer.fits, answer.meets, round(1e3 * answer.point.tpot_s)
     (True, True, 14)
 
@@ -103,7 +104,7 @@ def deploy(
 
 @functools.lru_cache(maxsize=1024)
 def _deploy(
-    request: PlanRequest, work: Workload, objectives: Objectives, rate: float | None, price: float | None
+    request: PlanRequest, work: PlannedWorkload, objectives: Objectives, rate: float | None, price: float | None
 ) -> Deployment:
     memory = plan(_shared(request, work))
     full = memory.request
@@ -139,7 +140,7 @@ def _deploy(
     )
 
 
-def slots_of(request: CompleteRequest, workload: Workload) -> int:
+def slots_of(request: CompleteRequest, workload: PlannedWorkload) -> int:
     """Sequences of this workload that one replica can run at once: what memory holds, at most the largest batch."""
     context = min(request.context, max(1, math.ceil(workload.input_tokens + workload.output_tokens)))
     shared = min(request.shared_prefix, context - 1)
@@ -147,7 +148,7 @@ def slots_of(request: CompleteRequest, workload: Workload) -> int:
     return fitted if request.profile.batch_is_concurrency else min(fitted, request.max_num_seqs)
 
 
-def _shared(request: PlanRequest, work: Workload) -> PlanRequest:
+def _shared(request: PlanRequest, work: PlannedWorkload) -> PlanRequest:
     """A prefix hit rate is a prefix that is held once."""
     if request.shared_prefix or not work.prefix_hit_rate:
         return request
@@ -156,7 +157,7 @@ def _shared(request: PlanRequest, work: Workload) -> PlanRequest:
     return dataclasses.replace(request, shared_prefix=max(0, min(tokens, limit)))
 
 
-def _check_lengths(request: PlanRequest, work: Workload) -> None:
+def _check_lengths(request: PlanRequest, work: PlannedWorkload) -> None:
     context = request.spec.max_position if request.context is None else request.context
     if isinstance(context, int) and work.input_tokens + work.output_tokens > context >= 1:
         raise ConfigError(
@@ -248,7 +249,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def warnings_of(answer: Deployment) -> list[str]:
-    """What an operator should look at, beside memory."""
+    """What an operator should look at, besides memory."""
     full, lines = answer.plan.request, []
     if answer.plan.max_concurrency and answer.serving is None:
         lines.append(f"The speeds of {full.gpu.name} are not known: no latency, throughput or cost a token is given.")

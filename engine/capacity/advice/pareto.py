@@ -9,7 +9,7 @@ from engine.capacity.advice.deployment import slots_of
 from engine.capacity.memory.parallel import possible_tp
 from engine.capacity.memory.request import PlanRequest, complete
 from engine.capacity.speed.serving import serving
-from engine.capacity.speed.workload import Workload
+from engine.capacity.speed.workload import PlannedWorkload
 from engine.errors import HeadroomError
 
 _MOST_TP = 8
@@ -34,12 +34,12 @@ class ParetoPoint:
 
 
 @functools.lru_cache(maxsize=256)
-def pareto(request: PlanRequest, workload: Workload) -> tuple[ParetoPoint, ...]:
+def pareto(request: PlanRequest, workload: PlannedWorkload) -> tuple[ParetoPoint, ...]:
     """Points of every tensor parallelism of one machine, from one user to all slots. () if the speeds are unknown.
 
     >>> from engine.capacity import find_gpu, model_spec
     >>> wanted = PlanRequest(model_spec("Llama-3.1-8B"), find_gpu("H100 SXM 80GB"), context=2048)
-    >>> points = pareto(wanted, Workload(1024, 256))
+    >>> points = pareto(wanted, PlannedWorkload(1024, 256))
     >>> fastest = max(points, key=lambda point: point.tokens_s_per_user)  # one user on all GPUs of a machine
     >>> fastest.tp, fastest.users, fastest.best
     (8, 1.0, True)
@@ -51,7 +51,7 @@ def pareto(request: PlanRequest, workload: Workload) -> tuple[ParetoPoint, ...]:
     return tuple(dataclasses.replace(point, best=_unbeaten(point, points)) for point in points)
 
 
-def _of(request: PlanRequest, workload: Workload) -> list[ParetoPoint]:
+def _of(request: PlanRequest, workload: PlannedWorkload) -> list[ParetoPoint]:
     try:
         full = complete(request)
         slots = slots_of(full, workload)

@@ -10,7 +10,7 @@ from engine.capacity.hardware import gpus
 from engine.capacity.memory.parallel import possible_tp
 from engine.capacity.memory.plan import Plan, plan
 from engine.capacity.memory.request import PlanRequest
-from engine.capacity.words import GIB
+from engine.capacity.text import GIB
 from engine.errors import HeadroomError
 
 _SAFE_UTILIZATION = 0.95
@@ -107,8 +107,8 @@ def _settings(now: Plan) -> Iterator[_Candidate]:
 
 
 def _precisions(now: Plan) -> Iterator[_Candidate]:
-    weight_bits = now.request.spec.weight_format(now.request.weights).bits
-    smaller_kv = now.request.kv_dtype in _FULL_KV
+    weight_bits = now.request.weights.bits
+    smaller_kv = now.request.kv_dtype.name in _FULL_KV
     lossy = "slightly lossy: check quality on your prompts"
     lossier = "lossy: check quality on your prompts"
     fp8, int4 = "FP8 weights", "INT4 weights (groups of 128)"
@@ -131,7 +131,7 @@ def _hardware(now: Plan) -> Iterator[_Candidate]:
             more = (tp - full.tp) * full.pp
             cost = f"{more} more × {full.gpu.name}"
             yield "tp", f"{tp} GPUs (tensor parallel)", cost, {"tp": tp}
-            if full.spec.weight_format(full.weights).bits > 8 and full.kv_dtype in _FULL_KV:
+            if full.weights.bits > 8 and full.kv_dtype.name in _FULL_KV:
                 changes = {"tp": tp, "weights": "fp8", "kv_dtype": "fp8"}
                 yield "tp_fp8", f"{tp} GPUs, FP8 weights and FP8 KV cache", f"{cost}; slightly lossy", changes
     for gpu in sorted(gpus(), key=lambda gpu: gpu.usable_gib):

@@ -9,7 +9,7 @@ from typing import Any
 from engine.capacity.advice.deployment import Deployment, slots_of
 from engine.capacity.memory.request import PlanRequest, complete
 from engine.capacity.speed.serving import serving
-from engine.capacity.speed.workload import Workload
+from engine.capacity.speed.workload import PlannedWorkload
 from engine.errors import HeadroomError
 
 _STEP = 0.2
@@ -37,7 +37,7 @@ def sensitivity(answer: Deployment) -> tuple[Swing, ...]:
     >>> from engine.capacity import PlanRequest, find_gpu, model_spec
     >>> from engine.capacity.advice.deployment import deploy
     >>> wanted = PlanRequest(model_spec("Llama-3.1-8B"), find_gpu("H100 SXM 80GB"), context=2048)
-    >>> swings = sensitivity(deploy(wanted, Workload(1024, 256)))
+    >>> swings = sensitivity(deploy(wanted, PlannedWorkload(1024, 256)))
     >>> swings[0].name in ("prompt length", "arithmetic efficiency", "output length")
     True
     """
@@ -52,7 +52,7 @@ def sensitivity(answer: Deployment) -> tuple[Swing, ...]:
     return tuple(sorted(swings, key=lambda swing: -swing.width))
 
 
-def _largest_rate(answer: Deployment, request: PlanRequest, work: Workload) -> float:
+def _largest_rate(answer: Deployment, request: PlanRequest, work: PlannedWorkload) -> float:
     try:
         full = complete(request)
         slots = slots_of(full, work)
@@ -63,10 +63,10 @@ def _largest_rate(answer: Deployment, request: PlanRequest, work: Workload) -> f
     return best.rate if best else 0.0
 
 
-_Changed = tuple[PlanRequest, Workload]
+_Changed = tuple[PlanRequest, PlannedWorkload]
 
 
-def _variations(request: PlanRequest, work: Workload) -> Iterator[tuple[str, str, _Changed, str, _Changed]]:
+def _variations(request: PlanRequest, work: PlannedWorkload) -> Iterator[tuple[str, str, _Changed, str, _Changed]]:
     def of_gpu(**changes: Any) -> _Changed:
         return dataclasses.replace(request, gpu=dataclasses.replace(request.gpu, **changes)), work
 

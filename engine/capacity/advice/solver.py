@@ -12,12 +12,13 @@ from engine.capacity.advice.money import Cost, cost_of
 from engine.capacity.hardware import Gpu
 from engine.capacity.memory.parallel import MAX_GPUS, possible_tp
 from engine.capacity.memory.request import CompleteRequest, PlanRequest, complete
+from engine.capacity.speed.operating_point import OperatingPoint
 from engine.capacity.speed.roofline import has_speeds
-from engine.capacity.speed.serving import OperatingPoint, serving
+from engine.capacity.speed.serving import serving
 from engine.capacity.speed.workload import (
     MAX_RATE,
     Objectives,
-    Workload,
+    PlannedWorkload,
     check_number,
     check_objectives,
     check_workload,
@@ -41,7 +42,7 @@ class Goal:
     """
 
     request: PlanRequest
-    workload: Workload
+    workload: PlannedWorkload
     objectives: Objectives
     rate: float
     gpus: tuple[Gpu, ...]
@@ -73,7 +74,7 @@ def solve(goal: Goal) -> tuple[Solution, ...]:
     >>> from engine.capacity.model.catalog import model_spec
     >>> from engine.capacity.hardware import find_gpu
     >>> h100 = find_gpu("H100 SXM 80GB")
-    >>> wanted = Goal(PlanRequest(model_spec("Llama-3.1-8B"), h100, context=2048), Workload(1024, 256),
+    >>> wanted = Goal(PlanRequest(model_spec("Llama-3.1-8B"), h100, context=2048), PlannedWorkload(1024, 256),
     ...               Objectives(ttft_s=0.5, tpot_s=0.05), 30.0, (h100,), weights=("auto",), kv_dtypes=("auto",))
     >>> [(answer.gpus, answer.request.tp) for answer in solve(wanted)]
     [(2, 1)]

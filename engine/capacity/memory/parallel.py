@@ -1,52 +1,13 @@
-"""Which part of a model one GPU holds under tensor parallelism (TP) and pipeline parallelism (PP)."""
+"""Which parallelism a model allows."""
 
 from __future__ import annotations
 
-import dataclasses
-
-from engine.capacity.model.layers import AnyMixer, Attention, GatedDeltaNet, LatentAttention, Mamba2
+from engine.capacity.model.mixers import AnyMixer, Attention, GatedDeltaNet, LatentAttention, Mamba2
 from engine.capacity.model.spec import ModelSpec
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 MAX_GPUS = 1024
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stage:
-    """Layers ``start … stop - 1`` of a pipeline, and whether the stage holds the embedding (first) or head (last)."""
-
-    start: int
-    stop: int
-    first: bool
-    last: bool
-
-    @property
-    def num_layers(self) -> int:
-        """How many layers the stage holds."""
-        return self.stop - self.start
-
-
-def whole_model(spec: ModelSpec) -> Stage:
-    """The one stage of a model that is not split by layers."""
-    return Stage(0, spec.num_layers, first=True, last=True)
-
-
-def pipeline_stages(num_layers: int, pp: int) -> tuple[Stage, ...]:
-    """Split layers over ``pp`` stages as vLLM does: evenly, and what remains goes one each to the stages before the
-    last, from the back, because the last one also holds the head.
-
-    >>> [stage.num_layers for stage in pipeline_stages(126, 4)]  # Llama 3.1 405B
-    [31, 32, 32, 31]
-    """
-    sizes = [num_layers // pp] * pp
-    for index in range(num_layers % pp):
-        sizes[-2 - index] += 1
-    stages, start = [], 0
-    for index, size in enumerate(sizes):
-        stages.append(Stage(start, start + size, first=index == 0, last=index == pp - 1))
-        start += size
-    return tuple(stages)
 
 
 def kv_heads_per_gpu(num_kv_heads: int, tp: int) -> int:

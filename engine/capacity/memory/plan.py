@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, with_memory
-from engine.capacity.memory.budget import whole_blocks
-from engine.capacity.memory.formats import DTYPE_BYTES
-from engine.capacity.memory.kv import (
-    blocks_for,
-    kv_bytes_per_block,
-    kv_bytes_per_sequence,
-    kv_bytes_per_token,
-    state_bytes_per_sequence,
-)
+from engine.capacity.memory.budget import MemoryBudget, encoder_bytes, memory_budget
+from engine.capacity.memory.cache import block_bytes, cached_spec, sequence_bytes
+from engine.capacity.memory.kv import kv_bytes_per_token, state_bytes_per_sequence
 from engine.capacity.memory.notes import assumptions_of, warnings_of
-from engine.capacity.memory.parallel import Stage, pipeline_stages
-from engine.capacity.memory.profiles import non_torch_bytes, peak_activation_bytes, resident_weight_bytes
-from engine.capacity.memory.request import MAX_SEQUENCES, CompleteRequest, PlanRequest, complete
-from engine.capacity.memory.weights import ParameterCount, lora_bytes, parameter_count
-from engine.capacity.model.catalog import model_spec
-from engine.capacity.model.layers import Attention, CompressedAttention, LatentAttention, share
-from engine.capacity.model.spec import ModelSpec
-from engine.capacity.words import GIB
-from engine.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MemoryBudget:
-    """One GPU's memory, bytes.
-
-    weights + adapters + draft + activation + non_torch + kv + unused + reserved = capacity + excess.
-
-    Attributes:
-        capacity: all that a process can see.
-        reserved: what the engine leaves alone: capacity · (1 - utilization).
-        weights, adapters, draft, activation, non_torch, kv: what it takes; weights: an image encoder's included; draft:
-            the draft model's weights.
-        unused: less than one block, or what the engine has no use for.
-        excess: by how much weights, activations and non-torch alone exceed the limit; then kv and unused are 0.
-    """
-
-    capacity: int
-    reserved: int
-    weights: int
-    adapters: int
-    draft: int
-    activation: int
-    non_torch: int
-    kv: int
-    unused: int
-    excess: int
-
-    @property
-    def limit(self) -> int:
-        """What the engine may use."""
-        return self.capacity - self.reserved
-
-    @property
-    def fixed(self) -> int:
-        """What is taken before the KV cache."""
-        return self.weights + self.adapters + self.draft + self.activation + self.non_torch
+from engine.capacity.memory.request import MAX_SEQUENCES, CompleteRequest, PlanRequest, complete, request_from_names
+from engine.capacity.model.parameters import ParameterCount, parameter_count
+from engine.capacity.model.sharding import Stage, pipeline_stages
+from engine.capacity.text import GIB
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,7 +24,7 @@ class Plan:
         request: with every None replaced by what was assumed.
         stage: the limiting GPU's layers.
         parameters: of the whole model.
-        memory: see :class:`MemoryBudget`.
+        memory: see :class:`~engine.capacity.memory.budget.MemoryBudget`.
         kv_bytes_per_token, kv_bytes_per_block: of one GPU.
         kv_blocks: of the cache; kv_tokens: kv_blocks · block size.
         kv_bytes_per_sequence: one sequence of the planned context, recurrent state included, shared prefix not.
@@ -118,7 +68,7 @@ class Plan:
                 "capacity_gib": memory.capacity / GIB,
                 "limit_gib": memory.limit / GIB,
                 "weights_gib": memory.weights / GIB,
-                "encoder_gib": _encoder_bytes(self.request, self.stage) / GIB,
+                "encoder_gib": encoder_bytes(self.request, self.stage) / GIB,
                 "adapters_gib": memory.adapters / GIB,
                 "draft_gib": memory.draft / GIB,
                 "activation_gib": memory.activation / GIB,
@@ -131,7 +81,7 @@ class Plan:
                 "kv_tokens": self.kv_tokens,
                 "kv_blocks": self.kv_blocks,
                 "shortfall_gib": self.shortfall / GIB,
-                "bytes": dataclasses.asdict(memory),
+                "bytes": memory.bytes_by_part(),
             },
             "limits": {"max_concurrency": self.max_concurrency, "max_context": self.max_context},
             "fits": self.fits,
@@ -141,16 +91,16 @@ class Plan:
 
 
 def _request_dict(request: CompleteRequest) -> dict[str, Any]:
-    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
-    model, gpu, profile = values.pop("spec"), values.pop("gpu"), values.pop("profile")
-    draft = values.pop("draft")
-    names = {"draft": draft.name if draft else None, "profile": profile.name}
-    return {"model": model.name, "gpu": gpu.name, **values, **names}
+    names = request.names()
+    model, draft, profile = names.pop("spec"), names.pop("draft"), names.pop("profile")
+    return {"model": model, **names, "draft": draft, "profile": profile}
 
 
 def plan(request: PlanRequest) -> Plan:
     """Plan the memory of a deployment.
 
+    >>> from engine.capacity.hardware import find_gpu
+    >>> from engine.capacity.model.catalog import model_spec
     >>> answer = plan(PlanRequest(model_spec("Llama-3.1-8B"), find_gpu("H100 SXM 80GB"), context=8192,
     ...                           max_num_seqs=1024, utilization=0.95))
     >>> answer.kv_tokens, answer.max_concurrency  # vLLM 0.19 reported 476,016 tokens
@@ -160,8 +110,9 @@ def plan(request: PlanRequest) -> Plan:
         ConfigError: naming the input at fault and what would work.
     """
     full = complete(request)
-    stage, memory, blocks = _limiting_stage(full)
-    per_sequence, shared = _sequence_bytes(full, stage)
+    stage, memory = _limiting_stage(full)
+    shard = full.shard(stage)
+    per_sequence, shared = sequence_bytes(full, stage)
     needed = per_sequence * full.share + shared
     fits = needed <= memory.kv
     most = full.dp * max_concurrency(full)
@@ -170,13 +121,13 @@ def plan(request: PlanRequest) -> Plan:
         stage=stage,
         parameters=parameter_count(full.spec),
         memory=memory,
-        kv_bytes_per_token=kv_bytes_per_token(_cached(full), full.kv_dtype, full.tp, stage=stage),
-        kv_bytes_per_block=_block_bytes(full, stage),
-        kv_blocks=blocks,
-        kv_tokens=blocks * full.block_size,
+        kv_bytes_per_token=kv_bytes_per_token(cached_spec(full), full.kv_dtype, shard),
+        kv_bytes_per_block=block_bytes(full, stage),
+        kv_blocks=memory.kv_blocks,
+        kv_tokens=memory.kv_blocks * full.block_size,
         kv_bytes_per_sequence=per_sequence,
         kv_bytes_shared=shared,
-        state_bytes_per_sequence=state_bytes_per_sequence(full.spec, full.dtype, full.tp, stage=stage),
+        state_bytes_per_sequence=state_bytes_per_sequence(full.spec, full.dtype, shard),
         kv_bytes_needed=needed,
         max_concurrency=most,
         max_context=max_context(full),
@@ -194,49 +145,6 @@ def plan_from_names(model: str, gpu: str | None = None, **options: Any) -> Plan:
     True
     """
     return plan(request_from_names(model, gpu, **options))
-
-
-def request_from_names(
-    model: str,
-    gpu: str | None = None,
-    *,
-    gpu_memory_gib: float | None = None,
-    spec: ModelSpec | None = None,
-    **options: Any,
-) -> PlanRequest:
-    """A request from names, as the command line has them.
-
-    Args:
-        model: name in the catalog (ignored where ``spec`` is given).
-        gpu: name in the catalog; may be left out where ``gpu_memory_gib`` is given.
-        gpu_memory_gib: usable memory of each GPU, in place of the catalog's.
-        spec: a model that is not in the catalog, read from a ``config.json``.
-        options: the other fields of :class:`PlanRequest`.
-
-    Raises:
-        ConfigError: naming the input at fault and what would work.
-    """
-    if gpu is None and gpu_memory_gib is None:
-        raise ConfigError(
-            "neither a GPU nor its memory is given.", field="gpu", remedy="Give a GPU's name, or gpu_memory_gib."
-        )
-    if gpu is None:
-        device = custom_gpu("GPU", gpu_memory_gib or 0.0)
-    elif gpu_memory_gib is None:
-        device = find_gpu(gpu)
-    else:
-        device = _known_or_custom(gpu, gpu_memory_gib)
-    return PlanRequest(model_spec(model) if spec is None else spec, device, **options)
-
-
-def _known_or_custom(name: str, memory_gib: float) -> Gpu:
-    # With its memory given, a GPU need not be in the catalog.
-    try:
-        return with_memory(find_gpu(name), memory_gib)
-    except ConfigError as error:
-        if error.field != "gpu":
-            raise
-        return custom_gpu(name, memory_gib)
 
 
 def max_concurrency(request: CompleteRequest) -> int:
@@ -261,150 +169,22 @@ def max_context(request: CompleteRequest) -> int:
     return _largest(holds, request.spec.max_position)
 
 
-def _limiting_stage(request: CompleteRequest) -> tuple[Stage, MemoryBudget, int]:
-    """The pipeline stage whose GPU can hold the fewest sequences, its budget, and its number of KV blocks."""
-    budgets = [(stage, *_budget(request, stage)) for stage in pipeline_stages(request.spec.num_layers, request.pp)]
-    return min(budgets, key=lambda item: (_room(request, item[0], item[1]), item[2], -item[1].excess))
-
-
-def _budget(request: CompleteRequest, stage: Stage) -> tuple[MemoryBudget, int]:
-    """The budget of one GPU of a stage, and the number of KV blocks in it."""
-    profile = request.profile
-    capacity = request.gpu.usable_bytes
-    limit = int(capacity * request.utilization)
-    weights, adapters, draft = _weights(request, stage)
-    activation = peak_activation_bytes(
-        profile,
-        request.spec,
-        context=request.context,
-        max_num_seqs=request.max_num_seqs,
-        token_budget=request.token_budget,
-        dtype=request.dtype,
-        tp=request.tp,
-        stage=stage,
-    )
-    non_torch = non_torch_bytes(profile, request.tp * request.pp)
-    left = limit - weights - adapters - draft - activation - non_torch
-    cache = whole_blocks(left, _block_bytes(request, stage), request.block_size, _most_blocks(request, stage))
-    # A stage of recurrent layers alone keeps states and no blocks.
-    kv = cache.bytes if cache.num_blocks or _block_bytes(request, stage) else max(left, 0)
-    budget = MemoryBudget(
-        capacity=capacity,
-        reserved=capacity - limit,
-        weights=weights,
-        adapters=adapters,
-        draft=draft,
-        activation=activation,
-        non_torch=non_torch,
-        kv=kv,
-        unused=max(left, 0) - kv,
-        excess=max(-left, 0),
-    )
-    return budget, cache.num_blocks
-
-
-def _most_blocks(request: CompleteRequest, stage: Stage) -> int | None:
-    """More KV blocks than all sequences can use are not made by some engines: that many; None for as many as fit."""
-    if not request.profile.caps_cache:
-        return None
-    # A sequence's recurrent states come out of the same memory.
-    states = state_bytes_per_sequence(request.spec, request.dtype, request.tp, stage=stage)
-    block = _block_bytes(request, stage)
-    blocks = blocks_for(request.context, request.block_size) + (-(-states // block) if block else 0)
-    return request.max_num_seqs * blocks
-
-
-def _weights(request: CompleteRequest, stage: Stage) -> tuple[int, int, int]:
-    """Bytes on one GPU of a stage: (weights, LoRA adapters, draft model)."""
-    spec, profile, tp = request.spec, request.profile, request.tp
-    weights = resident_weight_bytes(profile, spec, request.weights, request.dtype, tp, stage, ep=request.ep)
-    weights += _encoder_bytes(request, stage)
-    adapters = lora_bytes(spec, request.lora_rank, request.lora_adapters, request.dtype, tp=tp, stage=stage)
-    draft = 0
-    if request.draft is not None and stage.last:
-        draft = resident_weight_bytes(profile, request.draft, request.dtype, request.dtype, request.draft_tp)
-    return weights, adapters, draft
-
-
-def _encoder_bytes(request: CompleteRequest, stage: Stage) -> int:
-    """An image encoder's weights on one GPU of the first stage, unquantized."""
-    if not stage.first or request.profile.text_only:
-        return 0
-    return share(request.spec.encoder, request.tp) * DTYPE_BYTES[request.dtype]
-
-
-def _cached(request: CompleteRequest) -> ModelSpec:
-    """The model as its engine caches it: transformers keeps full keys and values of latent attention."""
-    spec = request.spec
-    return expanded(spec) if request.profile.expands_latent and spec.is_latent else spec
-
-
-@functools.lru_cache(maxsize=256)
-def expanded(spec: ModelSpec) -> ModelSpec:
-    """The same model with full keys and values in place of latents.
-
-    >>> kv_bytes_per_token(expanded(model_spec("DeepSeek-V3")), "bf16")  # 61 · 128 heads · (192 + 128) · 2 B
-    4997120
-    """
-    kinds = []
-    for kind in spec.kinds:
-        mixer = kind.mixer
-        if isinstance(mixer, LatentAttention) and not isinstance(mixer, CompressedAttention):
-            width = mixer.nope_dim + mixer.rope_dim + mixer.value_dim
-            mixer = Attention(mixer.num_heads, mixer.num_heads, -(-width // 2))
-        kinds.append(dataclasses.replace(kind, mixer=mixer))
-    return dataclasses.replace(spec, kinds=tuple(kinds))
-
-
-def _block_bytes(request: CompleteRequest, stage: Stage) -> int:
-    """One block of all layers of the stage, the draft model's included."""
-    size, form = request.block_size, request.kv_dtype
-    block = kv_bytes_per_block(
-        _cached(request), size, form, request.tp, stage=stage, grouped=request.profile.groups_layers
-    )
-    if request.draft is not None and stage.last:
-        block += kv_bytes_per_block(request.draft, size, form, request.draft_tp)
-    return block
-
-
-def _sequence_bytes(request: CompleteRequest, stage: Stage) -> tuple[int, int]:
-    """(one sequence of the planned context without what it shares, the shared prefix)."""
-    state = state_bytes_per_sequence(request.spec, request.dtype, request.tp, stage=stage)
-    whole = _kv_bytes(request, stage, request.context)
-    # Only whole blocks can be shared, and what slides out of a window is nobody's.
-    prefix = request.shared_prefix // request.block_size * request.block_size
-    if not prefix:
-        return whole + state, 0
-    private = max(_kv_bytes(request, stage, request.context - prefix), whole - _kv_bytes(request, stage, prefix))
-    return private + state, whole - private
-
-
-def _kv_bytes(request: CompleteRequest, stage: Stage, context: int) -> int:
-    profile = request.profile
-    size = kv_bytes_per_sequence(
-        _cached(request),
-        context,
-        request.block_size,
-        request.kv_dtype,
-        request.tp,
-        stage=stage,
-        frees_windows=profile.frees_windows_of(request.spec),
-        grouped=profile.groups_layers,
-    )
-    if request.draft is not None and stage.last:
-        size += kv_bytes_per_sequence(request.draft, context, request.block_size, request.kv_dtype, request.draft_tp)
-    return size
+def _limiting_stage(request: CompleteRequest) -> tuple[Stage, MemoryBudget]:
+    """The pipeline stage whose GPU can hold the fewest sequences, and its budget."""
+    stages = pipeline_stages(request.spec.num_layers, request.pp)
+    budgets = [(stage, memory_budget(request, stage)) for stage in stages]
+    return min(budgets, key=lambda item: (_room(request, *item), item[1].kv_blocks, -item[1].excess))
 
 
 def _sequences_that_fit(request: CompleteRequest) -> int:
     """Sequences of the planned context for which every stage has room."""
     stages = pipeline_stages(request.spec.num_layers, request.pp)
-    return min(_room(request, stage, _budget(request, stage)[0]) for stage in stages)
+    return min(_room(request, stage, memory_budget(request, stage)) for stage in stages)
 
 
 def _room(request: CompleteRequest, stage: Stage, budget: MemoryBudget) -> int:
     """Sequences for which the stage has room."""
-    private, shared = _sequence_bytes(request, stage)
+    private, shared = sequence_bytes(request, stage)
     if budget.excess:
         return 0
     if private == 0:  # neither keys and values nor state: the stage never limits

@@ -1,4 +1,4 @@
-"""How serving engines spend memory beside the KV cache: one row each.
+"""How serving engines spend memory besides the KV cache: one row each.
 
 usable memory ─┬─ reserved      (1 - utilization): the engine leaves it alone
                ├─ weights       as resident after loading
@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from engine.capacity.memory.activation import activation_bytes, forward_bytes
-from engine.capacity.memory.formats import DTYPE_BYTES, WeightFormat, weight_format
-from engine.capacity.memory.parallel import Stage, whole_model
-from engine.capacity.memory.weights import stored_tensors
-from engine.capacity.model.layers import MixtureMLP
+from engine.capacity.formats import ComputeDtype, WeightPrecision
+from engine.capacity.memory.activation import LargestStep, activation_bytes, forward_bytes
+from engine.capacity.memory.weights import SizedTensor, sized_tensors
+from engine.capacity.model.layers import MixtureOfExperts
+from engine.capacity.model.sharding import WHOLE, Shard
 from engine.capacity.model.spec import ModelSpec
-from engine.capacity.words import GIB
+from engine.capacity.text import GIB
 from engine.errors import ConfigError
 
 MIB = 2**20
@@ -65,6 +65,11 @@ class Profile:
     text_only: bool = False
     caps_cache: bool = False
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def vocab_multiple(self) -> int:
+        """Vocabulary rows are padded to a multiple of it."""
+        return 64 if self.torch_cuda else 1
 
     def frees_windows_of(self, spec: ModelSpec) -> bool:
         """True if blocks that have slid out of the windows of this model are given back."""
@@ -202,51 +207,49 @@ def find_profile(name: str) -> Profile:
     )
 
 
-def profile_weight_format(profile: Profile, name: str, spec: ModelSpec | None = None) -> WeightFormat:
-    """The weight format as that engine keeps it: ours has the zero point of a group in 16 bits, beside the scale.
-
-    ``spec``: the model, whose checkpoint may be in a format of its own by that name.
-    """
-    bits = 16 if profile.name == "headroom" else 4
-    return weight_format(name, zero_point_bits=bits) if spec is None else spec.weight_format(name, zero_point_bits=bits)
+def profile_weight_precision(profile: Profile, name: str, spec: ModelSpec) -> WeightPrecision:
+    """The weight format of that name as the engine keeps it: ours has the zero point of a group in 16 bits, next to the
+    scale. The model's checkpoint may have a format of its own by that name."""
+    return spec.weight_precision(name, zero_point_bits=16 if profile.name == "headroom" else 4)
 
 
 def resident_weight_bytes(
-    profile: Profile, spec: ModelSpec, weights: str, dtype: str, tp: int, stage: Stage | None = None, *, ep: int = 1
+    profile: Profile, spec: ModelSpec, weights: WeightPrecision, dtype: ComputeDtype, shard: Shard = WHOLE
 ) -> int:
     """Bytes of weights on one GPU as the engine of the profile holds them.
 
+    >>> from engine.capacity.formats import BFLOAT16
     >>> from engine.capacity.model.catalog import model_spec
     >>> vllm = find_profile("vllm-0.6")  # its log: "Loading model weights took 14.9888 GB" and "14.2487 GB"
-    >>> round(resident_weight_bytes(vllm, model_spec("Llama-3.1-8B"), "bf16", "bfloat16", 1) / GIB, 4)
+    >>> round(resident_weight_bytes(vllm, model_spec("Llama-3.1-8B"), BFLOAT16.as_weights, BFLOAT16) / GIB, 4)
     14.9888
-    >>> round(resident_weight_bytes(vllm, model_spec("Qwen2.5-7B"), "bf16", "bfloat16", 1) / GIB, 4)
+    >>> round(resident_weight_bytes(vllm, model_spec("Qwen2.5-7B"), BFLOAT16.as_weights, BFLOAT16) / GIB, 4)
     14.2487
     """
-    held = stage or whole_model(spec)
-    format = profile_weight_format(profile, weights, spec)
-    multiple = 64 if profile.torch_cuda else 1
-    tensors = stored_tensors(spec, format, dtype=dtype, tp=tp, ep=ep, stage=held, vocab_multiple=multiple)
+    tensors = sized_tensors(spec, weights, dtype, shard, profile.vocab_multiple)
     if not profile.torch_cuda:
         return sum(tensor.bytes * tensor.count for tensor in tensors)
-    size = DTYPE_BYTES[dtype]
-    total = cuda_allocation(min(spec.max_position, _LONGEST_TABLE) * spec.rotary_dim * size)
-    for stored in tensors:
-        kind, count = stored.tensor, stored.count
-        if kind.part == "experts" and count > 1:
-            # Experts of a layer are one allocation.
-            layers = max(1, count // _local_experts(spec, ep))
-            total += layers * cuda_allocation(stored.bytes * (count // layers))
-        else:
-            total += cuda_allocation(stored.bytes) * count
-        if kind.role == "kv_up" and stored.bytes != kind.rows * kind.columns * size:
-            # Decoding multiplies by the two halves of this matrix, kept unquantized beside it.
-            total += count * cuda_allocation(kind.rows * kind.columns * size)
+    table = min(spec.max_position, _LONGEST_TABLE) * spec.rotary_dim * dtype.bytes
+    return cuda_allocation(table) + sum(_allocated(stored, spec, shard.ep, dtype.bytes) for stored in tensors)
+
+
+def _allocated(stored: SizedTensor, spec: ModelSpec, ep: int, plain: int) -> int:
+    """Bytes that torch's CUDA allocator counts for equal tensors, with what vLLM derives from them."""
+    kind, count = stored.tensor, stored.count
+    if kind.part == "experts" and count > 1:
+        # Experts of a layer are one allocation.
+        layers = max(1, count // _local_experts(spec, ep))
+        total = layers * cuda_allocation(stored.bytes * (count // layers))
+    else:
+        total = cuda_allocation(stored.bytes) * count
+    if kind.role == "kv_up" and stored.bytes != kind.rows * kind.columns * plain:
+        # Decoding multiplies by the two halves of this matrix, kept unquantized next to it.
+        total += count * cuda_allocation(kind.rows * kind.columns * plain)
     return total
 
 
 def _local_experts(spec: ModelSpec, ep: int) -> int:
-    mixtures = [kind.mlp for kind in spec.kinds if isinstance(kind.mlp, MixtureMLP)]
+    mixtures = [kind.mlp for kind in spec.kinds if isinstance(kind.mlp, MixtureOfExperts)]
     return -(-mixtures[0].num_experts // ep) if mixtures else 1
 
 
@@ -267,44 +270,31 @@ def cuda_allocation(size: int) -> int:
 
 
 def peak_activation_bytes(
-    profile: Profile,
-    spec: ModelSpec,
-    *,
-    context: int,
-    max_num_seqs: int,
-    token_budget: int | None,
-    dtype: str,
-    tp: int,
-    stage: Stage | None = None,
+    profile: Profile, spec: ModelSpec, step: LargestStep, dtype: ComputeDtype, shard: Shard = WHOLE
 ) -> int:
     """Peak bytes of activations on one GPU in the largest step that the engine prepares for.
 
-    Args:
-        context: planned tokens per sequence.
-        max_num_seqs: sequences in a step, at most.
-        token_budget: tokens of a step, at most; None for the profile's default.
-        dtype: compute dtype.
-        tp, stage: the GPU's share of the model.
-
+    >>> from engine.capacity.formats import BFLOAT16
     >>> from engine.capacity.model.catalog import model_spec
-    >>> sizes = dict(context=8192, max_num_seqs=1024, token_budget=None, dtype="bfloat16", tp=1)
-    >>> round(peak_activation_bytes(find_profile("vllm-0.19"), model_spec("Llama-3.1-8B"), **sizes) / GIB, 2)  # 1.89
+    >>> step = LargestStep(max_num_seqs=1024, token_budget=None, context=8192)
+    >>> round(peak_activation_bytes(find_profile("vllm-0.19"), model_spec("Llama-3.1-8B"), step, BFLOAT16) / GIB, 2)
     1.9
     """
-    held = stage or whole_model(spec)
+    tp = shard.tp
     if profile.logits_fit is not None:
         base, per_logit = profile.logits_fit
-        logits = per_logit * max_num_seqs * spec.vocab_size if held.last else 0.0
+        logits = per_logit * step.max_num_seqs * spec.vocab_size if shard.stage_of(spec).last else 0.0
         return int(base * GIB + logits)
     if profile.torch_cuda:
         # Gate, up and their product, the residual stream, its normalized copy and the layer's input, all alive at once.
         width = -(-spec.intermediate_size // tp)
-        return max(context, 2048) * 3 * (width + spec.hidden_size) * DTYPE_BYTES[dtype]
+        return max(step.context, 2048) * 3 * (width + spec.hidden_size) * dtype.bytes
     if profile.batch_is_concurrency:
-        tokens = max_num_seqs * context
-        copied = tokens * 2 * -(-spec.num_kv_heads // tp) * spec.head_dim * DTYPE_BYTES[dtype]
-        return forward_bytes(spec, tokens, dtype, tp=tp) + copied
-    return activation_bytes(spec, token_budget or profile.token_budget or context, max_num_seqs, dtype, tp=tp)
+        tokens = step.max_num_seqs * step.context
+        copied = tokens * 2 * -(-spec.num_kv_heads // tp) * spec.head_dim * dtype.bytes
+        return forward_bytes(spec, tokens, dtype, tp) + copied
+    budget = step.token_budget or profile.token_budget or step.context
+    return activation_bytes(spec, budget, step.max_num_seqs, dtype, tp)
 
 
 def non_torch_bytes(profile: Profile, num_gpus: int) -> int:

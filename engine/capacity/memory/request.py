@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from engine.capacity.hardware import Gpu
-from engine.capacity.memory.formats import dtype_name, kv_format
+from engine.capacity.formats import ComputeDtype, KVPrecision, WeightPrecision, compute_dtype, kv_precision
+from engine.capacity.hardware import Gpu, custom_gpu, find_gpu, with_memory
+from engine.capacity.memory.activation import LargestStep
+from engine.capacity.memory.kv import CacheLayout
 from engine.capacity.memory.parallel import check_parallel, possible_tp
-from engine.capacity.memory.profiles import Profile, find_profile
+from engine.capacity.memory.profiles import Profile, find_profile, profile_weight_precision
+from engine.capacity.model.catalog import model_spec
+from engine.capacity.model.sharding import Shard, Stage
 from engine.capacity.model.spec import ModelSpec
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 MAX_SEQUENCES = 1_000_000
@@ -67,7 +72,8 @@ class PlanRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CompleteRequest:
-    """A checked :class:`PlanRequest`: nothing is left open. The attributes mean what they mean there."""
+    """A checked :class:`PlanRequest`: nothing is left open, and names of formats have become the formats. The
+    attributes mean what they mean there."""
 
     spec: ModelSpec
     gpu: Gpu
@@ -75,9 +81,9 @@ class CompleteRequest:
     pp: int
     ep: int
     dp: int
-    dtype: str
-    weights: str
-    kv_dtype: str
+    dtype: ComputeDtype
+    weights: WeightPrecision
+    kv_dtype: KVPrecision
     context: int
     concurrency: int
     max_num_seqs: int
@@ -105,40 +111,43 @@ class CompleteRequest:
         """GPUs that share the draft model: those of the target where its heads allow it, else each holds all of it."""
         return self.tp if self.draft is not None and self.tp in possible_tp(self.draft, self.tp) else 1
 
+    @property
+    def layout(self) -> CacheLayout:
+        """How the engine keeps keys and values of this model."""
+        frees_windows = self.profile.frees_windows_of(self.spec)
+        return CacheLayout(self.kv_dtype, self.block_size, frees_windows, self.profile.groups_layers)
+
+    @property
+    def largest_step(self) -> LargestStep:
+        """What activations are reserved for."""
+        return LargestStep(self.max_num_seqs, self.token_budget, self.context)
+
+    def shard(self, stage: Stage | None = None) -> Shard:
+        """The part of the model on one GPU of a stage; None: without regard to stages."""
+        return Shard(self.tp, self.ep, stage)
+
+    def names(self) -> dict[str, Any]:
+        """The fields by name, models, GPU, engine and formats as their names."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(value, "name", value) for name, value in fields.items()}
+
     def as_request(self) -> PlanRequest:
         """The same as a request: what was a default is now stated."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return PlanRequest(**{**values, "profile": self.profile.name})
+        return PlanRequest(**{**self.names(), "spec": self.spec, "gpu": self.gpu, "draft": self.draft})
 
 
 def complete(request: PlanRequest) -> CompleteRequest:
-    """The request with its defaults filled in and every value checked.
+    """The request with its defaults filled in, every value checked, and every name of a format looked up.
 
     Raises:
         ConfigError: naming the input at fault and what would work.
     """
     spec, profile = request.spec, find_profile(request.profile)
     check_parallel(spec, request.tp, request.pp, request.ep, request.dp)
-    dtype = dtype_name(request.dtype or spec.torch_dtype)
-    own = spec.checkpoint_format or dtype
-    weights = spec.weight_format(own if request.weights in (None, "auto", "model") else str(request.weights))
-    context = _whole("context", spec.max_position if request.context is None else request.context, 1)
-    if context > spec.max_position:
-        raise ConfigError(
-            f"{context:,} tokens are more than the {spec.max_position:,} that {spec.name} was made for.",
-            field="context",
-            remedy=f"Give at most {spec.max_position:,}.",
-        )
-    concurrency = _whole("concurrency", request.concurrency, 1, MAX_SEQUENCES)
-    each = -(-concurrency // request.dp)
-    most = each if profile.batch_is_concurrency else request.max_num_seqs
-    most = _whole("max_num_seqs", max(profile.max_num_seqs, each) if most is None else most, 1, MAX_SEQUENCES)
-    if most < each:
-        raise ConfigError(
-            f"{most:,} sequences at once are fewer than the concurrency of {each:,} that is planned for.",
-            field="max_num_seqs",
-            remedy=f"Give at least {each:,}, or lower the concurrency.",
-        )
+    dtype = compute_dtype(request.dtype or spec.torch_dtype)
+    weights = _weights(request, profile, dtype)
+    context = _context(request)
+    most = _largest_batch(request, profile)
     budget = request.token_budget
     utilization = _utilization(profile.utilization if request.utilization is None else request.utilization)
     block_size = profile.block_size if request.block_size is None else request.block_size
@@ -150,10 +159,10 @@ def complete(request: PlanRequest) -> CompleteRequest:
         ep=request.ep,
         dp=request.dp,
         dtype=dtype,
-        weights=weights.name,
-        kv_dtype=kv_format(_kv_dtype(request, profile), dtype).name,
+        weights=weights,
+        kv_dtype=kv_precision(_kv_dtype(request, profile), dtype),
         context=context,
-        concurrency=concurrency,
+        concurrency=request.concurrency,
         max_num_seqs=most,
         token_budget=profile.token_budget if budget is None else _whole("token_budget", budget, 1),
         utilization=utilization,
@@ -164,6 +173,81 @@ def complete(request: PlanRequest) -> CompleteRequest:
         lora_adapters=_whole("lora_adapters", request.lora_adapters, 0, 10_000),
         draft=_draft(request),
     )
+
+
+def request_from_names(
+    model: str,
+    gpu: str | None = None,
+    *,
+    gpu_memory_gib: float | None = None,
+    spec: ModelSpec | None = None,
+    **options: Any,
+) -> PlanRequest:
+    """A request from names, as the command line has them.
+
+    Args:
+        model: name in the catalog (ignored where ``spec`` is given).
+        gpu: name in the catalog; may be left out where ``gpu_memory_gib`` is given.
+        gpu_memory_gib: usable memory of each GPU, in place of the catalog's.
+        spec: a model that is not in the catalog, read from a ``config.json``.
+        options: the other fields of :class:`PlanRequest`.
+
+    Raises:
+        ConfigError: naming the input at fault and what would work.
+    """
+    if gpu is None and gpu_memory_gib is None:
+        raise ConfigError(
+            "neither a GPU nor its memory is given.", field="gpu", remedy="Give a GPU's name, or gpu_memory_gib."
+        )
+    if gpu is None:
+        device = custom_gpu("GPU", gpu_memory_gib or 0.0)
+    elif gpu_memory_gib is None:
+        device = find_gpu(gpu)
+    else:
+        device = _known_or_custom(gpu, gpu_memory_gib)
+    return PlanRequest(model_spec(model) if spec is None else spec, device, **options)
+
+
+def _known_or_custom(name: str, memory_gib: float) -> Gpu:
+    # With its memory given, a GPU need not be in the catalog.
+    try:
+        return with_memory(find_gpu(name), memory_gib)
+    except ConfigError as error:
+        if error.field != "gpu":
+            raise
+        return custom_gpu(name, memory_gib)
+
+
+def _weights(request: PlanRequest, profile: Profile, dtype: ComputeDtype) -> WeightPrecision:
+    spec = request.spec
+    if request.weights not in (None, "auto", "model"):
+        return profile_weight_precision(profile, str(request.weights), spec)
+    return spec.quantization or dtype.as_weights
+
+
+def _context(request: PlanRequest) -> int:
+    spec = request.spec
+    context = _whole("context", spec.max_position if request.context is None else request.context, 1)
+    if context > spec.max_position:
+        raise ConfigError(
+            f"{context:,} tokens are more than the {spec.max_position:,} that {spec.name} was made for.",
+            field="context",
+            remedy=f"Give at most {spec.max_position:,}.",
+        )
+    return context
+
+
+def _largest_batch(request: PlanRequest, profile: Profile) -> int:
+    each = -(-_whole("concurrency", request.concurrency, 1, MAX_SEQUENCES) // request.dp)
+    most = each if profile.batch_is_concurrency else request.max_num_seqs
+    most = _whole("max_num_seqs", max(profile.max_num_seqs, each) if most is None else most, 1, MAX_SEQUENCES)
+    if most < each:
+        raise ConfigError(
+            f"{most:,} sequences at once are fewer than the concurrency of {each:,} that is planned for.",
+            field="max_num_seqs",
+            remedy=f"Give at least {each:,}, or lower the concurrency.",
+        )
+    return most
 
 
 def _kv_dtype(request: PlanRequest, profile: Profile) -> str:

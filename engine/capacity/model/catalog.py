@@ -57,12 +57,12 @@ _ENDINGS = ("instruct", "chat", "hf", "base", "it")
 
 
 def _key(name: str) -> str:
-    words = name.rsplit("/", 1)[-1].lower().replace("_", "-").split("-")
-    while len(words) > 1 and words[-1] in _ENDINGS:
-        words.pop()
-    if words[:2] == ["meta", "llama"]:
-        words = words[1:]
-    return "-".join(words)
+    parts = name.rsplit("/", 1)[-1].lower().replace("_", "-").split("-")
+    while len(parts) > 1 and parts[-1] in _ENDINGS:
+        parts.pop()
+    if parts[:2] == ["meta", "llama"]:
+        parts = parts[1:]
+    return "-".join(parts)
 
 
 def _unknown(name: str) -> ConfigError:

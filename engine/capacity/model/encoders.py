@@ -1,4 +1,4 @@
-"""Image encoders beside a language model: how many parameters they and their projectors have."""
+"""Image encoders next to a language model: how many parameters they and their projectors have."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class Experts:
         count, top_k, width: experts, experts a token, width of one.
         shared_width: width of all shared experts together; shared_count: or their number, of ``width`` each.
         latent: the width that routed experts work on, where it is not the hidden size.
-        shared_gate, bias, router_bias, correction: see :class:`engine.capacity.model.layers.MixtureMLP`.
+        shared_gate, bias, router_bias, correction: see :class:`engine.capacity.model.layers.MixtureOfExperts`.
         gated: experts have a gate projection.
         placement: which layers are mixtures: "all", "step" (every ``decoder_sparse_step``-th, except
             ``mlp_only_layers``) or "first_dense" (from layer ``first_k_dense_replace`` on).
@@ -43,7 +43,7 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Family:
+class FamilyFields:
     """One row.
 
     Attributes:
@@ -132,11 +132,11 @@ _GEMMA3_TEXT = (
     ("sliding_window_pattern", 6),
 )
 
-FAMILIES: tuple[Family, ...] = (
-    Family("llama", "LlamaForCausalLM", biases="config", max_position=2048),
-    Family("mistral", "MistralForCausalLM", num_kv_heads=8, sliding="always", max_position=131072),
-    Family("mistral3", "Mistral3ForConditionalGeneration", text=True, defaults=(("text_model_type", "mistral"),)),
-    Family(
+FAMILIES: tuple[FamilyFields, ...] = (
+    FamilyFields("llama", "LlamaForCausalLM", biases="config", max_position=2048),
+    FamilyFields("mistral", "MistralForCausalLM", num_kv_heads=8, sliding="always", max_position=131072),
+    FamilyFields("mistral3", "Mistral3ForConditionalGeneration", text=True, defaults=(("text_model_type", "mistral"),)),
+    FamilyFields(
         "mixtral",
         "MixtralForCausalLM",
         num_kv_heads=8,
@@ -145,8 +145,8 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         experts=_LOCAL_EXPERTS,
     ),
-    Family("qwen2", "Qwen2ForCausalLM", num_kv_heads=32, biases="qkv", sliding="switch"),
-    Family(
+    FamilyFields("qwen2", "Qwen2ForCausalLM", num_kv_heads=32, biases="qkv", sliding="switch"),
+    FamilyFields(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         num_kv_heads=16,
@@ -154,7 +154,7 @@ FAMILIES: tuple[Family, ...] = (
         sliding="switch",
         experts=_QWEN2_EXPERTS,
     ),
-    Family(
+    FamilyFields(
         "qwen3",
         "Qwen3ForCausalLM",
         num_kv_heads=32,
@@ -163,7 +163,7 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm="head",
         sliding="switch",
     ),
-    Family(
+    FamilyFields(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         num_kv_heads=4,
@@ -172,7 +172,7 @@ FAMILIES: tuple[Family, ...] = (
         sliding="switch",
         experts=_QWEN_EXPERTS,
     ),
-    Family(
+    FamilyFields(
         "qwen3_next",
         "Qwen3NextForCausalLM",
         num_kv_heads=2,
@@ -183,10 +183,10 @@ FAMILIES: tuple[Family, ...] = (
         experts=_QWEN2_EXPERTS,
         defaults=(("full_attention_interval", 4),),
     ),
-    Family(
+    FamilyFields(
         "gemma", "GemmaForCausalLM", num_kv_heads=16, head_dim=256, tied=True, biases="attention", max_position=8192
     ),
-    Family(
+    FamilyFields(
         "gemma2",
         "Gemma2ForCausalLM",
         num_kv_heads=4,
@@ -197,7 +197,7 @@ FAMILIES: tuple[Family, ...] = (
         norms=4,
         max_position=8192,
     ),
-    Family(
+    FamilyFields(
         "gemma3_text",
         "Gemma3ForCausalLM",
         num_kv_heads=4,
@@ -210,7 +210,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         defaults=_GEMMA3_TEXT,
     ),
-    Family(
+    FamilyFields(
         "gemma3",
         "Gemma3ForConditionalGeneration",
         tied=True,
@@ -218,7 +218,7 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("text_model_type", "gemma3_text"),),
     ),
     # Phi-2 normalizes once a layer, before attention and MLP in parallel.
-    Family(
+    FamilyFields(
         "phi",
         "PhiForCausalLM",
         biases="all",
@@ -228,7 +228,7 @@ FAMILIES: tuple[Family, ...] = (
         head_bias=True,
         max_position=2048,
     ),
-    Family(
+    FamilyFields(
         "phi3",
         "Phi3ForCausalLM",
         sliding="always",
@@ -236,7 +236,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=4096,
         unused=("full_attn_mod", "interpolate_factor"),
     ),
-    Family(
+    FamilyFields(
         "phimoe",
         "PhimoeForCausalLM",
         num_kv_heads=8,
@@ -248,7 +248,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         experts=_LOCAL_EXPERTS,
     ),
-    Family(
+    FamilyFields(
         "gpt_oss",
         "GptOssForCausalLM",
         num_kv_heads=8,
@@ -262,7 +262,7 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("attention_bias", True),),
         unused=("experts_per_token", "initial_context_length"),
     ),
-    Family(
+    FamilyFields(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
         layout="latent",
@@ -270,7 +270,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=2048,
         unused=_LATENT_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
         layout="latent",
@@ -279,9 +279,9 @@ FAMILIES: tuple[Family, ...] = (
         aliases=("kimi_k2",),
         unused=_LATENT_UNUSED,
     ),
-    Family("granite", "GraniteForCausalLM", biases="config", max_position=2048),
-    Family("granitemoe", "GraniteMoeForCausalLM", biases="attention", max_position=2048, experts=_LOCAL_EXPERTS),
-    Family(
+    FamilyFields("granite", "GraniteForCausalLM", biases="config", max_position=2048),
+    FamilyFields("granitemoe", "GraniteMoeForCausalLM", biases="attention", max_position=2048, experts=_LOCAL_EXPERTS),
+    FamilyFields(
         "granitemoehybrid",
         "GraniteMoeHybridForCausalLM",
         biases="attention",
@@ -290,7 +290,7 @@ FAMILIES: tuple[Family, ...] = (
         unused=("intermediate_size",),
         experts=dataclasses.replace(_LOCAL_EXPERTS, shared_width="shared_intermediate_size"),
     ),
-    Family(
+    FamilyFields(
         "falcon",
         "FalconForCausalLM",
         tied=True,
@@ -300,7 +300,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=2048,
         unused=("alibi",),
     ),
-    Family(
+    FamilyFields(
         "nemotron_h",
         "NemotronHForCausalLM",
         num_kv_heads=8,
@@ -325,7 +325,7 @@ FAMILIES: tuple[Family, ...] = (
             "mtp_layers_block_type",
         ),
     ),
-    Family(
+    FamilyFields(
         "llama4_text",
         "Llama4ForCausalLM",
         num_kv_heads=8,
@@ -335,14 +335,14 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         unused=("use_qk_norm",),  # without weights
     ),
-    Family(
+    FamilyFields(
         "llama4",
         "Llama4ForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "llama4_text"),),
     ),
-    Family("olmo2", "Olmo2ForCausalLM", biases="attention", qk_norm="full", max_position=2048),
-    Family(
+    FamilyFields("olmo2", "Olmo2ForCausalLM", biases="attention", qk_norm="full", max_position=2048),
+    FamilyFields(
         "cohere",
         "CohereForCausalLM",
         tied=True,
@@ -351,7 +351,7 @@ FAMILIES: tuple[Family, ...] = (
         norms=1,
         max_position=8192,
     ),
-    Family(
+    FamilyFields(
         "cohere2",
         "Cohere2ForCausalLM",
         tied=True,
@@ -361,7 +361,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=8192,
         defaults=(("sliding_window_pattern", 4),),
     ),
-    Family(
+    FamilyFields(
         "smollm3",
         "SmolLM3ForCausalLM",
         num_kv_heads=4,
@@ -370,7 +370,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=32768,
         unused=("no_rope_layers", "no_rope_layer_interval", "max_window_layers"),
     ),
-    Family(
+    FamilyFields(
         "starcoder2",
         "Starcoder2ForCausalLM",
         num_kv_heads=2,
@@ -383,8 +383,10 @@ FAMILIES: tuple[Family, ...] = (
         max_position=4096,
         unused=("mlp_type",),
     ),
-    Family("glm4", "Glm4ForCausalLM", num_kv_heads=2, head_dim=128, biases="config_qkv", norms=4, max_position=131072),
-    Family(
+    FamilyFields(
+        "glm4", "Glm4ForCausalLM", num_kv_heads=2, head_dim=128, biases="config_qkv", norms=4, max_position=131072
+    ),
+    FamilyFields(
         "glm4_moe",
         "Glm4MoeForCausalLM",
         num_kv_heads=8,
@@ -393,7 +395,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         experts=_DEEPSEEK3_EXPERTS,
     ),
-    Family(
+    FamilyFields(
         "qwen3_vl_text",
         "Qwen3VLTextModel",
         num_kv_heads=32,
@@ -402,13 +404,13 @@ FAMILIES: tuple[Family, ...] = (
         qk_norm="head",
         max_position=128000,
     ),
-    Family(
+    FamilyFields(
         "qwen3_vl",
         "Qwen3VLForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "qwen3_vl_text"),),
     ),
-    Family(
+    FamilyFields(
         "qwen3_vl_moe_text",
         "Qwen3VLMoeTextModel",
         num_kv_heads=16,
@@ -417,13 +419,13 @@ FAMILIES: tuple[Family, ...] = (
         max_position=128000,
         experts=_QWEN_EXPERTS,
     ),
-    Family(
+    FamilyFields(
         "qwen3_vl_moe",
         "Qwen3VLMoeForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "qwen3_vl_moe_text"),),
     ),
-    Family(
+    FamilyFields(
         "qwen3_5_text",
         "Qwen3_5ForCausalLM",
         num_kv_heads=4,
@@ -434,13 +436,13 @@ FAMILIES: tuple[Family, ...] = (
         defaults=_QWEN35,
         unused=_QWEN35_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "qwen3_5",
         "Qwen3_5ForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "qwen3_5_text"),),
     ),
-    Family(
+    FamilyFields(
         "qwen3_5_moe_text",
         "Qwen3_5MoeForCausalLM",
         num_kv_heads=2,
@@ -452,13 +454,13 @@ FAMILIES: tuple[Family, ...] = (
         defaults=_QWEN35,
         unused=_QWEN35_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "qwen3_5_moe",
         "Qwen3_5MoeForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "qwen3_5_moe_text"),),
     ),
-    Family(
+    FamilyFields(
         "minimax_m2",
         "MiniMaxM2ForCausalLM",
         num_kv_heads=8,
@@ -468,7 +470,7 @@ FAMILIES: tuple[Family, ...] = (
         experts=dataclasses.replace(_LOCAL_EXPERTS, correction=True),
         unused=_MINIMAX_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "deepseek_v32",
         "DeepseekV32ForCausalLM",
         layout="indexed",
@@ -477,7 +479,7 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("index_n_heads", 64), ("first_k_dense_replace", 3)),
         unused=_LATENT_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "deepseek_v4",
         "DeepseekV4ForCausalLM",
         layout="deepseek_v4",
@@ -491,7 +493,7 @@ FAMILIES: tuple[Family, ...] = (
             "qk_rope_head_dim",
         ),
     ),
-    Family(
+    FamilyFields(
         "glm_moe_dsa",
         "GlmMoeDsaForCausalLM",
         layout="indexed",
@@ -506,7 +508,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         unused=_LATENT_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "glm4_moe_lite",
         "Glm4MoeLiteForCausalLM",
         layout="latent",
@@ -515,14 +517,14 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("q_lora_rank", 768), ("qk_nope_head_dim", 192), ("v_head_dim", 256), ("first_k_dense_replace", 1)),
         unused=_LATENT_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "kimi_k25",
         "KimiK25ForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "deepseek_v3"),),
         aliases=("Kimi_K25ForConditionalGeneration",),
     ),
-    Family(
+    FamilyFields(
         "mimo_v2_flash",
         "MiMoV2FlashForCausalLM",
         num_kv_heads=4,
@@ -534,7 +536,7 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("v_head_dim", 128), ("first_k_dense_replace", 1)),
         unused=("attention_value_scale", "attention_chunk_size", "hybrid_block_size", "swa_rope_theta"),
     ),
-    Family(
+    FamilyFields(
         "gemma4_text",
         "Gemma4ForCausalLM",
         num_kv_heads=4,
@@ -548,14 +550,14 @@ FAMILIES: tuple[Family, ...] = (
         defaults=_GEMMA4_TEXT,
         unused=("use_bidirectional_attention",),
     ),
-    Family(
+    FamilyFields(
         "gemma4",
         "Gemma4ForConditionalGeneration",
         tied=True,
         text=True,
         defaults=(("text_model_type", "gemma4_text"),),
     ),
-    Family(
+    FamilyFields(
         "minimax_m3_vl_text",
         "MiniMaxM3VLForCausalLM",
         num_kv_heads=4,
@@ -567,14 +569,14 @@ FAMILIES: tuple[Family, ...] = (
         defaults=(("shared_intermediate_size", 3072),),
         unused=_MINIMAX_UNUSED,
     ),
-    Family(
+    FamilyFields(
         "minimax_m3_vl",
         "MiniMaxM3SparseForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "minimax_m3_vl_text"),),
         unused=("projector_hidden_size", "merged_hidden_size"),
     ),
-    Family(
+    FamilyFields(
         "step3p5",
         "Step3p5ForCausalLM",
         num_kv_heads=8,
@@ -593,39 +595,39 @@ FAMILIES: tuple[Family, ...] = (
             "per_layer_config",
         ),
     ),
-    Family(
+    FamilyFields(
         "step3p7",
         "Step3p7ForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "step3p5"),),
     ),
-    Family(
+    FamilyFields(
         "qwen2_vl_text",
         "Qwen2VLTextModel",
         num_kv_heads=8,
         biases="qkv",
         sliding="switch",
     ),
-    Family(
+    FamilyFields(
         "qwen2_vl",
         "Qwen2VLForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "qwen2_vl_text"),),
     ),
-    Family(
+    FamilyFields(
         "qwen2_5_vl_text",
         "Qwen2_5_VLTextModel",
         num_kv_heads=8,
         biases="qkv",
         sliding="switch",
     ),
-    Family(
+    FamilyFields(
         "qwen2_5_vl",
         "Qwen2_5_VLForConditionalGeneration",
         text=True,
         defaults=(("text_model_type", "qwen2_5_vl_text"),),
     ),
-    Family(
+    FamilyFields(
         "ministral3",
         "Ministral3ForCausalLM",
         num_kv_heads=8,
@@ -634,7 +636,7 @@ FAMILIES: tuple[Family, ...] = (
         window=None,
         max_position=262144,
     ),
-    Family(
+    FamilyFields(
         "seed_oss",
         "SeedOssForCausalLM",
         num_kv_heads=8,
@@ -643,7 +645,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=524288,
         defaults=(("attention_bias", True),),
     ),
-    Family(
+    FamilyFields(
         "exaone4",
         "Exaone4ForCausalLM",
         qk_norm="head",
@@ -651,7 +653,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=2048,
         defaults=(("sliding_window_pattern", 4),),
     ),
-    Family(
+    FamilyFields(
         "olmo3",
         "Olmo3ForCausalLM",
         biases="attention",
@@ -660,7 +662,7 @@ FAMILIES: tuple[Family, ...] = (
         max_position=2048,
         defaults=(("sliding_window_pattern", 4),),
     ),
-    Family(
+    FamilyFields(
         "olmoe",
         "OlmoeForCausalLM",
         biases="attention",
@@ -669,7 +671,7 @@ FAMILIES: tuple[Family, ...] = (
         experts=Experts(width="intermediate_size"),
         unused=("clip_qkv",),
     ),
-    Family(
+    FamilyFields(
         "ernie4_5",
         "Ernie4_5ForCausalLM",
         num_kv_heads=2,
@@ -679,9 +681,11 @@ FAMILIES: tuple[Family, ...] = (
         max_position=131072,
         defaults=(("use_bias", False),),
     ),
-    Family("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", biases="attention", qk_norm="head", max_position=2048),
-    Family("arcee", "ArceeForCausalLM", biases="config", gated=False, max_position=4096),
-    Family(
+    FamilyFields(
+        "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", biases="attention", qk_norm="head", max_position=2048
+    ),
+    FamilyFields("arcee", "ArceeForCausalLM", biases="config", gated=False, max_position=4096),
+    FamilyFields(
         "nemotron-nas",
         "DeciLMForCausalLM",
         biases="config",
@@ -693,7 +697,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
+def family_of(config: Mapping[str, Any]) -> FamilyFields:
     """The family of a parsed ``config.json``, by ``architectures``, else by ``model_type``.
 
     >>> family_of({"architectures": ["Qwen3ForCausalLM"]}).model_type

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.model.families import Family
+from engine.capacity.model.families import FamilyFields
 from engine.capacity.model.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, positive, whole
-from engine.capacity.model.layers import (
-    AnyMLP,
-    Attention,
-    DenseMLP,
-    MixtureMLP,
-)
+from engine.capacity.model.layers import AnyMLP, DenseMLP, MixtureOfExperts
+from engine.capacity.model.mixers import Attention
 from engine.capacity.model.stated import Stated
 from engine.errors import ConfigError
 
@@ -25,7 +21,7 @@ def seen(config: Mapping[str, Any], *fields: str) -> None:
         config.get(field)
 
 
-def attention_of(config: Mapping[str, Any], family: Family) -> Attention:
+def attention_of(config: Mapping[str, Any], family: FamilyFields) -> Attention:
     """The family's attention, without a window."""
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     qkv, output = attention_biases(config, family)
@@ -43,7 +39,7 @@ def attention_of(config: Mapping[str, Any], family: Family) -> Attention:
     )
 
 
-def head_dim(config: Mapping[str, Any], family: Family, hidden: int, heads: int) -> int:
+def head_dim(config: Mapping[str, Any], family: FamilyFields, hidden: int, heads: int) -> int:
     """Stated, the family's, or hidden size / heads."""
     if config.get("head_dim") is not None:
         return positive(config, "head_dim")
@@ -58,7 +54,7 @@ def head_dim(config: Mapping[str, Any], family: Family, hidden: int, heads: int)
     return hidden // heads
 
 
-def kv_heads_of(config: Mapping[str, Any], family: Family, heads: int) -> int:
+def kv_heads_of(config: Mapping[str, Any], family: FamilyFields, heads: int) -> int:
     """Key/value heads: stated, or the family's."""
     # An explicit null means multi-head attention; an absent field means the family's default.
     absent = "num_key_value_heads" not in config
@@ -73,7 +69,7 @@ def kv_heads_of(config: Mapping[str, Any], family: Family, heads: int) -> int:
     return kv_heads
 
 
-def attention_biases(config: Mapping[str, Any], family: Family) -> tuple[bool, bool]:
+def attention_biases(config: Mapping[str, Any], family: FamilyFields) -> tuple[bool, bool]:
     """(query/key/value, output)."""
     if family.biases in ("config", "attention", "config_qkv"):
         stated = flag(config, "attention_bias", False)
@@ -87,19 +83,19 @@ def attention_biases(config: Mapping[str, Any], family: Family) -> tuple[bool, b
     return family.biases in ("qkv", "all"), family.biases == "all"
 
 
-def mlp_bias(config: Mapping[str, Any], family: Family) -> bool:
+def mlp_bias(config: Mapping[str, Any], family: FamilyFields) -> bool:
     """The projections of an MLP have a bias."""
     if family.biases == "use_bias":
         return flag(config, "use_bias", True)
     return family.biases == "all" or (family.biases in ("config", "config_out") and flag(config, "mlp_bias", False))
 
 
-def dense_mlp(config: Mapping[str, Any], family: Family) -> DenseMLP:
+def dense_mlp(config: Mapping[str, Any], family: FamilyFields) -> DenseMLP:
     """The MLP of a dense layer."""
     return DenseMLP(positive(config, "intermediate_size"), family.gated, mlp_bias(config, family))
 
 
-def mixture_of(config: Mapping[str, Any], family: Family) -> MixtureMLP:
+def mixture_of(config: Mapping[str, Any], family: FamilyFields) -> MixtureOfExperts:
     """The experts of a sparse layer."""
     stated = family.experts
     assert stated is not None, family
@@ -118,7 +114,7 @@ def mixture_of(config: Mapping[str, Any], family: Family) -> MixtureMLP:
     shared = whole(config, stated.shared_width, 0) if stated.shared_width else 0
     if stated.shared_count:
         shared = width * whole(config, stated.shared_count, 0, MAX_EXPERTS)
-    return MixtureMLP(
+    return MixtureOfExperts(
         num_experts=count,
         top_k=top_k,
         width=width,
@@ -133,7 +129,7 @@ def mixture_of(config: Mapping[str, Any], family: Family) -> MixtureMLP:
     )
 
 
-def mlps_of(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
+def mlps_of(config: Mapping[str, Any], family: FamilyFields, layers: int) -> list[AnyMLP]:
     """The MLP of every layer."""
     seen(config, "intermediate_size")  # of a mixture's dense layers, if it has any
     if family.experts is None:
@@ -161,7 +157,7 @@ def is_sparse(config: Mapping[str, Any], placement: str, index: int) -> bool:
     return True
 
 
-def windows_of(config: Mapping[str, Any], family: Family, layers: int) -> list[int | None]:
+def windows_of(config: Mapping[str, Any], family: FamilyFields, layers: int) -> list[int | None]:
     """Per layer; ``layer_types`` says it where the file has it."""
     window = window_of(config, family)
     if window is None:
@@ -191,7 +187,7 @@ def peeked_list(config: Mapping[str, Any], field: str) -> list[str]:
     return [str(item)[:40] for item in value[:MAX_LAYERS]] if isinstance(value, list | tuple) else []
 
 
-def window_of(config: Mapping[str, Any], family: Family) -> int | None:
+def window_of(config: Mapping[str, Any], family: FamilyFields) -> int | None:
     """The window of the layers that slide; None where none does."""
     if family.sliding == "none":
         return None

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Iterable, Iterator
 
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 
 #: Paths of a role's modules below ``model.layers.N``, in all spellings of families; ``{e}`` is an expert's number. The
 #: lists name modules of the model at hand, so that spellings of other families match nothing.

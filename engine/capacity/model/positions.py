@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.capacity.model.fields import MAX_DIMENSION, REMEDY, number, positive
 from engine.capacity.model.stated import Stated
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 #: Scalings that leave the stated length as it is (the longest context of linear and dynamic ones is as stated, too).
@@ -97,5 +97,5 @@ def _extended(scaling: Stated, own: int, config: Mapping[str, Any]) -> int | Non
     original = positive(scaling, "original_max_position_embeddings", own)
     if kind in _STATED:
         return own
-    # A field of its own beside the scaling's has precedence, as in transformers.
+    # A field of its own next to the scaling's has precedence, as in transformers.
     return int(positive(config, "original_max_position_embeddings", original) * factor) if kind == "yarn" else None

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.capacity.model.families import Family
+from engine.capacity.model.families import FamilyFields
 from engine.capacity.model.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, positive, whole
 from engine.capacity.model.layer_fields import (
     attention_of,
@@ -20,21 +20,11 @@ from engine.capacity.model.layer_fields import (
     switches,
     windows_of,
 )
-from engine.capacity.model.layers import (
-    AnyMixer,
-    AnyMLP,
-    Attention,
-    DenseMLP,
-    GatedDeltaNet,
-    LatentAttention,
-    Layer,
-    Mamba2,
-    MixtureMLP,
-    NoMixer,
-    Tensor,
-)
+from engine.capacity.model.layers import AnyMLP, DenseMLP, Layer, MixtureOfExperts
+from engine.capacity.model.mixers import AnyMixer, Attention, GatedDeltaNet, LatentAttention, Mamba2, NoMixer
 from engine.capacity.model.recent_readers import blocks, deepseek_v4, gemma4, mimo, minimax_m3, step
-from engine.capacity.words import shown
+from engine.capacity.model.tensors import Tensor
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 #: What published files and transformers 5 call layers with a state, and layers with a cache.
@@ -42,7 +32,7 @@ _RECURRENT = ("mamba", "linear_attention")
 _FULL = ("attention", "full_attention")
 
 
-def read_layers(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def read_layers(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """The layers, first to last.
 
     Raises:
@@ -51,7 +41,7 @@ def read_layers(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return _LAYOUTS[family.layout](config, family)
 
 
-def _plain(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _plain(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Attention and MLP in every layer."""
     layers = layer_count(config)
     attention = attention_of(config, family)
@@ -61,7 +51,7 @@ def _plain(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return tuple(Layer(mixers[window], mlp, family.norms) for window, mlp in zip(windows, mlps, strict=True))
 
 
-def _latent(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _latent(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """DeepSeek-V2 and V3."""
     return tuple(Layer(_latent_mixer(config), mlp) for mlp in mlps_of(config, family, layer_count(config)))
 
@@ -79,7 +69,7 @@ def _latent_mixer(config: Mapping[str, Any]) -> LatentAttention:
     )
 
 
-def _indexed(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _indexed(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """DeepSeek-V3.2 and GLM-5: latent attention to tokens that an index picks; some layers may take another's pick."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
     plain = _latent_mixer(config)
@@ -118,7 +108,7 @@ def _index_of_layers(config: Mapping[str, Any], layers: int) -> list[bool]:
     return [max(index - offset + 1, 0) % every == 0 for index in range(layers)]
 
 
-def _delta(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _delta(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Qwen3-Next: gated delta nets, and gated attention in every fourth layer."""
     layers = layer_count(config)
     full = dataclasses.replace(attention_of(config, family), gated=True)
@@ -137,7 +127,7 @@ def _delta(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return tuple(Layer(mixer, mlp) for mixer, mlp in zip(mixers, mlps_of(config, family, layers), strict=True))
 
 
-def _granite_hybrid(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _granite_hybrid(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Granite 4: Mamba-2 or attention, then experts (perhaps none) and an MLP that all tokens share."""
     layers = layer_count(config)
     hidden = positive(config, "hidden_size")
@@ -163,7 +153,7 @@ def _granite_hybrid(config: Mapping[str, Any], family: Family) -> tuple[Layer, .
 _NEMOTRON_KINDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
 
-def _nemotron_h(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _nemotron_h(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Nemotron-H: every layer is one of Mamba-2, attention, MLP or experts, with one norm."""
     seen(config, "intermediate_size", "num_hidden_layers")
     nothing = DenseMLP(0)
@@ -217,7 +207,7 @@ def _nemotron_mamba(config: Mapping[str, Any]) -> Mamba2:
     )
 
 
-def _falcon(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _falcon(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Falcon: multi-query attention, or groups in the newer form; one or two norms before parallel branches."""
     hidden, heads = positive(config, "hidden_size"), positive(config, "num_attention_heads")
     seen(config, "num_kv_heads", "parallel_attn", "multi_query", "num_ln_in_parallel_attn")
@@ -239,7 +229,7 @@ def _falcon(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return (Layer(attention, mlp, norms),) * layer_count(config)
 
 
-def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def _llama4(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Llama 4: chunked attention in three of four layers; experts in every n-th layer."""
     layers = layer_count(config)
     attention = attention_of(config, family)
@@ -248,7 +238,7 @@ def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     step = positive(config, "interleave_moe_layer_step", 1, MAX_LAYERS)
     width = positive(config, "intermediate_size")
     dense = DenseMLP(positive(config, "intermediate_size_mlp", 16384))
-    mixture = MixtureMLP(
+    mixture = MixtureOfExperts(
         num_experts=positive(config, "num_local_experts", 16, MAX_EXPERTS),
         top_k=positive(config, "num_experts_per_tok", 1, MAX_EXPERTS),
         width=width,
@@ -269,7 +259,7 @@ def _llama4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     )
 
 
-_LAYOUTS: dict[str, Callable[[Mapping[str, Any], Family], tuple[Layer, ...]]] = {
+_LAYOUTS: dict[str, Callable[[Mapping[str, Any], FamilyFields], tuple[Layer, ...]]] = {
     "plain": _plain,
     "latent": _latent,
     "delta": _delta,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.model.families import Family
+from engine.capacity.model.families import FamilyFields
 from engine.capacity.model.fields import MAX_EXPERTS, MAX_LAYERS, REMEDY, flag, indices, names, number, positive, whole
 from engine.capacity.model.layer_fields import (
     ATTENTION_KINDS,
@@ -22,22 +22,14 @@ from engine.capacity.model.layer_fields import (
     seen,
     switches,
 )
-from engine.capacity.model.layers import (
-    AnyMixer,
-    AnyMLP,
-    Attention,
-    CompressedAttention,
-    DenseMLP,
-    Layer,
-    MixtureMLP,
-    NoMixer,
-    Tensor,
-)
+from engine.capacity.model.layers import AnyMLP, DenseMLP, Layer, MixtureOfExperts
+from engine.capacity.model.mixers import AnyMixer, Attention, CompressedAttention, NoMixer
 from engine.capacity.model.stated import Stated
+from engine.capacity.model.tensors import Tensor
 from engine.errors import ConfigError
 
 
-def mimo(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def mimo(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """MiMo-V2: sliding layers have more key/value heads and sinks; values are narrower than keys."""
     layers = layer_count(config)
     full = dataclasses.replace(attention_of(config, family), value_dim=positive(config, "v_head_dim", 128))
@@ -69,8 +61,8 @@ def mimo(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return tuple(Layer(sliding if slide else full, mlp) for slide, mlp in zip(slides, mlps, strict=True))
 
 
-def gemma4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
-    """Gemma 4: full layers have wider heads; the last layers may share the cache of earlier ones; experts beside the
+def gemma4(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
+    """Gemma 4: full layers have wider heads; the last layers may share the cache of earlier ones; experts next to the
     MLP; an embedding for each layer."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
     kinds = names(config, "layer_types", ATTENTION_KINDS, layers)
@@ -109,12 +101,12 @@ def _gemma4_mlp(config: Mapping[str, Any], width: int) -> AnyMLP:
     count, top_k = (positive(config, field, maximum=MAX_EXPERTS) for field in fields[:2])
     if top_k > count:
         raise ConfigError(f"{top_k:,} are more than the {count:,} there are.", field=fields[1], remedy=REMEDY)
-    # The MLP of all tokens stands beside the experts.
-    return MixtureMLP(count, top_k, positive(config, fields[2]), shared_width=width, correction=True)
+    # The MLP of all tokens is there besides the experts.
+    return MixtureOfExperts(count, top_k, positive(config, fields[2]), shared_width=width, correction=True)
 
 
 def _gemma4_extra(config: Mapping[str, Any], hidden: int) -> tuple[tuple[Tensor, ...], int]:
-    """(a layer's tensors beside attention and MLP, norms more than usual)."""
+    """(a layer's tensors besides attention and MLP, norms more than usual)."""
     width = whole(config, "hidden_size_per_layer_input", 256)
     experts = flag(config, "enable_moe_block", False)
     tensors = []
@@ -130,7 +122,7 @@ _V4_KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compre
 _V4_RATES = {0: _V4_KINDS[0], 4: _V4_KINDS[1], 128: _V4_KINDS[2]}
 
 
-def deepseek_v4(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def deepseek_v4(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """DeepSeek-V4: a window, and beyond it keys compressed 4 to 1 with an index, or 128 to 1; residual streams that are
     mixed before and after each block."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
@@ -215,8 +207,8 @@ def _v4_compressor(hidden: int, rows: int, width: int, rate: int) -> tuple[Tenso
     )
 
 
-def read_extra(config: Mapping[str, Any], family: Family) -> tuple[Tensor, ...]:
-    """Tensors beside embedding, layers and head: Gemma 4's of each layer, DeepSeek-V4's mixing of streams."""
+def read_extra(config: Mapping[str, Any], family: FamilyFields) -> tuple[Tensor, ...]:
+    """Tensors besides embedding, layers and head: Gemma 4's of each layer, DeepSeek-V4's mixing of streams."""
     if family.layout == "deepseek_v4":
         streams = positive(config, "hc_mult", 4, 64)
         mixing = Tensor("norms", "hyper", streams, streams * positive(config, "hidden_size"))
@@ -235,7 +227,7 @@ def read_extra(config: Mapping[str, Any], family: Family) -> tuple[Tensor, ...]:
     )
 
 
-def minimax_m3(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def minimax_m3(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """MiniMax-M3: experts or a dense MLP of a width of its own; sparse layers pick blocks of keys by an index."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
     stated = config.get("sparse_attention_config")
@@ -267,7 +259,7 @@ def minimax_m3(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     )
 
 
-def _minimax_m3_mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
+def _minimax_m3_mlps(config: Mapping[str, Any], family: FamilyFields, layers: int) -> list[AnyMLP]:
     kinds = names(config, "mlp_layer_types", ("dense", "sparse"), layers)
     frequencies = switches(config, "moe_layer_freq", layers)
     sparse = [kind == "sparse" for kind in kinds] if kinds else frequencies or [True] * layers
@@ -276,8 +268,8 @@ def _minimax_m3_mlps(config: Mapping[str, Any], family: Family, layers: int) -> 
     return [mixture if is_sparse else dense for is_sparse in sparse]
 
 
-def step(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
-    """Step-3.5 and 3.7: a gate a head, sliding layers with more query heads, experts beside a shared one."""
+def step(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
+    """Step-3.5 and 3.7: a gate a head, sliding layers with more query heads, experts next to a shared one."""
     layers, hidden = layer_count(config), positive(config, "hidden_size")
     kinds = _padded_names(config, "layer_types", ATTENTION_KINDS, layers) or ["full_attention"] * layers
     full = attention_of(config, family)
@@ -304,7 +296,7 @@ def step(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return tuple(made)
 
 
-def _step_mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[AnyMLP]:
+def _step_mlps(config: Mapping[str, Any], family: FamilyFields, layers: int) -> list[AnyMLP]:
     kinds = _padded_names(config, "mlp_layer_types", ("dense", "sparse"), layers)
     stated = config.get("moe_layers_enum")
     if isinstance(stated, str):
@@ -332,7 +324,7 @@ def _step_mlps(config: Mapping[str, Any], family: Family, layers: int) -> list[A
     if peek(config, "num_local_experts") is not None:
         seen(config, "num_local_experts", "moe_num_experts", "moe_top_k")
     shared = positive(config, "share_expert_dim", positive(config, "share_expert_dims", 1280))
-    mixture = MixtureMLP(
+    mixture = MixtureOfExperts(
         count,
         top_k,
         positive(config, "moe_intermediate_size", 1280),
@@ -352,7 +344,7 @@ def _padded_names(config: Mapping[str, Any], field: str, known: tuple[str, ...],
     return None if found is None else found[:layers]
 
 
-def blocks(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
+def blocks(config: Mapping[str, Any], family: FamilyFields) -> tuple[Layer, ...]:
     """Nemotron-NAS (DeciLM): each layer states its own attention and MLP, or that it has none (arXiv:2411.19146)."""
     stated = config.get("block_configs")
     if not isinstance(stated, list) or not 0 < len(stated) <= MAX_LAYERS:
@@ -368,7 +360,7 @@ def blocks(config: Mapping[str, Any], family: Family) -> tuple[Layer, ...]:
     return tuple(_block(config, family, block, heads, width) for block in stated)
 
 
-def _block(config: Mapping[str, Any], family: Family, block: object, heads: int, width: int) -> Layer:
+def _block(config: Mapping[str, Any], family: FamilyFields, block: object, heads: int, width: int) -> Layer:
     hidden = positive(config, "hidden_size")
     attention, ffn = (block.get(name) if isinstance(block, Mapping) else None for name in ("attention", "ffn"))
     if not isinstance(attention, Mapping) or not isinstance(ffn, Mapping):

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.memory.formats import dtype_name
-from engine.capacity.memory.weights import parameter_count
+from engine.capacity.formats import ComputeDtype, compute_dtype
 from engine.capacity.model.fields import MAX_EXPERTS, MAX_LAYERS
-from engine.capacity.model.layers import AnyMixer, AnyMLP, Attention, DenseMLP, LatentAttention, Layer, MixtureMLP
+from engine.capacity.model.layers import AnyMLP, DenseMLP, Layer, MixtureOfExperts
+from engine.capacity.model.mixers import AnyMixer, Attention, LatentAttention
+from engine.capacity.model.parameters import parameter_count
 from engine.capacity.model.spec import ModelSpec
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 _WIDEST = 2**20
@@ -114,7 +115,7 @@ def spec_of_shape(stated: Mapping[str, Any], name: str = "model entered by hand"
             field="intermediate",
             remedy="Give one of the two.",
         )
-    dtype = dtype_name(stated.get("dtype") or "bfloat16")
+    dtype = compute_dtype(stated.get("dtype") or "bfloat16")
     own = stated.get("name")
     return _sized(values, dtype, own if isinstance(own, str) and own else name)
 
@@ -144,7 +145,7 @@ def _all_sparse(values: Mapping[str, Any]) -> bool:
     return bool(values["experts"] and not values["dense_layers"] and values["expert_intermediate"])
 
 
-def _sized(values: dict[str, Any], dtype: str, name: str) -> ModelSpec:
+def _sized(values: dict[str, Any], dtype: ComputeDtype, name: str) -> ModelSpec:
     """The spec; a width that is not given follows from the number of parameters."""
     wanted, width = values["parameters"], values["intermediate"]
     if width is not None or _all_sparse(values):
@@ -173,7 +174,7 @@ def _sized(values: dict[str, Any], dtype: str, name: str) -> ModelSpec:
     return dataclasses.replace(spec, notes=(note,))
 
 
-def _spec(values: Mapping[str, Any], dtype: str, name: str) -> ModelSpec:
+def _spec(values: Mapping[str, Any], dtype: ComputeDtype, name: str) -> ModelSpec:
     layers, kinds, pattern = values["layers"], [], []
     mixers, mlps = _mixers(values), _mlps(values)
     for index in range(layers):
@@ -193,7 +194,7 @@ def _spec(values: Mapping[str, Any], dtype: str, name: str) -> ModelSpec:
         head_bias=False,
         norm_bias=False,
         max_position=values["context"],
-        torch_dtype=dtype,
+        torch_dtype=dtype.name,
     )
 
 
@@ -242,7 +243,7 @@ def _mlps(values: Mapping[str, Any]) -> list[AnyMLP]:
             remedy=f"Give at most {values['experts']:,}.",
         )
     expert = values["expert_intermediate"] or width
-    mixture = MixtureMLP(
+    mixture = MixtureOfExperts(
         num_experts=values["experts"],
         top_k=values["experts_per_token"],
         width=expert,

@@ -7,17 +7,26 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from engine.capacity.memory.formats import WeightFormat, weight_format
+from engine.capacity.formats import (
+    ComputeDtype,
+    KVPrecision,
+    WeightPrecision,
+    compute_dtype,
+    kv_precision,
+    weight_precision,
+)
 from engine.capacity.model.checkpoint_formats import checkpoint_quantization
 from engine.capacity.model.encoders import encoder_parameters
-from engine.capacity.model.families import FAMILIES, Family, family_of
+from engine.capacity.model.families import FAMILIES, FamilyFields, family_of
 from engine.capacity.model.fields import REMEDY, flag, positive
-from engine.capacity.model.layers import Attention, LatentAttention, Layer, MixtureMLP, Tensor
+from engine.capacity.model.layers import Layer, MixtureOfExperts
+from engine.capacity.model.mixers import Attention, LatentAttention
 from engine.capacity.model.positions import longest_position
 from engine.capacity.model.readers import read_layers
 from engine.capacity.model.recent_readers import read_extra
 from engine.capacity.model.stated import Stated, unread_warning
-from engine.capacity.words import shown
+from engine.capacity.model.tensors import Tensor
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 
@@ -41,7 +50,7 @@ class ModelSpec:
         head_bias: the head has a bias; norm_bias: the norms have one.
         max_position: the longest context, RoPE scaling included.
         rotary_share: share of a head that position turns.
-        extra: tensors beside embedding, layers and head, with the embedding.
+        extra: tensors besides embedding, layers and head, with the embedding.
         encoder: parameters of an image encoder and its projector, which no count of parameters includes.
         torch_dtype: number format of the checkpoint: "bfloat16", "float16" or "float32".
         quantization: weight format that most matrices of the checkpoint are quantized in, None if they are not;
@@ -62,8 +71,8 @@ class ModelSpec:
     norm_bias: bool
     max_position: int
     torch_dtype: str
-    quantization: WeightFormat | None = None
-    head_format: WeightFormat | None = None
+    quantization: WeightPrecision | None = None
+    head_format: WeightPrecision | None = None
     kv_dtype: str | None = None
     notes: tuple[str, ...] = ()
     rotary_share: float = 1.0
@@ -80,7 +89,7 @@ class ModelSpec:
             config: the parsed file. A field that is not read, and is none of those that are known to change no sizes,
                 is named in the notes.
             name: for display; by default ``_name_or_path`` or the architecture.
-            quantization: the parsed ``hf_quant_config.json`` beside it, if there is one.
+            quantization: the parsed ``hf_quant_config.json`` next to it, if there is one.
 
         Raises:
             ConfigError: naming the field that is missing, malformed or contradicts another, or the architecture that
@@ -132,12 +141,21 @@ class ModelSpec:
         """Name of the weight format that the checkpoint is quantized in, None if it is not."""
         return None if self.quantization is None else self.quantization.name
 
-    def weight_format(self, name: str, *, zero_point_bits: int = 4) -> WeightFormat:
+    @property
+    def checkpoint_dtype(self) -> ComputeDtype:
+        """Number format of what the checkpoint does not quantize."""
+        return compute_dtype(self.torch_dtype)
+
+    def kv_precision(self, name: str = "auto") -> KVPrecision:
+        """The KV cache format of that name; ``"auto"``: that of the checkpoint."""
+        return kv_precision(name, self.checkpoint_dtype)
+
+    def weight_precision(self, name: str, *, zero_point_bits: int = 4) -> WeightPrecision:
         """The format of that name: the checkpoint's own if it is called so, else as
-        :func:`engine.capacity.memory.formats.weight_format`."""
+        :func:`engine.capacity.formats.weight_precision`."""
         if self.quantization is not None and name == self.quantization.name:
             return self.quantization
-        return weight_format(name, zero_point_bits=zero_point_bits)
+        return weight_precision(name, zero_point_bits=zero_point_bits)
 
     @property
     def num_layers(self) -> int:
@@ -209,7 +227,7 @@ class ModelSpec:
     @property
     def is_mixture(self) -> bool:
         """True if some layer has routed experts."""
-        return any(isinstance(kind.mlp, MixtureMLP) for kind in self.kinds)
+        return any(isinstance(kind.mlp, MixtureOfExperts) for kind in self.kinds)
 
     @property
     def is_recurrent(self) -> bool:
@@ -257,12 +275,12 @@ _PROJECTOR = (
 _ELSEWHERE = ("quantization_config", "compression_config", "text_config", "vision_config", "audio_config")
 
 
-def _language_model(config: Stated, outer: Family) -> tuple[Family, Stated, list[str]]:
+def _language_model(config: Stated, outer: FamilyFields) -> tuple[FamilyFields, Stated, list[str]]:
     """The family and the fields of the language model, which a multimodal model states under ``text_config``."""
     if not outer.text:
         return outer, config.over(dict(outer.defaults)), []
     inner = config.get("text_config", config.get("llm_config"))
-    if inner is None and config.get("hidden_size") is not None:  # older files have its fields beside the encoder's
+    if inner is None and config.get("hidden_size") is not None:  # older files have its fields next to the encoder's
         inner = {name: config[name] for name in config if name not in ("model_type", "architectures", *_ELSEWHERE)}
     if not isinstance(inner, Mapping):
         raise ConfigError("is missing or not an object.", field="text_config", remedy=REMEDY)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
+from engine.capacity.formats import FLOAT32, ComputeDtype, WeightPrecision
 from engine.capacity.hardware import Gpu
-from engine.capacity.memory.formats import DTYPE_BYTES, INT8_PRODUCTS, kv_format
-from engine.capacity.memory.profiles import profile_weight_format
 from engine.capacity.memory.request import CompleteRequest
-from engine.capacity.memory.weights import StoredTensor, stored_tensors
-from engine.capacity.model.layers import Attention, LatentAttention, MixtureMLP, share
+from engine.capacity.memory.weights import SizedTensor, sized_tensors
+from engine.capacity.model.layers import MixtureOfExperts
+from engine.capacity.model.mixers import Attention, LatentAttention
 from engine.capacity.model.spec import ModelSpec
+from engine.capacity.model.tensors import share
 
 #: Overhead of a step seen in serving engines, seconds: a layer, a request, a step.
 LAYER_OVERHEAD_S, REQUEST_OVERHEAD_S, STEP_OVERHEAD_S = 32e-6, 4e-6, 126e-6
@@ -146,8 +148,8 @@ class StepModel:
         self.request = request
         self.bandwidth = gpu.bandwidth_gb_s * 1e9 * gpu.bandwidth_efficiency
         self.peak_flops = matrix_tflops(gpu, request.weights, request.dtype) * 1e12 * gpu.flops_efficiency
-        self.attention_flops = matrix_tflops(gpu, request.dtype, request.dtype) * 1e12 * gpu.flops_efficiency
-        self._size = DTYPE_BYTES[request.dtype]
+        self.attention_flops = matrix_tflops(gpu, request.dtype.as_weights, request.dtype) * 1e12 * gpu.flops_efficiency
+        self._size = request.dtype.bytes
         self._matrices = tuple(_matrices(request))
         self._caches = tuple(_caches(request))
         self._states = _states(request)
@@ -245,23 +247,24 @@ def has_speeds(gpu: Gpu) -> bool:
     return bool(gpu.bandwidth_gb_s and gpu.bf16_tflops)
 
 
-def matrix_tflops(gpu: Gpu, weights: str, dtype: str) -> float:
+def matrix_tflops(gpu: Gpu, weights: WeightPrecision, dtype: ComputeDtype) -> float:
     """Dense peak at which matrices of that weight format are multiplied, 10^12 FLOP/s.
 
     FP8 weights use FP8 arithmetic where the GPU has it, ``w8a8`` and ``w4a8`` INT8 arithmetic; other integer and 4-bit
     formats are widened to the compute dtype; float32 runs at half the 16-bit rate (TF32).
 
+    >>> from engine.capacity.formats import BFLOAT16, weight_precision
     >>> from engine.capacity.hardware import find_gpu
     >>> h100, a100 = find_gpu("H100 SXM 80GB"), find_gpu("A100 SXM 80GB")
-    >>> [matrix_tflops(h100, weights, "bfloat16") for weights in ("bfloat16", "fp8", "int4-g128")]
+    >>> [matrix_tflops(h100, weight_precision(name), BFLOAT16) for name in ("bfloat16", "fp8", "int4-g128")]
     [989.0, 1979.0, 989.0]
-    >>> [matrix_tflops(a100, weights, "bfloat16") for weights in ("int8", "w8a8")]
+    >>> [matrix_tflops(a100, weight_precision(name), BFLOAT16) for name in ("int8", "w8a8")]
     [312.0, 624.0]
     """
     base = gpu.bf16_tflops or 0.0
-    if dtype == "float32":
+    if dtype == FLOAT32:
         base /= 2
-    own = gpu.fp8_tflops if weights.startswith("fp8") else gpu.int8_tops if weights in INT8_PRODUCTS else None
+    own = {"fp8": gpu.fp8_tflops, "int8": gpu.int8_tops, None: None}[weights.products]
     return own or base
 
 
@@ -274,7 +277,7 @@ def touched_experts(experts: float, top_k: float, tokens: float) -> float:
     """
     if tokens <= 0:
         return 0.0
-    return experts * (1.0 - (1.0 - min(top_k / experts, 1.0)) ** tokens)
+    return experts * (1.0 - math.pow(1.0 - min(top_k / experts, 1.0), tokens))
 
 
 def all_reduce_seconds(size: float, gpus: int, link_bytes_s: float, hop_s: float) -> float:
@@ -288,9 +291,8 @@ def all_reduce_seconds(size: float, gpus: int, link_bytes_s: float, hop_s: float
 
 def _matrices(request: CompleteRequest) -> Iterator[_Matrix]:
     spec = request.spec
-    format = profile_weight_format(request.profile, request.weights, spec)
-    multiple = 64 if request.profile.torch_cuda else 1
-    stored = stored_tensors(spec, format, dtype=request.dtype, tp=request.tp, ep=request.ep, vocab_multiple=multiple)
+    multiple = request.profile.vocab_multiple
+    stored = sized_tensors(spec, request.weights, request.dtype, request.shard(), multiple)
     for item in stored:
         tensor = item.tensor
         if tensor.role == "embedding" and spec.tie_word_embeddings:
@@ -299,11 +301,11 @@ def _matrices(request: CompleteRequest) -> Iterator[_Matrix]:
             yield _matrix(item, tensor.role, spec, request)
 
 
-def _matrix(item: StoredTensor, role: str, spec: ModelSpec, request: CompleteRequest) -> _Matrix:
-    tensor, size = item.tensor, DTYPE_BYTES[request.dtype]
+def _matrix(item: SizedTensor, role: str, spec: ModelSpec, request: CompleteRequest) -> _Matrix:
+    tensor, size = item.tensor, request.dtype.bytes
     count, experts, top_k = float(tensor.count), 0.0, 0.0
     if tensor.part == "experts":
-        mixture = next(kind.mlp for kind in spec.kinds if isinstance(kind.mlp, MixtureMLP))
+        mixture = next(kind.mlp for kind in spec.kinds if isinstance(kind.mlp, MixtureOfExperts))
         local = share(mixture.num_experts, request.ep)
         experts, top_k = float(local), mixture.top_k * local / mixture.num_experts
         count = tensor.count / local * top_k  # layers · expert visits of a token on this GPU
@@ -320,11 +322,10 @@ def _matrix(item: StoredTensor, role: str, spec: ModelSpec, request: CompleteReq
 
 def _caches(request: CompleteRequest) -> Iterator[_Cache]:
     spec, tp = request.spec, request.tp
-    form = kv_format(request.kv_dtype, request.dtype)
     for layer, count in spec.layer_counts(0, spec.num_layers):
         mixer = layer.mixer
         vectors, width = mixer.cached_heads(tp)
-        token_bytes = float(vectors * form.bytes_per_head(width)) if vectors else 0.0
+        token_bytes = float(vectors * request.kv_dtype.bytes_per_head(width)) if vectors else 0.0
         # Of a sparse layer only what its index picks is read.
         window = float(min(layer.window or 2**40, layer.reads or 2**40))
         if isinstance(mixer, Attention):

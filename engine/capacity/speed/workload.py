@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from engine.capacity.words import shown
+from engine.capacity.text import shown
 from engine.errors import ConfigError
 
 MAX_RATE = 1e6
@@ -13,7 +13,7 @@ MAX_TOKENS = 2**31
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Workload:
+class PlannedWorkload:
     """Requests as they arrive.
 
     Attributes:
@@ -74,10 +74,10 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
 }
 
 
-def check_workload(workload: Workload) -> Workload:
+def check_workload(workload: PlannedWorkload) -> PlannedWorkload:
     """The same workload, every number within bounds.
 
-    >>> check_workload(Workload(1000, 200)).mean_context
+    >>> check_workload(PlannedWorkload(1000, 200)).mean_context
     1100.0
 
     Raises:

@@ -259,9 +259,9 @@ def serve(load: Callable[[Order], Peer]) -> None:
         for work in order.work:
             report.runs.append(_measure(peer, work, order.attempts))
             write(report, target)
-    except BaseException as problem:
+    except BaseException as error:
         traceback.print_exc()
-        report.error = describe(problem)
+        report.error = describe(error)
     write(report, target)
 
 
@@ -281,16 +281,16 @@ def _measure(peer: Peer, work: Work, attempts: int) -> Run:
                 break
     except UnsupportedError as reason:
         return Run(work.name, work.variant, [], error=f"not supported: {reason}")
-    except Exception as problem:
+    except Exception as error:
         traceback.print_exc()
-        return kept or Run(work.name, work.variant, [], error=describe(problem))
+        return kept or Run(work.name, work.variant, [], error=describe(error))
     assert kept is not None
     return kept
 
 
-def describe(problem: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Type and first lines of an error."""
-    return f"{type(problem).__name__}: {str(problem).strip()[:500]}"
+    return f"{type(error).__name__}: {str(error).strip()[:500]}"
 
 
 class OtherLoad:

@@ -1,4 +1,7 @@
-"""Number formats of weights and of the KV cache, and what they cost per value. One row each."""
+"""Number formats of weights, activations and the KV cache, and what they cost per value. One row each.
+
+Names are resolved here, once, where a request or a checkpoint comes in; all else works on the objects.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,10 @@ from fractions import Fraction
 
 from engine.errors import ConfigError
 
-#: Bytes of one value in the formats a model computes in.
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-_DTYPE_ALIASES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-    **{name: name for name in DTYPE_BYTES},
-}
 GROUP_SIZES = (32, 64, 128)
 
-
 #: GGUF block types: (weights a block, bytes a block), from ggml's block structures.
-GGUF_BLOCKS = {
+_GGUF_BLOCKS = {
     "q4_0": (32, 18),
     "q4_1": (32, 20),
     "q5_0": (32, 22),
@@ -47,11 +38,57 @@ _GGUF_FALLBACK = {
     "iq4_xs": "iq4_nl",
 }
 #: Mixtures of block types, e.g. Q4_K_M: (type of most matrices, type of the more sensitive ones).
-GGUF_MIXTURES = {"q4_k_m": ("q4_k", "q6_k"), "q5_k_m": ("q5_k", "q6_k")}
+_GGUF_MIXTURES = {"q4_k_m": ("q4_k", "q6_k"), "q5_k_m": ("q5_k", "q6_k")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class WeightFormat:
+class ComputeDtype:
+    """A format that models compute in: its canonical name and the bytes of one value."""
+
+    name: str
+    bytes: int
+
+    @property
+    def as_weights(self) -> WeightPrecision:
+        """Weights in this format: not quantized."""
+        return WeightPrecision(self.name, 8 * self.bytes, dtype=self)
+
+    @property
+    def as_kv(self) -> KVPrecision:
+        """Keys and values in this format."""
+        return KVPrecision(self.name, 8 * self.bytes)
+
+
+BFLOAT16, FLOAT16, FLOAT32 = ComputeDtype("bfloat16", 2), ComputeDtype("float16", 2), ComputeDtype("float32", 4)
+_DTYPES = {
+    "bf16": BFLOAT16,
+    "fp16": FLOAT16,
+    "half": FLOAT16,
+    "fp32": FLOAT32,
+    "float": FLOAT32,
+    **{dtype.name: dtype for dtype in (BFLOAT16, FLOAT16, FLOAT32)},
+}
+
+
+def compute_dtype(text: str, field: str = "dtype") -> ComputeDtype:
+    """The compute dtype of that name; ``"bf16"`` and other short forms are known.
+
+    >>> compute_dtype("fp16").name, compute_dtype("torch.float32").bytes
+    ('float16', 4)
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    found = _DTYPES.get(str(text).lower().removeprefix("torch."))
+    if found is None:
+        raise ConfigError(
+            f"{str(text)[:40]!r} is not a compute dtype.", field=field, remedy="Choose bfloat16, float16 or float32."
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightPrecision:
     """How the matrices of attention and MLP are stored; embedding, head, norms and biases keep the model's dtype.
 
     Attributes:
@@ -61,6 +98,7 @@ class WeightFormat:
         scale_bytes: of one scale; 0 if the format has none.
         zero_point_bits: of one zero point; 0 if the grid is symmetric.
         dtype: set for the formats a model computes in, else None.
+        mixture: GGUF: (type of most matrices, type of the more sensitive ones) where these differ.
         tile: a scale covers ``tile`` · ``tile`` weights; None: see ``group_size``.
         block: GGUF: (weights, bytes) of one block; scales are inside. Embedding and head are quantized too.
         experts_only: where a model has routed experts, nothing else is quantized (gpt-oss).
@@ -74,13 +112,20 @@ class WeightFormat:
     group_size: int | None = None
     scale_bytes: int = 0
     zero_point_bits: int = 0
-    dtype: str | None = None
+    dtype: ComputeDtype | None = None
     tile: int | None = None
     block: tuple[int, int] | None = None
+    mixture: tuple[WeightPrecision, WeightPrecision] | None = None
     experts_only: bool = False
     whole_tensor: bool = False
     exact: bool = False
     absmax: tuple[int, int] | None = None
+
+    @property
+    def products(self) -> str | None:
+        """Arithmetic of its own that matrix products use where a GPU has it: "fp8" or "int8" (activations of 8 bits
+        too); None where weights are widened to the compute dtype."""
+        return "fp8" if self.name.startswith("fp8") else "int8" if self.name in ("w8a8", "w4a8") else None
 
     def matrix_bytes(self, rows: int, columns: int, plain_bytes: int = 2, slices: int = 1) -> int:
         """Bytes of a matrix of ``rows`` outputs and ``columns`` inputs, scales and zero points included.
@@ -88,9 +133,9 @@ class WeightFormat:
         Where the group size does not divide ``columns``, the largest smaller one that does is used; where none does,
         the matrix stays unquantized at ``plain_bytes`` a value. ``slices``: projections that are fused into the matrix.
 
-        >>> weight_format("int4-g128").matrix_bytes(2, 128)  # 128 B of weights, 2 scales of 2 B, 2 zeros of half a byte
+        >>> weight_precision("int4-g128").matrix_bytes(2, 128)  # 128 B of weights, 2 scales of 2 B, 2 halves
         133
-        >>> weight_format("q4_k").matrix_bytes(1, 4096) * 8 / 4096  # 4.5 bits a weight
+        >>> weight_precision("q4_k").matrix_bytes(1, 4096) * 8 / 4096  # 4.5 bits a weight
         4.5
         """
         if self.block is not None:
@@ -115,7 +160,7 @@ class WeightFormat:
         """bitsandbytes (arXiv:2305.14314): codes, a maximum a block in float32, or (double quantization) in a byte with
         the maxima of these in float32 and a table of 256, and the table of the 16 values.
 
-        >>> weight_format("nf4").matrix_bytes(4096, 4096)  # 8 MiB, 262,144 maxima, 1,024 of those, two tables
+        >>> weight_precision("nf4").matrix_bytes(4096, 4096)  # 8 MiB, 262,144 maxima, 1,024 of those, two tables
         8655936
         """
         block, nested = self.absmax or (64, 0)
@@ -126,7 +171,7 @@ class WeightFormat:
     def _block_bytes(self, rows: int, columns: int, plain_bytes: int) -> int:
         weights, size = self.block or (1, 1)
         if columns % weights:
-            weights, size = GGUF_BLOCKS[_GGUF_FALLBACK.get(self.name, self.name)]
+            weights, size = _GGUF_BLOCKS[_GGUF_FALLBACK.get(self.name, self.name)]
         if columns % weights:
             return rows * columns * plain_bytes
         return rows * columns // weights * size
@@ -134,9 +179,9 @@ class WeightFormat:
     def bytes_per_weight(self) -> float:
         """Bytes a weight on average, for display; a scale per output channel or tile is left out.
 
-        >>> weight_format("int4-g64").bytes_per_weight()  # 0.5 + 2.5/64
+        >>> weight_precision("int4-g64").bytes_per_weight()  # 0.5 + 2.5/64
         0.5390625
-        >>> weight_format("mxfp4").bytes_per_weight() * 8, weight_format("nvfp4").bytes_per_weight() * 8
+        >>> weight_precision("mxfp4").bytes_per_weight() * 8, weight_precision("nvfp4").bytes_per_weight() * 8
         (4.25, 4.5)
         """
         if self.block is not None:
@@ -148,25 +193,7 @@ class WeightFormat:
         return self.bits / 8 + extra
 
 
-def dtype_name(text: str, field: str = "dtype") -> str:
-    """Canonical name of a compute dtype: ``"bf16"`` → ``"bfloat16"``.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    name = _DTYPE_ALIASES.get(str(text).lower().removeprefix("torch."))
-    if name is None:
-        raise ConfigError(
-            f"{str(text)[:40]!r} is not a compute dtype.", field=field, remedy="Choose bfloat16, float16 or float32."
-        )
-    return name
-
-
-#: Formats whose products take 8-bit integers on both sides.
-INT8_PRODUCTS = ("w8a8", "w4a8")
-
-
-def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
+def weight_precision(name: str, *, zero_point_bits: int = 4) -> WeightPrecision:
     """The weight format of that name.
 
     Args:
@@ -177,27 +204,22 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
             with double quantization), a GGUF type (``q4_k``,
             ``q8_0`` …) or mixture (``q4_k_m``, ``q5_k_m``).
         zero_point_bits: of an INT4 group's zero point. 4 as packed checkpoints (AWQ, GPTQ) store it; 16 where the
-            kernel wants it beside the scale in bfloat16, as torch's CPU operator does.
+            kernel wants it next to the scale in bfloat16, as torch's CPU operator does.
 
     Raises:
         ConfigError: for any other name.
     """
     text = str(name).lower()
-    if text in _DTYPE_ALIASES:
-        dtype = _DTYPE_ALIASES[text]
-        return WeightFormat(dtype, 8 * DTYPE_BYTES[dtype], dtype=dtype)
-    if text in _NAMED_FORMATS:
-        return _NAMED_FORMATS[text]
-    block_type = GGUF_MIXTURES.get(text, (text,))[0]
-    if block_type in GGUF_BLOCKS:
-        weights, size = GGUF_BLOCKS[block_type]
-        return WeightFormat(text, 8 * size // weights, block=(weights, size))
+    if text in _DTYPES:
+        return _DTYPES[text].as_weights
+    if text in _NAMED:
+        return _NAMED[text]
     if text == "w4a8":
-        return WeightFormat("w4a8", 4, 32, scale_bytes=2, zero_point_bits=zero_point_bits)
+        return WeightPrecision("w4a8", 4, 32, scale_bytes=2, zero_point_bits=zero_point_bits)
     grouped = re.fullmatch(r"int4(?:-g(\d{1,4}))?", text)
     if grouped and int(grouped[1] or 128) in GROUP_SIZES:
         size = int(grouped[1] or 128)
-        return WeightFormat(f"int4-g{size}", 4, size, scale_bytes=2, zero_point_bits=zero_point_bits)
+        return WeightPrecision(f"int4-g{size}", 4, size, scale_bytes=2, zero_point_bits=zero_point_bits)
     choices = ", ".join(f"int4-g{size}" for size in GROUP_SIZES)
     raise ConfigError(
         f"{text[:40]!r} is not a weight format.",
@@ -207,24 +229,34 @@ def weight_format(name: str, *, zero_point_bits: int = 4) -> WeightFormat:
     )
 
 
-_FP8 = WeightFormat("fp8", 8, scale_bytes=4)
-_NAMED_FORMATS = {
+_FP8 = WeightPrecision("fp8", 8, scale_bytes=4)
+#: GGUF's block types by name.
+GGUF_TYPES = {
+    name: WeightPrecision(name, 8 * size // weights, block=(weights, size))
+    for name, (weights, size) in _GGUF_BLOCKS.items()
+}
+_NAMED = {
+    **GGUF_TYPES,
+    **{
+        name: dataclasses.replace(GGUF_TYPES[most], name=name, mixture=(GGUF_TYPES[most], GGUF_TYPES[sensitive]))
+        for name, (most, sensitive) in _GGUF_MIXTURES.items()
+    },
     "fp8": _FP8,
     "fp8_e4m3": _FP8,
     "fp8-e4m3": _FP8,
-    "fp8-block": WeightFormat("fp8-block", 8, scale_bytes=4, tile=128),
-    "int8": WeightFormat("int8", 8, scale_bytes=2),
-    "w8a8": WeightFormat("w8a8", 8, scale_bytes=4),
-    "mxfp4": WeightFormat("mxfp4", 4, 32, scale_bytes=1, experts_only=True),
-    "nvfp4": WeightFormat("nvfp4", 4, 16, scale_bytes=1),
-    "nf4": WeightFormat("nf4", 4, absmax=(64, 256)),
+    "fp8-block": WeightPrecision("fp8-block", 8, scale_bytes=4, tile=128),
+    "int8": WeightPrecision("int8", 8, scale_bytes=2),
+    "w8a8": WeightPrecision("w8a8", 8, scale_bytes=4),
+    "mxfp4": WeightPrecision("mxfp4", 4, 32, scale_bytes=1, experts_only=True),
+    "nvfp4": WeightPrecision("nvfp4", 4, 16, scale_bytes=1),
+    "nf4": WeightPrecision("nf4", 4, absmax=(64, 256)),
 }
 #: Keeps the model's dtype, in a checkpoint where other matrices do not.
-UNQUANTIZED = WeightFormat("unquantized", 16, dtype="unquantized")
+UNQUANTIZED = WeightPrecision("unquantized", 16)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class KVFormat:
+class KVPrecision:
     """How keys and values are stored.
 
     Attributes:
@@ -240,15 +272,15 @@ class KVFormat:
     def bytes_per_head(self, head_dim: int) -> Fraction:
         """Bytes of the keys (or the values) of one head of one token.
 
-        >>> kv_format("bf16").bytes_per_head(128)
+        >>> kv_precision("bf16").bytes_per_head(128)
         Fraction(256, 1)
-        >>> kv_format("int4").bytes_per_head(128)  # 64 and a scale and zero point of 2 bytes each
+        >>> kv_precision("int4").bytes_per_head(128)  # 64 and a scale and zero point of 2 bytes each
         Fraction(68, 1)
         """
         return Fraction(head_dim * self.bits, 8) + self.head_overhead_bytes
 
 
-def kv_format(name: str, model_dtype: str = "bfloat16") -> KVFormat:
+def kv_precision(name: str, model_dtype: ComputeDtype = BFLOAT16) -> KVPrecision:
     """The KV cache format of that name.
 
     Args:
@@ -263,17 +295,17 @@ def kv_format(name: str, model_dtype: str = "bfloat16") -> KVFormat:
     """
     text = str(name).lower()
     if text in ("auto", "model"):
-        text = model_dtype
-    if text in _DTYPE_ALIASES:
-        return KVFormat(_DTYPE_ALIASES[text], 8 * DTYPE_BYTES[_DTYPE_ALIASES[text]])
+        return model_dtype.as_kv
+    if text in _DTYPES:
+        return _DTYPES[text].as_kv
     if text in ("fp8", "fp8_e4m3", "fp8_e5m2"):
-        return KVFormat("fp8", 8)
+        return KVPrecision("fp8", 8)
     if text == "int8":
-        return KVFormat("int8", 8, head_overhead_bytes=4)
+        return KVPrecision("int8", 8, head_overhead_bytes=4)
     if text in ("fp8_per_token_head", "int8_per_token_head"):
-        return KVFormat(text, 8, head_overhead_bytes=2)
+        return KVPrecision(text, 8, head_overhead_bytes=2)
     if text == "int4":
-        return KVFormat("int4", 4, head_overhead_bytes=4)
+        return KVPrecision("int4", 4, head_overhead_bytes=4)
     raise ConfigError(
         f"{text[:40]!r} is not a KV cache format.",
         field="kv_dtype",

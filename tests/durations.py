@@ -1,0 +1,46 @@
+"""What of the suite takes longest, as a table that is written at the end of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+ROWS = 40
+
+
+class Timed(Protocol):
+    """A test's set-up, call or teardown, as pytest reports it."""
+
+    nodeid: str
+    when: str
+    duration: float  # seconds
+
+
+def table(reports: Iterable[Timed], rows: int = ROWS) -> str:
+    """The slowest tests, set-up and teardown included, and the sum of all, as Markdown."""
+    seconds: dict[str, float] = {}
+    for report in reports:
+        name = without_group(report.nodeid)
+        seconds[name] = seconds.get(name, 0.0) + report.duration
+    slowest = sorted(seconds.items(), key=lambda found: -found[1])[:rows]
+    lines = [f"{len(seconds)} tests, {sum(seconds.values()):.0f} s in all.", "", "| seconds | test |", "|--:|---|"]
+    return "\n".join(lines + [f"| {spent:.2f} | `{name}` |" for name, spent in slowest]) + "\n"
+
+
+def without_group(nodeid: str) -> str:
+    """A test's id without the group that pytest-xdist appends.
+
+    >>> without_group("tests/a.py::test_b[c@d]@tests/a.py"), without_group("tests/a.py::test_b[c@d]")
+    ('tests/a.py::test_b[c@d]', 'tests/a.py::test_b[c@d]')
+    """
+    head, found, group = nodeid.rpartition("@")
+    return head if found and "]" not in group else nodeid
+
+
+def write(reports: Iterable[Timed], path: Path) -> None:
+    """Write the table, unless nothing was run."""
+    found = list(reports)
+    if found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(table(found), encoding="utf-8")
