@@ -17,6 +17,7 @@ from pages.shared.text import code, plain
 
 
 def provenance_tab(run: RunResult) -> None:
+    """Draw everything that is needed to repeat the run, and the command that does."""
     provenance = run.provenance
     left, right = st.columns(2, gap="large")
     with left:

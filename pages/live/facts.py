@@ -15,6 +15,7 @@ from pages.shared.text import plain
 
 
 def engine_facts(engine: EngineStatus, snapshot: Snapshot) -> None:
+    """Draw the figures of now, how far a preparation is, and the details to unfold."""
     model, totals = engine.model, engine.totals
     since = snapshot.taken_unix_s - 3.0
     recent = [step for step in snapshot.steps[-400:] if step.time_unix_s > since] if snapshot.busy else []

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.capacity.formats import WeightPrecision
-from engine.capacity.model.quantization import Quantization, RoleList, Rule
+from engine.capacity.model.quantization import Quantization, QuantizationRule, RoleList
 from engine.capacity.model.quantization_readers import READERS
 from engine.capacity.model.stated import Stated
 from engine.capacity.text import shown
@@ -69,7 +69,7 @@ def _with_experts(found: Quantization, stated: object) -> Quantization:
         remark = f"Not read: expert_dtype ({shown(stated)}): experts are planned as the other matrices."
         return dataclasses.replace(found, remarks=(*found.remarks, remark))
     form = WeightPrecision("mxfp4", 4, 32, scale_bytes=1)
-    rule = Rule(RoleList(["expert_up", "expert_down"]), form)
+    rule = QuantizationRule(RoleList(["expert_up", "expert_down"]), form)
     return dataclasses.replace(found, rules=(*found.rules, rule))
 
 

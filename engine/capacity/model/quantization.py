@@ -21,7 +21,7 @@ class RoleList(ModuleList):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Rule:
+class QuantizationRule:
     """Matrices that ``targets`` holds (None: all) are in ``format``; a later rule wins over an earlier one."""
 
     targets: ModuleList | None
@@ -40,7 +40,7 @@ class Quantization:
     """
 
     format: WeightPrecision | None = None
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[QuantizationRule, ...] = ()
     kv_dtype: str | None = None
     remarks: tuple[str, ...] = ()
 

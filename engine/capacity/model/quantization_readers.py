@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.capacity.formats import UNQUANTIZED, WeightPrecision, weight_precision
 from engine.capacity.model.module_names import ROLES, ModuleList
-from engine.capacity.model.quantization import Quantization, RoleList, Rule
+from engine.capacity.model.quantization import Quantization, QuantizationRule, RoleList
 from engine.capacity.model.stated import Stated
 from engine.capacity.text import shown
 
@@ -40,16 +40,16 @@ def _modules(entries: list[object], field: str) -> tuple[ModuleList | None, tupl
     return (modules if entries else None), remarks
 
 
-def _plain_head(modules: ModuleList | None) -> tuple[Rule, ...]:
+def _plain_head(modules: ModuleList | None) -> tuple[QuantizationRule, ...]:
     """Rules of a method that leaves the head alone unless told otherwise, and of what is listed as unquantized."""
-    rules = (Rule(ModuleList(["lm_head"]), UNQUANTIZED),)
-    return (*rules, Rule(modules, UNQUANTIZED)) if modules is not None else rules
+    rules = (QuantizationRule(ModuleList(["lm_head"]), UNQUANTIZED),)
+    return (*rules, QuantizationRule(modules, UNQUANTIZED)) if modules is not None else rules
 
 
 def _mxfp4(stated: Stated) -> Quantization:
     _listed(stated, "modules_to_not_convert")
     others = [role for role in ROLES if not role.startswith("expert")]
-    return Quantization(weight_precision("mxfp4"), (Rule(RoleList(others), UNQUANTIZED),))
+    return Quantization(weight_precision("mxfp4"), (QuantizationRule(RoleList(others), UNQUANTIZED),))
 
 
 def _fp8(stated: Stated) -> Quantization:
@@ -101,7 +101,7 @@ def _packed(stated: Stated) -> Quantization | None:
     return Quantization(form, (*inside, *rules, *dynamic), remarks=(*remarks, *more, *others))
 
 
-def _only(stated: Stated) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
+def _only(stated: Stated) -> tuple[tuple[QuantizationRule, ...], tuple[str, ...]]:
     """Rules where a field lists the modules that are quantized: nothing else is."""
     listed = stated.get("modules_in_block_to_quantize")
     if not isinstance(listed, list) or not listed:
@@ -111,12 +111,12 @@ def _only(stated: Stated) -> tuple[tuple[Rule, ...], tuple[str, ...]]:
     modules, remarks = _modules(flat, "modules_in_block_to_quantize")
     stated.mark("block_name_to_quantize")
     unlisted = [role for role in ROLES if modules is None or not modules.holds(role, 0)]
-    return (Rule(RoleList(unlisted), UNQUANTIZED),), remarks
+    return (QuantizationRule(RoleList(unlisted), UNQUANTIZED),), remarks
 
 
-def _overrides(stated: Stated, usual: WeightPrecision) -> tuple[list[Rule], list[str]]:
+def _overrides(stated: Stated, usual: WeightPrecision) -> tuple[list[QuantizationRule], list[str]]:
     """GPTQModel's ``dynamic`` and AutoRound's ``extra_config``: bits of some modules, or none."""
-    rules: list[Rule] = []
+    rules: list[QuantizationRule] = []
     remarks: list[str] = []
     for field in ("dynamic", "extra_config"):
         value = stated.get(field)
@@ -133,7 +133,7 @@ def _overrides(stated: Stated, usual: WeightPrecision) -> tuple[list[Rule], list
             if form is None or modules.unread:
                 remarks.append(f"Not read: {shown(text)} in {field} of the quantization.")
             else:
-                rules.append(Rule(modules, form))
+                rules.append(QuantizationRule(modules, form))
     return rules, remarks
 
 
@@ -162,15 +162,15 @@ def _modelopt(stated: Stated) -> Quantization | None:
     kv_dtype, more = _kv_dtype(stated)
     stated.mark("config_groups")
     group = stated.get("group_size")
-    rules = (Rule(modules, UNQUANTIZED),) if modules is not None else ()
+    rules = (QuantizationRule(modules, UNQUANTIZED),) if modules is not None else ()
     mixed, usual = _by_algorithm(stated, group)
     form = _algorithm(stated.get("quant_algo"), group) or usual
     stated.mark("quant_algo", "has_zero_point", "pre_quant_scale")
-    found = (*rules, *mixed) if not mixed else (Rule(None, UNQUANTIZED), *mixed, *rules)
+    found = (*rules, *mixed) if not mixed else (QuantizationRule(None, UNQUANTIZED), *mixed, *rules)
     return Quantization(form, found, kv_dtype, (*remarks, *more))
 
 
-def _by_algorithm(stated: Stated, group: object) -> tuple[list[Rule], WeightPrecision | None]:
+def _by_algorithm(stated: Stated, group: object) -> tuple[list[QuantizationRule], WeightPrecision | None]:
     """Rules of ``quantized_layers``, and the format of most of them."""
     listed = stated.get("quantized_layers")
     by_format: dict[WeightPrecision, list[object]] = {}
@@ -180,7 +180,7 @@ def _by_algorithm(stated: Stated, group: object) -> tuple[list[Rule], WeightPrec
         )
         if form is not None:
             by_format.setdefault(form, []).append(name)
-    rules = [Rule(ModuleList(entries), form) for form, entries in by_format.items()]
+    rules = [QuantizationRule(ModuleList(entries), form) for form, entries in by_format.items()]
     return rules, max(by_format, key=lambda form: len(by_format[form]), default=None)
 
 
@@ -211,7 +211,7 @@ def _compressed(stated: Stated) -> Quantization | None:
     modules, remarks = _listed(stated, "ignore")
     kv_dtype, more = _kv_dtype(stated)
     groups = stated.get("config_groups")
-    rules: list[Rule] = []
+    rules: list[QuantizationRule] = []
     usual: WeightPrecision | None = None
     for name, group in list(groups.items())[:100] if isinstance(groups, Mapping) else []:
         form, targets, unread = _group(group)
@@ -221,11 +221,11 @@ def _compressed(stated: Stated) -> Quantization | None:
         elif targets is None:
             usual = form
         else:
-            rules.append(Rule(targets, form))
+            rules.append(QuantizationRule(targets, form))
     if usual is None and not rules:
         return None
-    found = rules if usual else [Rule(None, UNQUANTIZED), *rules]
-    ignored = [Rule(modules, UNQUANTIZED)] if modules is not None else []
+    found = rules if usual else [QuantizationRule(None, UNQUANTIZED), *rules]
+    ignored = [QuantizationRule(modules, UNQUANTIZED)] if modules is not None else []
     return Quantization(usual or rules[0].format, (*found, *ignored), kv_dtype, (*remarks, *more))
 
 
