@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from engine.capacity import weight_bytes
 from engine.config import EngineConfig, knob, schema
 from engine.core import Engine
 from engine.errors import ConfigError
@@ -123,17 +122,15 @@ def test_a_registered_format_is_offered_like_the_others_and_labelled_lossy(regis
     assert EngineConfig.from_mapping({"weights": registered}).weights == registered
 
 
-def test_the_planner_counts_a_registered_format_as_it_declares_and_otherwise_as_the_model(engine: Engine):
+@pytest.mark.parametrize("declared", [{"planned_as": "int8"}, {}], ids=["as declared", "as the model"])
+def test_the_planner_counts_a_registered_format_as_it_declares_and_otherwise_as_the_model(
+    engine: Engine, declared: dict[str, str]
+):
     spec = engine.model.spec
-    for planned_as, expected in (
-        ("int8", weight_bytes(spec, "int8", dtype="float32")),
-        (None, weight_bytes(spec, "float32")),
-    ):
-        remove = register_weight_format(
-            "eighths", Eighths, **({} if planned_as is None else {"planned_as": planned_as})
-        )
-        assert planned_bytes(spec, WeightChoice("eighths"), torch.float32) == expected
-        remove()
+    remove = register_weight_format("eighths", Eighths, **declared)
+    found = planned_bytes(spec, WeightChoice("eighths"), torch.float32)
+    remove()
+    assert found == planned_bytes(spec, WeightChoice(declared.get("planned_as", "model")), torch.float32)
 
 
 def test_what_is_not_registered_any_more_or_declares_no_format_of_the_planner_is_refused():

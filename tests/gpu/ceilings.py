@@ -46,8 +46,8 @@ def measure(device: torch.device, size: Size) -> Ceilings:
     for name, prepare in PRODUCTS.items():
         try:
             flops_s[name] = 2 * edge**3 / seconds(prepare(edge, device), device)
-        except (RuntimeError, NotImplementedError, AttributeError) as problem:
-            absent[name] = str(problem).splitlines()[0]
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            absent[name] = str(error).splitlines()[0]
     return Ceilings(2 * source.nbytes / copy_s, flops_s, absent)
 
 

@@ -160,8 +160,8 @@ def _check(
 ) -> Parity:
     try:
         found, path = _generate(folder, knobs, device, size)
-    except Exception as problem:  # a setting that cannot run is a result
-        return Parity(name, setting, None, {}, f"{type(problem).__name__}: {str(problem)[:300]}")
+    except Exception as error:  # a setting that cannot run is a result
+        return Parity(name, setting, None, {}, f"{type(error).__name__}: {str(error)[:300]}")
     return Parity(name, setting, found == expected, path)
 
 

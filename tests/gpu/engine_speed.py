@@ -128,9 +128,9 @@ def _headroom(
     fixed |= {"prefix_cache": False, "memory_limit_gib": 40.0 if device.type == "cuda" else 1.0}
     try:
         engine = Engine(model, EngineConfig.from_mapping(fixed | {"linear": "triton", "execution": "eager"} | knobs))
-    except Exception as problem:
+    except Exception as error:
         for batch in BATCHES[size]:
-            yield _failed("headroom", weights, batch, problem)
+            yield _failed("headroom", weights, batch, error)
         return
     for execution in executions:
         for batch in BATCHES[size]:
@@ -144,9 +144,9 @@ def _headroom(
                 step_s = _decode_step_s(engine, batch, size)
                 floor = floor_s(model, batch, size, ceilings, engine.cache.format)
                 yield _speed("headroom", setting, batch, step_s, floor, path_of(engine))
-            except Exception as problem:
+            except Exception as error:
                 engine.fail_all("the measurement failed")
-                yield _failed("headroom", setting, batch, problem)
+                yield _failed("headroom", setting, batch, error)
     engine.close()
 
 
@@ -203,8 +203,8 @@ def _transformers(
         try:
             step_s = _generate_step_s(model, batch, size, device)
             yield _speed("transformers", "dynamic cache", batch, step_s, None, {"attention": "sdpa"})
-        except Exception as problem:
-            yield _failed("transformers", "dynamic cache", batch, problem)
+        except Exception as error:
+            yield _failed("transformers", "dynamic cache", batch, error)
 
 
 def _generate_step_s(model: Any, batch: int, size: Size, device: torch.device) -> float:
@@ -230,6 +230,6 @@ def _speed(engine: str, setting: str, batch: int, step_s: float, floor: float | 
     return Speed(engine, setting, batch, 1e3 * step_s, batch / step_s, floor_ms, of_floor, path)
 
 
-def _failed(engine: str, setting: str, batch: int, problem: BaseException) -> Speed:
-    words = f"{type(problem).__name__}: {str(problem)[:300]}"
-    return Speed(engine, setting, batch, None, None, None, None, {}, words)
+def _failed(engine: str, setting: str, batch: int, error: BaseException) -> Speed:
+    message = f"{type(error).__name__}: {str(error)[:300]}"
+    return Speed(engine, setting, batch, None, None, None, None, {}, message)

@@ -96,8 +96,8 @@ def measure_all(
                     yield Measurement(case.kernel, case.label, problem="no time left")
                     continue
                 yield measure(case, device, ceilings)
-        except Exception as problem:  # the making of a case: out of memory, a peer that torch lacks
-            yield Measurement(name.removeprefix("cases_"), "making its cases", problem=_words(problem))
+        except Exception as raised:  # the making of a case: out of memory, a peer that torch lacks
+            yield Measurement(name.removeprefix("cases_"), "making its cases", problem=_described(raised))
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -108,8 +108,8 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings) -> Measurement
     try:
         error = None if case.reference is None else largest_error(_checked(case), case.reference)
         elapsed = seconds(case.run, device)
-    except Exception as problem:  # a kernel that does not launch is a result, and the others still want theirs
-        return dataclasses.replace(found, problem=_words(problem))
+    except Exception as raised:  # a kernel that does not launch is a result, and the others still want theirs
+        return dataclasses.replace(found, problem=_described(raised))
     floor = ceilings.floor_s(case.moved_bytes, case.flops, case.flop_unit)
     rate = ceilings.flops_s.get(case.flop_unit)
     found = dataclasses.replace(
@@ -176,7 +176,7 @@ def _judge(bar: Bar, found: Measurement) -> Verdict:
     return Verdict(bar.of, bar.at_least, value, None if value is None else value >= bar.at_least)
 
 
-def _words(problem: BaseException) -> str:
-    where = traceback.extract_tb(problem.__traceback__)[-1]
-    lines = str(problem).strip().splitlines() or [""]
-    return f"{type(problem).__name__}: {lines[0][:300]} ({where.name}, line {where.lineno})"
+def _described(raised: BaseException) -> str:
+    where = traceback.extract_tb(raised.__traceback__)[-1]
+    lines = str(raised).strip().splitlines() or [""]
+    return f"{type(raised).__name__}: {lines[0][:300]} ({where.name}, line {where.lineno})"
