@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from storage import open_store
 from tests.e2e.dashboard import chromium_path, running_dashboard
 from tests.e2e.steps import ask, choose, open_page, run_workload, set_number, wait_ready
 
@@ -46,9 +48,10 @@ def main() -> None:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=flags)
         _make_data(browser, dashboard.url, arguments.repeats, arguments.workload)
+        opened = _runs_of_a_comparison(dashboard.home)
         for width in arguments.widths:
             for theme in arguments.themes:
-                _take_all(browser, dashboard.url, arguments.out, width, theme)
+                _take_all(browser, dashboard.url, opened, arguments.out, width, theme)
         browser.close()
 
 
@@ -82,10 +85,19 @@ def _make_data(browser: Browser, url: str, repeats: int, workload: str) -> None:
     page.close()
 
 
-def _take_all(browser: Browser, url: str, out: Path, width: int, theme: str) -> None:
+def _runs_of_a_comparison(home: Path) -> list[str]:
+    """The first run of each setting of the newest comparison: History opens them side by side."""
+    store = open_store(f"sqlite:///{home}/headroom.db")
+    newest = store.list_comparisons()[0]
+    store.close()
+    return [run_ids[0] for run_ids in newest.run_ids.values()]
+
+
+def _take_all(browser: Browser, url: str, opened: Sequence[str], out: Path, width: int, theme: str) -> None:
     page = _tab(browser, width, theme)
-    for name in ("plan", "compare", "history"):
-        page.goto(f"{url}/{'' if name == 'plan' else name}")
+    places = {"plan": "", "compare": "compare", "history": f"history?run={'&run='.join(opened)}"}
+    for name, place in places.items():
+        page.goto(f"{url}/{place}")
         wait_ready(page)
         _take(page, out / f"{name}-{width}-{theme}.png")
     _live(page, url, out / f"live-{width}-{theme}.png")
@@ -97,7 +109,7 @@ def _live(page: Page, url: str, target: Path) -> None:
     page.goto(f"{url}/live")
     wait_ready(page)
     page.get_by_role("button", name="Sampling").click()
-    set_number(page, "Max tokens", 900)  # still streaming when the picture is taken
+    set_number(page, "Max tokens", 3000)  # still streaming when the picture is taken
     page.keyboard.press("Escape")
     for prompt in _PROMPTS:
         ask(page, prompt)
