@@ -22,6 +22,7 @@ _SETTLE_MS = 2500
 _PATIENCE_MS = 120_000
 _LONG_MS = 600_000
 _TALLEST = 2400
+_QUESTIONS = ("Static or continuous batching", "Model weights or INT4")
 _PROMPTS = (
     "Write a long story about a lighthouse keeper and the sea.",
     "Write a long letter from a sailor to the lighthouse keeper.",
@@ -36,6 +37,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1280, 1600])
     parser.add_argument("--themes", nargs="+", default=["light", "dark"], choices=["light", "dark"])
     parser.add_argument("--repeats", type=int, default=5, help="of the comparison that is shown")
+    parser.add_argument(
+        "--questions", nargs="+", default=list(_QUESTIONS), choices=_QUESTIONS, help="that are compared"
+    )
     parser.add_argument("--workload", default="burst-8", help="of the runs and comparisons that are shown")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,7 @@ def main() -> None:
     ):
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=flags)
-        _make_data(browser, dashboard.url, arguments.repeats, arguments.workload)
+        _make_data(browser, dashboard.url, arguments.questions, arguments.repeats, arguments.workload)
         opened = _runs_of_a_comparison(dashboard.home)
         for width in arguments.widths:
             for theme in arguments.themes:
@@ -64,8 +68,8 @@ def _tab(browser: Browser, width: int, theme: str) -> Page:
     return page
 
 
-def _make_data(browser: Browser, url: str, repeats: int, workload: str) -> None:
-    """Two workload runs and two comparisons, so that Compare and History have something to show."""
+def _make_data(browser: Browser, url: str, questions: Sequence[str], repeats: int, workload: str) -> None:
+    """Two workload runs and the comparisons, so that Compare and History have something to show."""
     page = _tab(browser, 1600, "light")
     page.goto(f"{url}/live")
     wait_ready(page)
@@ -74,7 +78,7 @@ def _make_data(browser: Browser, url: str, repeats: int, workload: str) -> None:
         expect(page.get_by_text("recorded", exact=True)).to_have_count(count, timeout=_LONG_MS)
         page.reload()
         wait_ready(page)
-    for question in ("Static or continuous batching", "Model weights or INT4"):
+    for question in questions:
         open_page(page, "Compare")
         choose(page, "Question", question)
         choose(page, "Workload", workload)
