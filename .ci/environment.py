@@ -1,7 +1,7 @@
 """Make or refresh the virtual environment from the locks: ``make setup`` and ``make setup-dev`` call this.
 
     python3 .ci/environment.py [--venv .venv] [--torch auto|cpu|cuda] [--dev]
-    python3 .ci/environment.py --lock            write the locks anew from requirements*.txt
+    python3 .ci/environment.py --lock            write the locks again from requirements*.txt
 
 Every package comes with its hash. On Linux the default build of torch brings gigabytes of CUDA libraries; a machine
 without an NVIDIA GPU gets the CPU build where one can be reached: in the places that pip has been told of, else in
@@ -77,7 +77,15 @@ def _install(python: Path, torch: str) -> None:
             if _uv(python, "install", "--require-hashes", "-r", str(CPU), *further, must=False):
                 return
         print("No CPU build of torch is in reach for this Python: its default build is installed.", file=sys.stderr)
-    _uv(python, "install", "--require-hashes", "-r", str(DEFAULT))
+    # the CPU build satisfies the default one's version
+    other = ("--reinstall-package", "torch") if torch == "cuda" and _torch_version(python).endswith("+cpu") else ()
+    _uv(python, "install", "--require-hashes", "-r", str(DEFAULT), *other)
+
+
+def _torch_version(python: Path) -> str:
+    """The installed one, "" if there is none."""
+    code = "from importlib.metadata import version; print(version('torch'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
 def _lock(python: Path) -> None:
