@@ -33,14 +33,17 @@ setup-dev: $(VENV)/.installed-dev chromium
 	@$(BIN)/python -m engine fetch smollm2-135m
 	@$(BIN)/python -m tests.gemma
 
-# The stamps make a second run quick: packages are installed only after a lock has changed.
-$(VENV)/.installed: requirements.lock requirements-cpu.lock requirements-uv.lock
+# The stamps make a second run quick: packages are installed only after a lock, or the wanted build of torch, has changed.
+$(VENV)/.installed: requirements.lock requirements-cpu.lock requirements-uv.lock $(VENV)/.torch-$(TORCH)
 	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH)
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH) --dev
 	@touch $@
+
+$(VENV)/.torch-$(TORCH):
+	@mkdir -p $(VENV) && rm -f $(VENV)/.torch-* && touch $@
 
 lock: ## Resolve requirements*.txt for every platform and write the locks, with hashes.
 	$(PYTHON) .ci/environment.py --venv $(VENV) --lock

@@ -137,6 +137,7 @@ def test_run_is_measured_and_recorded(installed: Path, elsewhere: Path, tiny_lla
     assert (provenance["code_revision"], provenance["code_dirty"]) == ("", None)  # not a checkout, and no other one's
     listed = headroom(installed, elsewhere, "history", "list", "--db", database, "--json")
     assert [row["label"] for row in json.loads(listed.stdout)] == ["installed"], listed.stderr
+    assert "headroom history list [OPTIONS]" in headroom(installed, elsewhere, "history", "list", "--help").stdout
 
 
 def test_dashboard_opens_and_starts_its_worker(installed: Path, elsewhere: Path, tmp_path: Path):
