@@ -18,7 +18,7 @@ SLOW_MARKS := model or browser or postgres or interpreter or beside or slow or w
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help run setup setup-dev lock chromium check test test-waiting lint format docs reference bench gpu peers soak attack clean
+.PHONY: help run setup setup-dev lock chromium check test test-waiting lint format docs reference image bench gpu peers soak attack clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ docs: $(VENV)/.installed-dev ## Build the documentation site into site/; a broke
 reference: $(VENV)/.installed-dev ## Write docs/api and the tables of docs/benchmarks.md again from the code and the saved results.
 	$(BIN)/python -m tests.docs.reference
 	$(BIN)/python -m tests.benchmarks.report_docs
+
+image: ## Build the container image (FILE=Dockerfile.cuda for NVIDIA GPUs).
+	docker build --tag $(or $(TAG),headroom) --file $(or $(FILE),Dockerfile) .
 
 bench: setup-dev ## Measure the engine beside its peers on this machine, in one run (ARGS=…, see tests/benchmarks).
 	$(BIN)/python -m tests.benchmarks.run $(ARGS)

@@ -102,7 +102,7 @@ class RequestOutput:
 
     @classmethod
     def refused(
-        cls, request_id: str, prompt_token_ids: Sequence[int], times: RequestTimes, problem: BaseException
+        cls, request_id: str, prompt_token_ids: Sequence[int], times: RequestTimes, error: BaseException
     ) -> RequestOutput:
         """The only output of a request that was not queued."""
         return cls(
@@ -115,14 +115,14 @@ class RequestOutput:
             finished=True,
             finish_reason="error",
             stop_reason=None,
-            error=str(problem) if isinstance(problem, HeadroomError) else f"{type(problem).__name__}: {problem}",
+            error=str(error) if isinstance(error, HeadroomError) else f"{type(error).__name__}: {error}",
             logprobs=None,
             times=times,
             num_cached_tokens=0,
             num_preemptions=0,
             num_draft_tokens=0,
             num_accepted_tokens=0,
-            refusal=problem if isinstance(problem, HeadroomError) else None,
+            refusal=error if isinstance(error, HeadroomError) else None,
         )
 
     @property
@@ -212,7 +212,7 @@ class ReconfigureResult:
         changed: ``{knob: [old, new]}``.
         tier: the heaviest tier among the changes ("live", "swap"), "none" if nothing changed.
         pause_ms: how long no step could run because of it.
-        prepare_ms: work done beside the running engine before the pause.
+        prepare_ms: work done alongside the running engine before the pause.
         requests_in_flight: how many requests were running or waiting when it was applied.
         notes: what the operator should know (which path will run, what was recomputed or dropped).
     """
@@ -267,12 +267,12 @@ class EngineStatus:
 
     Attributes:
         model: name, family, fingerprint, parameters, layers … for display.
-        config, config_hash: knobs in force.
+        config, config_hash: the knobs.
         path: what really runs: device, dtype, attention, weights, execution, each with a reason where it is not what
             was asked for.
         memory: see :class:`MemoryReport`.
         block_size, num_blocks, max_model_len: the capacity envelope.
-        blocks: one letter a block: "." free, "c" free but holding a reusable prefix, "u" used by one request,
+        blocks: the state of each block: "." free, "c" free but holding a reusable prefix, "u" used by one request,
             "s" shared by several.
         running, waiting: requests now.
         totals: counters since the start: prompt_tokens, output_tokens, requests, preemptions, prefix_hit_tokens,

@@ -17,7 +17,7 @@ _MOST_PARTS = 3_000_000  # objects and lists: a small text of many of them would
 CANNOT_BE_SHOWN = "cannot_be_shown"
 """The field of an exported run that could not be read; on import it is passed over."""
 _REMEDY = (
-    "Import a file that Headroom exported as JSON, or what `python -m engine bench --json` printed. Nothing of this "
+    "Import a file that Headroom exported as JSON, or what `headroom bench --json` printed. Nothing of this "
     "one was imported."
 )
 _SPLIT = "Export fewer runs at a time and import the files one after another. Nothing of this one was imported."

@@ -36,7 +36,7 @@ class StorageError(HeadroomError):
 
 
 _FULL = (
-    "Free some space: delete old runs on the History page (or with `python -m storage delete`), or other files on that "
+    "Free some space: delete old runs on the History page (or with `headroom history delete`), or other files on that "
     "disk. Then record the run again."
 )
 _LOCKED = "Another program holds a write lock on the database: close it, or wait, and try again."

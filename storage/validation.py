@@ -17,14 +17,11 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from engine.measure.metrics import UNSENT
-from engine.measure.results import EventRecord, Provenance, RequestRecord, RunResult, SampleRecord
+from engine.measure.results import RunResult
+from storage.rules import ANYTHING, MOMENT, RULES, WHOLE, Rule
 from storage.types import Unreadable
 
-_LATEST_UNIX_S = 7_258_118_400.0  # the year 2200: what dates in tables and charts can hold
 _DEEPEST = 16
-_WHOLE = 2**63 - 1  # BIGINT
-_COUNT = 2**53
 
 
 class UnfitError(Exception):
@@ -44,74 +41,7 @@ class UnfitError(Exception):
         return f"{self.where} {self.message}"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rule:
-    """What a field must satisfy besides its type.
-
-    Attributes:
-        low, high: inclusive bounds of a number, or of the numbers in a list.
-        always: the bounds hold for what is shown, too.
-        says: the bounds in words.
-        longest: characters of a text, items of a list.
-        pattern, choices: of a text.
-    """
-
-    low: float = -1e18
-    high: float = 1e18
-    always: bool = False
-    says: str = ""
-    longest: int = 20_000
-    pattern: str | None = None
-    choices: tuple[str, ...] = ()
-
-
 Check = Callable[[Any], None]
-_ANYTHING = Rule()
-_IDENTIFIER = Rule(longest=64, pattern=r"[0-9A-Za-z._:-]*", says="letters, digits, '.', '_', ':' and '-' only")
-_MOMENT = Rule(0.0, _LATEST_UNIX_S, always=True, says="a time between 1970 and 2200, in seconds")
-_SECONDS = Rule(-1e-3, 1e9, says="a number of seconds from 0 to 1e9")
-_MS = Rule(-1e-3, 1e12, says="a number of milliseconds from 0 to 1e12", longest=1_000_000)
-_AMOUNT = Rule(0, _COUNT, says="a number from 0 to 2^53")
-_NAME = Rule(longest=4096)
-_HASH = Rule(longest=64)
-_PERCENT = Rule(0, 1000, says="a number of percent")
-_RULES: dict[type, dict[str, Rule]] = {
-    RunResult: {
-        "run_id": _IDENTIFIER,
-        "label": Rule(longest=1000),
-        "started_unix_s": _MOMENT,
-        "duration_s": _SECONDS,
-        "metrics": Rule(longest=1000),
-        "requests": Rule(longest=200_000),
-        "samples": Rule(longest=500_000),
-        "events": Rule(longest=100_000),
-        "comparison_id": _IDENTIFIER,
-        "arm": Rule(choices=("A", "B")),
-        "repeat": Rule(0, 10**6, says="a number from 0 to 1,000,000"),
-        "disturbed": Rule(longest=10_000),
-    },
-    Provenance: {
-        **dict.fromkeys(("model", "code_revision"), _NAME),
-        **dict.fromkeys(("model_fingerprint", "config_hash", "workload_hash"), _HASH),
-        "seed": Rule(-_WHOLE - 1, _WHOLE, says="a whole number of 64 bits"),
-    },
-    RequestRecord: {
-        "arrival_s": _SECONDS,
-        **dict.fromkeys(("ttft_ms", "tpot_ms", "e2e_ms", "itl_ms"), _MS),
-        **dict.fromkeys(("index", "prompt_tokens", "output_tokens", "cached_tokens"), _AMOUNT),
-        **dict.fromkeys(("preemptions", "draft_tokens", "accepted_tokens"), _AMOUNT),
-        "finish_reason": Rule(choices=("stop", "length", "abort", "error", UNSENT)),
-    },
-    SampleRecord: {
-        "t_s": _SECONDS,
-        "step_ms": _MS,
-        **dict.fromkeys(("output_tokens_s", "total_tokens_s", "running", "waiting", "resident_bytes"), _AMOUNT),
-        **dict.fromkeys(("kv_blocks_used", "kv_blocks_cached", "gpu_power_w", "gpu_memory_bytes"), _AMOUNT),
-        "gpu_utilization_percent": _PERCENT,
-        "gpu_sm_clock_mhz": _AMOUNT,
-    },
-    EventRecord: {"t_s": _SECONDS, "kind": Rule(longest=64)},
-}
 
 
 def check(document: Any, record_type: type, *, strict: bool) -> None:
@@ -122,12 +52,12 @@ def check(document: Any, record_type: type, *, strict: bool) -> None:
         record_type: :class:`RunResult` or one of the records in it.
         strict: with the limits of an import, see the head of this module.
     """
-    _checker(record_type, _ANYTHING, strict)(document)
+    _checker(record_type, ANYTHING, strict)(document)
 
 
 def is_moment(value: Any) -> bool:
     """True for seconds since 1970 that dates in tables and charts can hold."""
-    return isinstance(value, (int, float)) and _MOMENT.low <= value <= _MOMENT.high
+    return isinstance(value, (int, float)) and MOMENT.low <= value <= MOMENT.high
 
 
 def shown(value: Any) -> str:
@@ -154,7 +84,7 @@ def _checker(expected: Any, rule: Rule, strict: bool) -> Check:
     if origin is list:
         return _list_checker(_checker(arguments[0], rule, strict), rule if strict else None)
     if origin is dict:
-        return _mapping_checker(_checker(arguments[1], _ANYTHING, strict), rule.longest, strict)
+        return _mapping_checker(_checker(arguments[1], ANYTHING, strict), rule.longest, strict)
     if expected is str:
         return _text_checker(rule, strict)
     if expected is bool:
@@ -164,9 +94,9 @@ def _checker(expected: Any, rule: Rule, strict: bool) -> Check:
 
 
 def _record_checker(record_type: Any, strict: bool) -> Check:
-    rules = _RULES.get(record_type, {})
+    rules = RULES.get(record_type, {})
     hints = typing.get_type_hints(record_type)
-    checks = {name: _checker(hint, rules.get(name, _ANYTHING), strict) for name, hint in hints.items()}
+    checks = {name: _checker(hint, rules.get(name, ANYTHING), strict) for name, hint in hints.items()}
     if record_type is RunResult:
         checks["disturbed"] = _list_checker(_disturbance_checker(strict), rules["disturbed"] if strict else None)
     required = [
@@ -191,8 +121,8 @@ def _record_checker(record_type: Any, strict: bool) -> Check:
 
 def _disturbance_checker(strict: bool) -> Check:
     """Of an entry of ``disturbed``: a moment and what happened."""
-    moment = functools.partial(_check_number, rule=_MOMENT, whole=False, bounded=True)
-    checks: dict[str, Check] = {"time_unix_s": moment, "what": _text_checker(_ANYTHING, strict)}
+    moment = functools.partial(_check_number, rule=MOMENT, whole=False, bounded=True)
+    checks: dict[str, Check] = {"time_unix_s": moment, "what": _text_checker(ANYTHING, strict)}
 
     def check_disturbance(value: Any) -> None:
         if not isinstance(value, Mapping) or not set(checks) <= set(value) or (strict and len(value) > len(checks)):
@@ -280,7 +210,7 @@ def _check_switch(value: Any) -> None:
 def _check_number(value: Any, *, rule: Rule, whole: bool, bounded: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise UnfitError(f"is {shown(value)}, which is not a {'whole ' if whole else ''}number")
-    if not -_WHOLE - 1 <= value <= _WHOLE if isinstance(value, int) else not math.isfinite(value):
+    if not -WHOLE - 1 <= value <= WHOLE if isinstance(value, int) else not math.isfinite(value):
         raise UnfitError(f"is {shown(value)}, which is not a finite number of 64 bits")
     if bounded and not rule.low <= value <= rule.high:
         wanted = rule.says or f"a number from {rule.low:g} to {rule.high:g}"
@@ -294,17 +224,17 @@ def _check_json(value: Any, *, strict: bool, depth: int = 0) -> None:
     if isinstance(value, str):
         _TEXT[strict](value)
     elif isinstance(value, (int, float)):
-        _check_number(value, rule=_ANYTHING, whole=False, bounded=False)
+        _check_number(value, rule=ANYTHING, whole=False, bounded=False)
     elif depth == _DEEPEST:
         raise UnfitError(f"is nested more than {_DEEPEST} deep")
     elif isinstance(value, list):
         inner = functools.partial(_check_json, strict=strict, depth=depth + 1)
-        _list_checker(inner, _ANYTHING if strict else None)(value)
+        _list_checker(inner, ANYTHING if strict else None)(value)
     elif isinstance(value, dict):
         inner = functools.partial(_check_json, strict=strict, depth=depth + 1)
-        _mapping_checker(inner, _ANYTHING.longest, strict)(value)
+        _mapping_checker(inner, ANYTHING.longest, strict)(value)
     else:
         raise UnfitError("is not JSON")
 
 
-_TEXT = {strict: _text_checker(_ANYTHING, strict) for strict in (False, True)}
+_TEXT = {strict: _text_checker(ANYTHING, strict) for strict in (False, True)}

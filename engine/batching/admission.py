@@ -3,7 +3,7 @@
 Requests come in through other threads than the one that steps the engine, and what they may ask for changes with the
 engine's knobs (the format of the KV cache decides how long a request may be). So all of it is one immutable object: the
 stepping thread replaces it as a whole, any thread may check against it, and the stepping thread checks once more when
-it queues the request, because another may be in force by then.
+it queues the request, because another may hold by then.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class Scheduler:
             self.running, self._waiting, self._static_batch = others
 
     def schedule(self, config: EngineConfig) -> Schedule:
-        """Decide the next step under the knobs in force now."""
+        """Decide the next step under the knobs as they are now."""
         self._step += 1
         schedule = Schedule()
         budget = self._schedule_running(schedule, config)
@@ -366,7 +366,7 @@ class Scheduler:
         tokens = request.num_tokens - match.num_tokens
         if tokens > budget and not config.chunked_prefill:
             if any(row.num_tokens - row.num_drafts > 1 for row in schedule.rows):
-                return None  # a whole prompt may exceed the budget beside running decodes, not beside another prompt
+                return None  # a whole prompt may exceed the budget next to running decodes, not next to another prompt
             budget = _envelope_left(budget, config)
         return ScheduledRequest(request, match.num_tokens, min(tokens, budget), 0)
 

@@ -31,7 +31,8 @@ from engine.capacity.model.parameters import ParameterCount, parameter_count
 from engine.capacity.model.shape import SHAPE_FIELDS, spec_of_shape
 from engine.capacity.model.sharding import Shard, Stage
 from engine.capacity.model.spec import ModelSpec
-from engine.capacity.speed.serving import OperatingPoint, Serving, serving
+from engine.capacity.speed.operating_point import OperatingPoint
+from engine.capacity.speed.serving import Serving, serving
 from engine.capacity.speed.workload import Objectives, PlannedWorkload
 
 __all__ = [

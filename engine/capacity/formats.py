@@ -280,6 +280,18 @@ class KVPrecision:
         return Fraction(head_dim * self.bits, 8) + self.head_overhead_bytes
 
 
+_FP8_KV = KVPrecision("fp8", 8)
+_NAMED_KV = {
+    "fp8": _FP8_KV,
+    "fp8_e4m3": _FP8_KV,
+    "fp8_e5m2": _FP8_KV,
+    "int8": KVPrecision("int8", 8, head_overhead_bytes=4),
+    "int4": KVPrecision("int4", 4, head_overhead_bytes=4),
+    "fp8_per_token_head": KVPrecision("fp8_per_token_head", 8, head_overhead_bytes=2),
+    "int8_per_token_head": KVPrecision("int8_per_token_head", 8, head_overhead_bytes=2),
+}
+
+
 def kv_precision(name: str, model_dtype: ComputeDtype = BFLOAT16) -> KVPrecision:
     """The KV cache format of that name.
 
@@ -298,14 +310,8 @@ def kv_precision(name: str, model_dtype: ComputeDtype = BFLOAT16) -> KVPrecision
         return model_dtype.as_kv
     if text in _DTYPES:
         return _DTYPES[text].as_kv
-    if text in ("fp8", "fp8_e4m3", "fp8_e5m2"):
-        return KVPrecision("fp8", 8)
-    if text == "int8":
-        return KVPrecision("int8", 8, head_overhead_bytes=4)
-    if text in ("fp8_per_token_head", "int8_per_token_head"):
-        return KVPrecision(text, 8, head_overhead_bytes=2)
-    if text == "int4":
-        return KVPrecision("int4", 4, head_overhead_bytes=4)
+    if text in _NAMED_KV:
+        return _NAMED_KV[text]
     raise ConfigError(
         f"{text[:40]!r} is not a KV cache format.",
         field="kv_dtype",

@@ -80,7 +80,7 @@ def plan(
 ) -> None:
     """Plan a deployment: memory, what fits, latency, cost. Figures of memory are of one GPU."""
     from engine.capacity.advice.deployment import deploy
-    from engine.capacity.memory.plan import request_from_names
+    from engine.capacity.memory.request import request_from_names
     from engine.capacity.speed.workload import Objectives, PlannedWorkload
 
     _check_format(output_format)

@@ -1,7 +1,7 @@
 """Compiled layers at work: each is one call of a compiled program, which takes its weights as inputs.
 
 Measured against one program for the whole decoder: that one is up to a tenth quicker a step, but takes four times as
-long to compile and copies thirty layers of equal code (README, "Execution modes").
+long to compile and copies thirty layers of equal code (docs/benchmarks.md, "Compiled against eager").
 """
 
 from __future__ import annotations

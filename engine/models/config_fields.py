@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import ModelLoadError
 
 MOST = 2**31 - 1
-"""Of a size that is believed: the widest tensor that any file could hold has fewer rows."""
+"""Of a size that is accepted: the widest tensor that any file could hold has fewer rows."""
 MOST_LAYERS = 4096
 MOST_EXPERTS = 65536
 
@@ -39,7 +39,7 @@ def whole(
         kind = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
         raise bad_field(field, f"{shown(value)} is not {kind}")
     if value > most:
-        raise bad_field(field, f"{shown(value)} is more than the {most:,} that are believed")
+        raise bad_field(field, f"{shown(value)} is more than the limit of {most:,}")
     return value
 
 

@@ -282,9 +282,9 @@ def _refuse_absurd_sizes(config: Mapping[str, Any]) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             raise bad_field(str(field)[:100], f"{value} is not a number to compute with")
         elif isinstance(value, int) and not -MOST <= value <= MOST:
-            raise bad_field(str(field)[:100], f"{shown(value)} is beyond the {MOST:,} that are believed")
+            raise bad_field(str(field)[:100], f"{shown(value)} is beyond the limit of {MOST:,}")
         elif "layer" in str(field) and isinstance(value, int) and value > MOST_LAYERS:
-            raise bad_field(str(field)[:100], f"{value:,} is more than the {MOST_LAYERS:,} layers that are believed")
+            raise bad_field(str(field)[:100], f"{value:,} is more than the limit of {MOST_LAYERS:,} layers")
 
 
 def _read_config(checkpoint: Checkpoint) -> Any:

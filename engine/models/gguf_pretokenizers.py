@@ -105,7 +105,7 @@ def pre_tokenizer_of(metadata: Mapping[str, Any]) -> PreTokenizer | None:
     kind = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ModelLoadError(
-            f"{str(name)[:100]!r} is no pre-tokenizer that is known here, and another would split text in other ways "
+            f"{str(name)[:100]!r} is not a known pre-tokenizer, and another would split text in other ways "
             f"than the vocabulary was made for; known are {', '.join(sorted(PRE_TOKENIZERS))}.",
             field="tokenizer.ggml.pre",
             remedy="Use the model's folder of safetensors with its tokenizer.json, or a file converted with one of "

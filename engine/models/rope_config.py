@@ -49,7 +49,7 @@ def served_context(config: Fields) -> int:
     if kind == "yarn":
         extended = number(fields, "factor") * _original(config, fields)
         if extended > MOST:
-            raise bad_field("factor", f"a context of {extended:.3g} tokens is more than the {MOST:,} that are believed")
+            raise bad_field("factor", f"a context of {extended:.3g} tokens is more than the limit of {MOST:,}")
         return max(stated, int(extended))
     return min(stated, _original(config, fields)) if kind == "longrope" else stated
 

@@ -22,7 +22,7 @@ import torch
 
 from engine.errors import ModelLoadError
 
-#: Longest header that is believed: the format's own limit.
+#: Longest header that is accepted: the format's own limit.
 LONGEST_HEADER = 100_000_000
 _MOST_DIMENSIONS = 8
 _DTYPES: dict[str, torch.dtype] = {
@@ -128,7 +128,7 @@ class SafetensorsFile:
         """One tensor, checked against its own numbers and the file's size."""
         shown = repr(name[:100])
         if not isinstance(entry, dict):
-            raise ValueError(f"tensor {shown} is no object")
+            raise ValueError(f"tensor {shown} is not an object")
         dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str):
             raise ValueError(f"tensor {shown} has no dtype")

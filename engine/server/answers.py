@@ -37,18 +37,18 @@ _STATUS = {
 }
 
 
-def status_of(problem: HeadroomError) -> int:
+def status_of(error: HeadroomError) -> int:
     """The HTTP status of an error: the caller's fault (400) unless it is one of the special kinds."""
-    stated = getattr(problem, "status", None)
+    stated = getattr(error, "status", None)
     if isinstance(stated, int):
         return stated
-    return next((_STATUS[kind.__name__] for kind in type(problem).__mro__ if kind.__name__ in _STATUS), 400)
+    return next((_STATUS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _STATUS), 400)
 
 
-def error_answer(path: str, problem: HeadroomError, status: int | None = None) -> Response:
+def error_answer(path: str, error: HeadroomError, status: int | None = None) -> Response:
     """An error in the form of the API that was asked."""
-    code = status_of(problem) if status is None else status
-    document = error_document(problem) if path.startswith("/admin") else openai_error(problem, code)
+    code = status_of(error) if status is None else status
+    document = error_document(error) if path.startswith("/admin") else openai_error(error, code)
     headers = {"Retry-After": _RETRY_AFTER_S} if code == 503 else {}
     if code == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -60,9 +60,9 @@ def error_body(message: str, kind: str, field: str | None = None, code: int | st
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-def openai_error(problem: HeadroomError, status: int) -> dict[str, Any]:
+def openai_error(error: HeadroomError, status: int) -> dict[str, Any]:
     """The document for a request that cannot be served."""
-    message = f"{problem.message} {problem.remedy or ''}".strip()
-    field = None if problem.field is None else shorten(problem.field)
+    message = f"{error.message} {error.remedy or ''}".strip()
+    field = None if error.field is None else shorten(error.field)
     text = f"{field}: {message}" if field else message
     return error_body(text, _TYPES.get(status, "invalid_request_error"), field, status)

@@ -16,7 +16,7 @@ from engine.outputs import RequestOutput
 from engine.server.admin import admin_router
 from engine.server.answers import error_answer
 from engine.server.bodies import BodyReader, SafeJSONResponse, describe_invalid, shorten
-from engine.server.door import Door, Gate, OpenAICors
+from engine.server.door import ApiDoor, Gate, OpenAICors
 from engine.server.host import EngineHost
 from engine.server.jobs import JobRunner
 from engine.server.limits import DoorSettings, ServerLimits
@@ -67,7 +67,7 @@ def create_app(
     app.include_router(metrics_router(host, metrics, telemetry))
     _add_error_answers(app)
     _add_health(app, host, gate)
-    app.add_middleware(Door, settings=door, limits=limits, gate=gate, admin_token=admin_token)
+    app.add_middleware(ApiDoor, settings=door, limits=limits, gate=gate, admin_token=admin_token)
     if door.cors_origins:  # outside of the door: a page must be able to read why it is kept out
         app.add_middleware(
             OpenAICors, allow_origins=list(door.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -92,15 +92,15 @@ def _add_health(app: FastAPI, host: EngineHost, gate: Gate) -> None:
 def _add_error_answers(app: FastAPI) -> None:
     # The path is the scope's own: a URL that is put together from what a client sent may not be one.
     @app.exception_handler(HeadroomError)
-    async def answer(request: Request, problem: HeadroomError) -> Response:
-        return error_answer(request.scope["path"], problem)
+    async def answer(request: Request, error: HeadroomError) -> Response:
+        return error_answer(request.scope["path"], error)
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: Request, problem: HTTPException) -> Response:
-        what = f"{request.method} {shorten(request.scope['path'])}: {problem.detail}."
-        error = HeadroomError(what, remedy="Check the address.")
-        return error_answer(request.scope["path"], error, problem.status_code)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {shorten(request.scope['path'])}: {error.detail}."
+        answered = HeadroomError(what, remedy="Check the address.")
+        return error_answer(request.scope["path"], answered, error.status_code)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, problem: RequestValidationError) -> Response:
-        return error_answer(request.scope["path"], describe_invalid(problem.errors()))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return error_answer(request.scope["path"], describe_invalid(error.errors()))

@@ -21,7 +21,7 @@ from engine.server.limits import ServerLimits
 Model = TypeVar("Model", bound=BaseModel)
 T = TypeVar("T")
 
-# A body of this size is parsed in a millisecond or two; larger ones are parsed one after the other, beside the loop.
+# A body of this size is parsed in a millisecond or two; larger ones one after the other, outside the event loop.
 _SMALL_BODY_BYTES = 65_536
 # Values that may not be finite numbers: only then is the whole document looked through.
 _SUSPICIOUS = re.compile(rb"NaN|Infinity|[eE]\+?\d{3}|\d{300}")
@@ -168,7 +168,7 @@ def describe_invalid(errors: Any) -> RequestError:
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     cause = first.get("ctx", {}).get("error")
-    carried = getattr(cause, "problem", None)
+    carried = getattr(cause, "carried", None)
     if isinstance(carried, RequestError):
         return carried
     return RequestError(f"{first['msg']}.", field=place[0] if place else None, remedy="Correct the request.")
@@ -206,6 +206,6 @@ class SafeJSONResponse(JSONResponse):
         return json_text(content).encode()
 
 
-def error_document(problem: HeadroomError) -> dict[str, Any]:
+def error_document(error: HeadroomError) -> dict[str, Any]:
     """An error as the admin API answers it."""
-    return {"error": problem.to_dict()}
+    return {"error": error.to_dict()}

@@ -49,7 +49,7 @@ class Gate:
         self.active = 0
 
 
-class Door:
+class ApiDoor:
     """ASGI middleware: host, API key and draining are looked at before anything else; nothing escapes unanswered.
 
     Args:

@@ -141,7 +141,7 @@ class EngineHost:
             resolve(config.model, self._report(config.model))  # a wrong name must not cost the model that serves
             self._unload(config.model)
             self._start(config)
-        except HeadroomError as exc:  # of the checkpoint or the configuration: all that is known is in the words
+        except HeadroomError as exc:  # of the checkpoint or the configuration: the message has all that is known
             logger.error("loading %s failed: %s", config.model, exc)
             error = _describe(exc)
         except Exception as exc:
@@ -217,7 +217,7 @@ def build_ahead(config: EngineConfig, report: Callable[[str, float], None]) -> N
         build(lambda fraction: report(f"building CPU kernels, once: {fraction:.0%}".replace("%", " %"), fraction))
 
 
-def _describe(problem: Exception) -> dict[str, str | None]:
-    if isinstance(problem, HeadroomError):
-        return problem.to_dict()
-    return {"message": f"{type(problem).__name__}: {problem}", "field": None, "remedy": "See the worker's log."}
+def _describe(error: Exception) -> dict[str, str | None]:
+    if isinstance(error, HeadroomError):
+        return error.to_dict()
+    return {"message": f"{type(error).__name__}: {error}", "field": None, "remedy": "See the worker's log."}

@@ -30,7 +30,7 @@ class BusyError(HeadroomError):
     """Another job is running (409): two at once would measure each other."""
 
 
-class RunInProgressError(BusyError):
+class DisturbsRunError(BusyError):
     """A change would disturb the run that is being recorded (409)."""
 
 
@@ -39,13 +39,13 @@ class UnknownJobError(HeadroomError):
 
 
 @dataclasses.dataclass
-class Job:
+class RunJob:
     """One job. Written by its thread, read by the API.
 
     Attributes:
         run_ids: known in advance for a run by itself; a comparison's grow as its runs begin.
         results: latest record of every run by id; one of status "running" is only announced.
-        disturbances: changes from outside, (Unix time, what); they stay in force for the runs that follow.
+        disturbances: changes from outside, (Unix time, what); they still hold for the runs that follow.
         traffic: the requests from outside.
     """
 
@@ -93,7 +93,7 @@ class Job:
             return []
         start = result.started_unix_s
         end = start + result.duration_s
-        # Changes from before this run are in force in it, too; those after it no longer concern it.
+        # Changes from before this run hold in it, too; those after it no longer concern it.
         found = [(at, what) for at, what in list(self.disturbances) if at <= max(end, start)]
         others = self.traffic.during(start, end)
         if others:
@@ -117,10 +117,10 @@ class JobRunner:
     def __init__(self, telemetry: TelemetrySampler, traffic: Traffic | None = None) -> None:
         self._telemetry = telemetry
         self._traffic = traffic or Traffic()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, RunJob] = {}
         self._lock = threading.Lock()
 
-    def start(self, loop: EngineLoop, body: RunBody) -> Job:
+    def start(self, loop: EngineLoop, body: RunBody) -> RunJob:
         """Start a job.
 
         Raises:
@@ -131,7 +131,7 @@ class JobRunner:
         arms = [body.comparison.arm_a, body.comparison.arm_b] if body.comparison else [body.changes]
         for changes in arms:
             loop.snapshot.config.with_changes(changes)
-        job = Job(uuid.uuid4().hex, body, [] if body.comparison else [uuid.uuid4().hex], traffic=self._traffic)
+        job = RunJob(uuid.uuid4().hex, body, [] if body.comparison else [uuid.uuid4().hex], traffic=self._traffic)
         with self._lock:
             if running := self._running():
                 message = f"a run is in progress: {running.describe()}."
@@ -142,7 +142,7 @@ class JobRunner:
         threading.Thread(target=self._run, args=(loop, job), name=f"job-{job.job_id[:8]}", daemon=True).start()
         return job
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> RunJob:
         """The job of that id.
 
         Raises:
@@ -153,7 +153,7 @@ class JobRunner:
             raise UnknownJobError(f"there is no run {job_id!r}.", field="job_id", remedy="It may be too old.")
         return job
 
-    def running(self) -> Job | None:
+    def running(self) -> RunJob | None:
         """The job in progress, if there is one."""
         with self._lock:
             return self._running()
@@ -174,13 +174,13 @@ class JobRunner:
             To be called once it is done: marks the run.
 
         Raises:
-            RunInProgressError: naming the run, if one is in progress and it is not forced.
+            DisturbsRunError: naming the run, if one is in progress and it is not forced.
         """
         job = self.running()
         if job is not None and not force:
             message = f"{job.describe()} is in progress, and this would disturb it."
             remedy = "Wait for it, cancel it, or force it: the run is then marked as disturbed."
-            raise RunInProgressError(message, field="run", remedy=remedy)
+            raise DisturbsRunError(message, field="run", remedy=remedy)
         began = time.time()
 
         def mark() -> None:  # also a run that has been started in between
@@ -189,10 +189,10 @@ class JobRunner:
 
         return mark
 
-    def _running(self) -> Job | None:
+    def _running(self) -> RunJob | None:
         return next((job for job in self._jobs.values() if job.status == "running"), None)
 
-    def _run(self, loop: EngineLoop, job: Job) -> None:
+    def _run(self, loop: EngineLoop, job: RunJob) -> None:
         try:
             measure = _compare if job.body.comparison else _bench
             status, error = measure(loop, job, self._telemetry)
@@ -214,7 +214,7 @@ def _check_workload(body: RunBody) -> None:
         Slo.from_mapping(body.slo)
 
 
-def _bench(loop: EngineLoop, job: Job, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:
+def _bench(loop: EngineLoop, job: RunJob, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:
     body = job.body
     result = run_workload(
         loop,
@@ -233,7 +233,7 @@ def _bench(loop: EngineLoop, job: Job, telemetry: TelemetrySampler) -> tuple[Job
     return result.status, result.error
 
 
-def _compare(loop: EngineLoop, job: Job, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:
+def _compare(loop: EngineLoop, job: RunJob, telemetry: TelemetrySampler) -> tuple[JobStatus, str | None]:
     body, arms = job.body, job.body.comparison
     assert arms is not None
     comparison = run_comparison(

@@ -49,7 +49,7 @@ _GPU_GAUGES: tuple[tuple[str, str, float, str], ...] = (
     ("DCGM_FI_DEV_FB_TOTAL", "memory_total_bytes", _MIB, "Frame buffer memory in all (in MiB)."),
     ("DCGM_FI_DEV_GPU_TEMP", "temperature_c", 1, "GPU temperature (in C)."),
     ("DCGM_FI_DEV_POWER_USAGE", "power_w", 1, "Power draw (in W)."),
-    ("DCGM_FI_DEV_ENFORCED_POWER_LIMIT", "power_limit_w", 1, "Power limit in force (in W)."),
+    ("DCGM_FI_DEV_ENFORCED_POWER_LIMIT", "power_limit_w", 1, "Current power limit (in W)."),
     # a counter, but under DCGM's name, which lacks the ending that this library gives to counters
     ("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "energy_mj", 1, "Energy since the driver was loaded (in mJ)."),
     ("DCGM_FI_DEV_SM_CLOCK", "sm_clock_mhz", 1, "SM clock frequency (in MHz)."),
@@ -121,7 +121,7 @@ class EngineCollector(Collector):
             status = self._host.loop.status()
         except NotReadyError:
             return
-        used = sum(status.blocks.count(letter) for letter in "us")
+        used = sum(status.blocks.count(state) for state in "us")
         gauges = (
             ("vllm:num_requests_running", "Requests in the batch.", status.running),
             ("vllm:num_requests_waiting", "Requests that wait for admission.", status.waiting),
@@ -154,7 +154,7 @@ def _accepted_per_position(model: str, accepted: Sequence[int]) -> Metric:
 
 
 class TelemetryCollector(Collector):
-    """Gives the newest sample of the machine and of its GPUs; a reading that is not to be had is left out."""
+    """Gives the newest sample of the machine and of its GPUs; a reading that is unavailable is left out."""
 
     def __init__(self, telemetry: TelemetrySampler) -> None:
         self._telemetry = telemetry
@@ -168,7 +168,7 @@ class TelemetryCollector(Collector):
             "headroom:machine_memory_total_bytes", "Memory of the machine.", system["memory_total_bytes"]
         )
         yield GaugeMetricFamily(
-            "headroom:machine_memory_available_bytes", "Memory to be had.", system["memory_available_bytes"]
+            "headroom:machine_memory_available_bytes", "Memory available.", system["memory_available_bytes"]
         )
         for metric, key, factor, text in _GPU_GAUGES if sample["gpu"] else ():
             yield _gpu_gauge(metric, text, sample["gpu"] or (), key, factor)

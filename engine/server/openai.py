@@ -281,7 +281,7 @@ class _Stream(StreamingResponse):
 async def _prompts(
     loop: EngineLoop, body: CompletionRequest | ChatRequest, encoded: list[list[int]], logprobs: int | None
 ) -> Prompts:
-    """As :func:`_with_params`; long prompts are looked through beside the event loop."""
+    """As :func:`_with_params`; long prompts are looked through in a thread next to the event loop."""
     if sum(map(len, encoded)) <= _FEW_TOKENS:
         return _with_params(loop, body, encoded, logprobs)
     return await asyncio.to_thread(_with_params, loop, body, encoded, logprobs)

@@ -27,6 +27,7 @@ from engine.server.app import create_app
 from engine.server.limits import DoorSettings, ServerLimits, allowed_hosts, api_key_from
 from engine.server.protocol import server_options
 from engine.telemetry.sampler import TelemetrySampler, interval_from_environment
+from engine.worker.logs import configure_logging
 
 _PARENT_POLL_S = 0.5
 _DRAIN_POLL_S = 0.05
@@ -96,8 +97,10 @@ def serve(
         door: who may come in; those who ask for this machine by its loopback names if not given.
 
     Raises:
-        ConfigError: if the port cannot be had, the ready file not be written, or the telemetry's interval is wrong.
+        ConfigError: if the port is unavailable, the ready file cannot be written, or the telemetry's interval or the
+            log level is wrong.
     """
+    configure_logging()
     limits = limits or ServerLimits()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     telemetry = TelemetrySampler(interval_from_environment())
@@ -114,6 +117,15 @@ def serve(
         door=door or door_settings(host),
         before_load=_freeze_imports,
     )
+    if parent_pid is not None:
+        watch = (parent_pid, longest_shutdown_s(limits))
+        threading.Thread(target=_end_with_parent, args=watch, name="parent-watch", daemon=True).start()
+    _say(f"serving {config.model} on http://{f'[{host}]' if ':' in host else host}:{bound_port}")
+    _run(app, listener, limits, ready_file)
+
+
+def _run(app: FastAPI, listener: socket.socket, limits: ServerLimits, ready_file: Path | None) -> None:
+    """Serve until the server ends; in most cases the process ends with it."""
     options = uvicorn.Config(app, timeout_graceful_shutdown=SHUTDOWN_GRACE_S, **server_options(limits))
 
     def forget() -> None:
@@ -121,12 +133,8 @@ def serve(
             ready_file.unlink(missing_ok=True)
 
     server = WorkerServer(options, app, limits, forget)
-    if parent_pid is not None:
-        watch = (parent_pid, longest_shutdown_s(limits))
-        threading.Thread(target=_end_with_parent, args=watch, name="parent-watch", daemon=True).start()
-    _say(f"serving {config.model} on http://{f'[{host}]' if ':' in host else host}:{bound_port}")
     if ready_file is not None:
-        _write_ready_file(ready_file, bound_port)
+        _write_ready_file(ready_file, listener.getsockname()[1])
     try:
         server.run(sockets=[listener])
     finally:

@@ -38,9 +38,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 class _RefusedError(ValueError):
     """Carries an error of ours through pydantic."""
 
-    def __init__(self, problem: RequestError) -> None:
-        super().__init__(problem.message)
-        self.problem = problem
+    def __init__(self, carried: RequestError) -> None:
+        super().__init__(carried.message)
+        self.carried = carried
 
 
 def _limits(info: ValidationInfo) -> ServerLimits:

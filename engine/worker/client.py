@@ -171,9 +171,9 @@ class EngineClient:
             raise _error_of(response)
         return response
 
-    def _unreachable(self, problem: Exception) -> EngineUnreachableError:
+    def _unreachable(self, error: Exception) -> EngineUnreachableError:
         return EngineUnreachableError(
-            f"no worker answers at {self.base_url} ({problem or type(problem).__name__}).",
+            f"no worker answers at {self.base_url} ({error or type(error).__name__}).",
             remedy="Wait until it has started, or restart it.",
         )
 

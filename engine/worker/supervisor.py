@@ -27,7 +27,7 @@ _LOG_LINES = 40
 _LOG_TAIL_BYTES = 16_384
 _LOGS_KEPT = 10
 _DRAIN_S = 2.0
-_STOP_TIMEOUT_S = 9.0  # beside draining: longer than the worker takes to end itself by force
+_STOP_TIMEOUT_S = 9.0  # besides draining: longer than the worker takes to end itself by force
 _PROJECT = Path(__file__).resolve().parents[2]
 
 

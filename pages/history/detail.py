@@ -27,6 +27,7 @@ from storage import RunRow, Store
 
 _TABS = ("Over time", "Latencies", "Requests", "All metrics", "Provenance")
 _DISTURBANCES_SHOWN = 5
+_IN_A_ROW = 4
 
 
 def run_detail(store: Store, row: RunRow, run: RunResult) -> None:
@@ -118,10 +119,13 @@ def _running(store: Store, row: RunRow) -> None:
 
 
 def _headlines(run: RunResult) -> None:
+    """The figures of a run, four in a row: in more columns the labels would be cut on a small screen."""
     names = (*HEADLINES, PER_TOKEN) if has_energy(run) else HEADLINES
-    columns = st.columns(len(names) + 1)
-    for column, name in zip(columns, names, strict=False):
-        info = metric_info(name)
-        column.metric(info.label, metric_text(name, run.metrics.get(name)), help=info.definition, border=True)
+    infos = [(metric_info(name), metric_text(name, run.metrics.get(name))) for name in names]
+    figures = [(info.label, value, info.definition) for info, value in infos]
     done = sum(request.finish_reason in ("stop", "length") for request in run.requests)
-    columns[-1].metric("Requests done", f"{done:,} / {len(run.requests):,}", border=True)
+    figures.append(("Requests done", f"{done:,} / {len(run.requests):,}", "Completed requests / all of the workload."))
+    for start in range(0, len(figures), _IN_A_ROW):
+        columns = st.columns(_IN_A_ROW)
+        for column, (label, value, definition) in zip(columns, figures[start : start + _IN_A_ROW], strict=False):
+            column.metric(label, value, help=definition, border=True)

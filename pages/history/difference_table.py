@@ -26,6 +26,7 @@ _NAMES = {"code_dirty": "state of the code"}
 
 
 def show_differences(groups: Sequence[Group]) -> None:
+    """Draw what differs between the first runs of the groups; versions and hardware folded away."""
     several = any(len(group.runs) > 1 for group in groups)
     first = " :small[:gray[the first run of each setting]]" if several else ""
     st.markdown(f"**In what they differ**{first}")

@@ -27,6 +27,7 @@ _MAIN = (
 
 
 def figures_table(groups: Sequence[Group], everything: bool) -> None:
+    """Draw a row a metric and a column a group; ``everything``: more than the main metrics."""
     recorded = [run for group in groups for run in (group.runs if len(group.runs) == 1 else group.counted)]
     measured = [name for name in _metric_order(groups) if any(run.metrics.get(name) is not None for run in recorded)]
     shown = measured if everything else [name for name in measured if name in _MAIN]

@@ -123,7 +123,7 @@ def _empty(store: Store) -> None:
             "Run a workload on **Live**, two settings against each other on **Compare**, or from a shell:",
             width="content",
         )
-        command = "python -m engine bench --model smollm2-135m --workload quick --json | python -m storage record"
+        command = "headroom bench --model smollm2-135m --workload quick --json | headroom history record"
         st.code(command, language="bash", width="content")
         with st.container(horizontal=True, horizontal_alignment="center", vertical_alignment="center"):
             link_to(LIVE)

@@ -17,6 +17,7 @@ from pages.shared.text import code, plain
 
 
 def provenance_tab(run: RunResult) -> None:
+    """Draw everything that is needed to repeat the run, and the command that does."""
     provenance = run.provenance
     left, right = st.columns(2, gap="large")
     with left:
@@ -135,8 +136,8 @@ def repeat_command(run: RunResult, *, named: bool) -> str:
     """The shell command line that measures the same again and puts it on record."""
     provenance = run.provenance
     workload = str(provenance.workload["name"]) if named else "workload.json"
-    arguments = ["python", "-m", "engine", "bench", "--model", provenance.model, "--workload", workload]
+    arguments = ["headroom", "bench", "--model", provenance.model, "--workload", workload]
     arguments += ["--seed", str(provenance.seed)]
     for name, value in changed_knobs(provenance.config).items():
         arguments += ["--set", f"{name}={value_text(value)}"]
-    return f"{shlex.join([*arguments, '--json'])} | python -m storage record"
+    return f"{shlex.join([*arguments, '--json'])} | headroom history record"

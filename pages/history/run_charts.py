@@ -25,6 +25,7 @@ _TIMELINE_MOST = 400
 
 
 def over_time(run: RunResult) -> None:
+    """Charts of the samples, with a mark at each event, and the events as a table."""
     if not run.samples:
         st.caption("No samples were recorded: the run ended before the first one.")
         _events(run)
@@ -61,6 +62,7 @@ def _events(run: RunResult) -> None:
 
 
 def latency_histograms(run: RunResult) -> None:
+    """A histogram of each latency, with its percentiles."""
     found = {name: values for name, values in latencies(run).items() if values}
     if not found:
         st.caption("No request of this run completed, so there are no latencies.")
@@ -82,6 +84,7 @@ def latency_histograms(run: RunResult) -> None:
 
 
 def request_timeline_and_table(run: RunResult) -> None:
+    """A bar a request over the time of the run, and a row a request."""
     if not run.requests:
         st.caption("No request was recorded.")
         return

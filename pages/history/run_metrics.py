@@ -15,6 +15,7 @@ from pages.shared.text import plain
 
 
 def all_metrics(run: RunResult) -> None:
+    """Draw the latencies, the energy, and every other metric with its definition."""
     if not run.metrics:
         st.caption("Nothing was measured.")
         return

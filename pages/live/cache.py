@@ -39,6 +39,7 @@ def _resize(services: Services) -> None:
 
 
 def cache_and_memory(services: Services, engine: EngineStatus) -> None:
+    """Draw the map of blocks and the bar of memory, each with its button."""
     with st.container(border=True):
         with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
             st.markdown(f"**KV cache blocks** · {_prefix_hits(engine)}", width="content")

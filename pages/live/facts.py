@@ -15,6 +15,7 @@ from pages.shared.text import plain
 
 
 def engine_facts(engine: EngineStatus, snapshot: Snapshot) -> None:
+    """Draw the figures of now, how far a preparation is, and the details to unfold."""
     model, totals = engine.model, engine.totals
     since = snapshot.taken_unix_s - 3.0
     recent = [step for step in snapshot.steps[-400:] if step.time_unix_s > since] if snapshot.busy else []
@@ -48,14 +49,16 @@ def _preparation(execution: Mapping[str, Any]) -> None:
         st.warning(f"**{plain(execution['asked'])}**: {text}", icon=":material/warning:")
 
 
-def _execution_text(execution: Mapping[str, Any]) -> str:
+def _execution_text(execution: Mapping[str, Any], *, stepped: bool) -> str:
+    """What was asked for, what is prepared, and what the last step ran, if there was one."""
     prepared = ", ".join(execution.get("prepared", ())) or "nothing"
     asked, last = execution.get("asked", "eager"), execution.get("last", "eager")
     if asked == last == "eager":
         return "eager"
     if last == "eager" and not execution.get("prepared"):
         return f"{asked}: eager ({execution.get('reason', '')})"
-    return f"{asked}, prepared for {prepared} tokens; the last step ran {last} ({execution.get('reason', '')})"
+    ran = f"the last step ran {last} ({execution.get('reason', '')})" if stepped else "no step has run yet"
+    return f"{asked}, prepared for {prepared} tokens; {ran}"
 
 
 def _capacity_text(engine: EngineStatus) -> str:
@@ -75,11 +78,12 @@ def _details(engine: EngineStatus) -> dict[str, str]:
     heads = f"{model.get('heads')} query, {model.get('kv_heads')} key/value"
     facts = {
         "Family": f"{model.get('family')}, from {model.get('source')}",
-        "Stored as": reference_note(str(model.get("stored_as", ""))),
+        "Stored as": str(model.get("stored_as") or "unknown"),
+        "Quality": reference_note(str(model.get("stored_as", ""))),
         "Attention heads": f"{heads}, {model.get('head_dim')} wide",
         "Context": f"{engine.max_model_len:,} tokens (the model's own: {int(model.get('context_length') or 0):,})",
         "KV cache": f"{_capacity_text(engine)} {bytes_text(engine.memory.kv_cache)}.",
-        "Execution": _execution_text(engine.execution),
+        "Execution": _execution_text(engine.execution, stepped=engine.totals.get("requests", 1) > 0),
         "Fingerprint": str(model.get("fingerprint", ""))[:16],
     }
     facts |= {f"Path: {name.replace('_', ' ')}": str(value) for name, value in engine.path.items()}

@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from engine.capacity.text import GIB
 from engine.telemetry.gpu import own_gpu
 from pages.live.charts import Chart, draw_charts
 from pages.shared.messages import bytes_text
 from pages.shared.text import plain
 
 Sample = Mapping[str, Any]
-_GIB = 2.0**30
 _BINS = 120
 _HEIGHT = 120
 #: Title, unit, columns of :func:`values_of` with their labels, and the value that the axis ends at.
@@ -102,9 +102,9 @@ def values_of(sample: Sample) -> dict[str, float | None]:
     values: dict[str, float | None] = {
         "worker_percent": process["cpu_percent"] / max(system["cpu_count"] or 1, 1),  # of a process 100 is one core
         "machine_percent": system["cpu_percent"],
-        "worker_gib": process["resident_bytes"] / _GIB,
-        "machine_gib": (system["memory_total_bytes"] - system["memory_available_bytes"]) / _GIB,
-        "machine_total_gib": system["memory_total_bytes"] / _GIB,
+        "worker_gib": process["resident_bytes"] / GIB,
+        "machine_gib": (system["memory_total_bytes"] - system["memory_available_bytes"]) / GIB,
+        "machine_total_gib": system["memory_total_bytes"] / GIB,
     }
     gpu = own_gpu(sample.get("gpu"))
     if gpu is not None:
@@ -112,8 +112,8 @@ def values_of(sample: Sample) -> dict[str, float | None]:
         values |= {
             "gpu_percent": gpu["utilization_percent"],
             "memory_percent": gpu["memory_utilization_percent"],
-            "memory_gib": None if used is None else used / _GIB,
-            "memory_total_gib": None if total is None else total / _GIB,
+            "memory_gib": None if used is None else used / GIB,
+            "memory_total_gib": None if total is None else total / GIB,
             "power_w": gpu["power_w"],
             "power_limit_w": gpu["power_limit_w"],
             "sm_clock_mhz": gpu["sm_clock_mhz"],

@@ -261,7 +261,7 @@ def _missed(document: dict[str, Any]) -> str:
         return ""
     peaks = ", ".join(f"{dtype} {max(by.values()) / 1e9:.0f} GFLOP/s" for dtype, by in rates["gemm_flops_s"].items())
     head = (
-        f"Where a bar is not reached, the time of the whole run beside the floor of this machine (copy "
+        f"Where a bar is not reached, the time of the whole run next to the floor of this machine (copy "
         f"{rates['copy_bytes_s'] / 1e9:.1f} GB/s, read {rates['read_bytes_s'] / 1e9:.1f} GB/s, {peaks}; an ideal "
         "schedule, all prompts first, without any overhead):"
     )

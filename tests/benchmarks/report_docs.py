@@ -30,7 +30,19 @@ def updated(page: str) -> str:
     saved = documents()
     page = with_text_between(page, RUNS_BEGIN, RUNS_END, _runs(saved))
     full = [document for document in saved.values() if len(document.get("workloads", ())) > 1]
-    return with_text_between(page, BEGIN, END, markdown(with_knobs_as_settings(full[-1])))
+    return with_text_between(page, BEGIN, END, without_empty_columns(markdown(with_knobs_as_settings(full[-1]))))
+
+
+def without_empty_columns(text: str) -> str:
+    """The text, its tables without the columns in which nothing was measured."""
+    parts = [_full_columns(part) if part.startswith("|") else part for part in text.split("\n\n")]
+    return "\n\n".join(parts)
+
+
+def _full_columns(table: str) -> str:
+    rows = [line.strip("|").split("|") for line in table.splitlines()]
+    kept = [i for i in range(len(rows[0])) if any(row[i].strip() not in ("", "not measured") for row in rows[2:])]
+    return "\n".join(f"|{'|'.join(row[i] for i in kept)}|" for row in rows)
 
 
 def with_knobs_as_settings(document: dict[str, Any]) -> dict[str, Any]:

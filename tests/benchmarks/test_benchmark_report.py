@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.benchmarks import report
+from tests.benchmarks import report, report_docs
 from tests.benchmarks.bars import Bar, Side, judge
 from tests.benchmarks.metrics import METRICS
 
@@ -174,3 +174,8 @@ def test_results_are_filed_by_day_and_machine_and_read_back(document, tmp_path):
     path = report.save(document, tmp_path)
     assert path.name == "2026-01-02-amd-epyc-2-cores-abcdef.json"
     assert report.markdown(json.loads(path.read_text())) == report.markdown(document)
+
+
+def test_the_page_leaves_out_the_columns_in_which_nothing_was_measured():
+    text = "before\n\n| a | b | c |\n|---|---:|---|\n| 1 | not measured |  |\n\n* after | all"
+    assert report_docs.without_empty_columns(text) == "before\n\n| a |\n|---|\n| 1 |\n\n* after | all"

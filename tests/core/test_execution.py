@@ -119,7 +119,7 @@ def test_weights_swapped_while_compiled_run_by_their_own_programs_and_come_back(
     eager = make_engine(model, weights="int8")
     lossy = generate(eager, PROMPTS)
     assert lossy != expected
-    eager.reconfigure({"weights": "model"})
+    reconfigure(eager, {"weights": "model"})
     engine = compiled_engine(model)
     reconfigure(engine, {"weights": "int8"})
     wait_until_prepared(engine)
@@ -134,11 +134,11 @@ def test_weights_swapped_behind_the_engines_back_never_run_by_the_old_program(ti
     """Two engines share a model; one swaps its weights. The other one notices by itself."""
     model = load_model(str(tiny_llama), dtype="float32", device="cpu")
     first, second = compiled_engine(model), make_engine(model)
-    second.reconfigure({"weights": "int8"})
+    reconfigure(second, {"weights": "int8"})
     assert generate(first, PROMPTS) == generate(second, PROMPTS)
     assert modes(first)[0] == "eager", "nothing was prepared for the new weights yet"
     wait_until_prepared(first)
-    assert "int8" in first._executor._prepared_for
+    assert "int8" in first.executor._prepared_for
     assert generate(first, PROMPTS) == generate(second, PROMPTS)
     assert modes(first)[-1] == "compiled"
     first.close()

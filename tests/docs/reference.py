@@ -37,26 +37,28 @@ def code(text: str) -> str:
 
 
 def command_line() -> str:
-    """Every command of ``headroom`` and of ``python -m storage``."""
-    from engine.cli.app import app as engine
+    """Every command of ``headroom``, those of its history included."""
+    from engine.cli.app import command_line as engine
     from storage.cli import app as storage
 
     parts = [
         NOTE,
         "# Command line",
-        "`headroom` is the command of an installation; `python -m engine` is the same in a checkout. With `--json` "
-        "standard output holds one JSON document and nothing else; an error is "
-        '`{"error": {"message", "field", "remedy"}}`.',
+        "Which commands are there, and which options do they take?",
+        "`headroom` is the command of an installation; in a checkout `python -m engine` is the same (and `python -m "
+        "storage` is `headroom history`). With `--json` standard output holds one JSON document and nothing else; an "
+        'error is `{"error": {"message", "field", "remedy"}}`.',
         "Exit codes: 0 done; 1 failed; 2 wrong input; 130 interrupted.",
-        *_commands("headroom", typer.main.get_command(engine)),
-        *_commands("python -m storage", typer.main.get_command(storage)),
+        "`headroom --version` prints the version; `headroom --install-completion` completes commands in your shell.",
+        *_commands("headroom", typer.main.get_command(engine(completion=True))),
+        *_commands("headroom history", typer.main.get_command(storage)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _commands(program: str, group: Any) -> Iterator[str]:
-    for name, command in sorted(group.commands.items()):
-        if command.hidden:
+    for name, command in group.commands.items():
+        if command.hidden or name == "history":  # its own commands follow
             continue
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         options = [parameter for parameter in command.params if parameter not in arguments and not parameter.hidden]
@@ -116,7 +118,7 @@ ROUTES = {
     "POST /admin/runs": "Start a measured run, or a comparison of two settings.",
     "GET /admin/runs/{job_id}": "How far a run is, and its results.",
     "DELETE /admin/runs/{job_id}": "Cancel a run.",
-    "GET /admin/telemetry": "Samples of process, machine and GPUs numbered above `since`; a quarter of an hour is kept.",
+    "GET /admin/telemetry": "Samples of process, machine and GPUs above `since`; a quarter of an hour is kept.",
     "POST /admin/shutdown": "End the worker: answers in progress are drained first.",
 }
 
@@ -126,6 +128,7 @@ def http() -> str:
     parts = [
         NOTE,
         "# HTTP API",
+        "Which routes does the worker answer, and what do they take?",
         "The worker's. `/v1` is the OpenAI API with vLLM's extra fields and asks for a key where one is set; `/admin` "
         "asks for the admin token (`Authorization: Bearer …`). `force=true` does what a run in progress would forbid, "
         "and marks that run as disturbed. [Security](../security.md) says who is answered at all.",
@@ -170,8 +173,8 @@ def _bodies() -> Iterator[str]:
         yield f"## Body of {title}"
         yield table(("field", "type", "default"), [_field(name, field) for name, field in body.model_fields.items()])
     yield (
-        "Unknown fields are refused. These fields of the OpenAI API are accepted and have no effect on one local model, "
-        f"or only with their neutral value: {_accepted()}."
+        "Unknown fields are refused. These fields of the OpenAI API are accepted and have no effect on one local "
+        f"model, or only with their neutral value: {_accepted()}."
     )
 
 
@@ -219,37 +222,33 @@ def knobs() -> str:
     parts = [
         NOTE,
         "# Knobs",
-        "Names and values are the same on the Live page, for `--set knob=value`, in HTTP and in the record. *live* takes "
-        "effect at the next step; *swap* pauses between two steps; *reload* loads the model again. A knob that is not "
-        "lossless may change the tokens.",
+        "Which settings does the engine have, and when does a change take effect?",
+        "Names and values are the same on the Live page, for `--set knob=value`, in HTTP and in the record; the "
+        "default is bold. *live* takes effect at the next step; *swap* pauses between two steps; *reload* loads the "
+        "model again. *lossy* may change the tokens.",
     ]
     for group in dict.fromkeys(knob.group for knob in all_knobs()):
         rows = [
-            (code(knob.name), _values(knob), code(_shown(knob.default)), knob.tier, _yes(knob.lossless), knob.help)
+            (code(knob.name), _values(knob), knob.tier + ("" if knob.lossless else ", lossy"), knob.help)
             for knob in all_knobs()
             if knob.group == group
         ]
-        parts += [f"## {group}", table(("knob", "values", "default", "tier", "lossless", "meaning"), rows)]
+        parts += [f"## {group}", table(("knob", "values", "change", "meaning"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
 def _values(knob: Any) -> str:
-    if knob.choices:
-        return ", ".join(map(code, knob.choices))
-    if knob.kind == "bool":
-        return "`on`, `off`"
+    default = f"**{code(_shown(knob.default))}**"
+    if knob.choices or knob.kind == "bool":
+        choices = knob.choices or ("on", "off")
+        return ", ".join(default if choice == _shown(knob.default) else code(choice) for choice in choices)
     if knob.minimum is None:
-        return "text" if knob.kind == "str" else knob.kind
-    bounds = f"{knob.minimum:g} to {knob.maximum:,.10g} {knob.unit}".strip()
-    return f"{bounds}, or `auto`" if knob.optional else bounds
+        return f"a text, {default}"
+    return f"{knob.minimum:g} to {knob.maximum:,.10g} {knob.unit}".strip() + f", {default}"
 
 
 def _shown(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else "auto" if value is None else str(value)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------
@@ -267,6 +266,7 @@ def metrics() -> str:
     parts = [
         NOTE,
         "# Metrics",
+        "What can Prometheus scrape?",
         "`GET /metrics` of the worker, for Prometheus. Names are vLLM's where vLLM has the same metric and DCGM's for "
         "GPUs, so that their dashboards work; others begin with `headroom:`. Metrics of the process "
         "(`process_resident_memory_bytes` …) are prometheus-client's. A reading that is unavailable is left out.",

@@ -12,7 +12,6 @@ import pytest
 from engine.errors import ConfigError, EngineDeadError, WorkloadError
 from engine.measure import METRICS, RunProgress, run_comparison, run_workload
 from engine.measure.results import from_json, to_json
-from engine.status import take_status
 
 BURST = {"base": "quick", "num_requests": 5, "prompt_tokens": 20, "output_tokens": 8}
 
@@ -319,6 +318,6 @@ def test_waiting_for_a_run_never_blocks_the_engine_for_others(scripted_loop):
     thread.start()
     began = time.perf_counter()
     while thread.is_alive():
-        loop.call(lambda engine: take_status(engine))
+        loop.status_now()
     assert time.perf_counter() - began < 20
     thread.join()

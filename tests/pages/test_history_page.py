@@ -78,7 +78,7 @@ def _texts(page: AppTest) -> str:
 def test_an_empty_record_tells_how_to_make_the_first_run(store):
     page = open_history()
     assert "No runs yet" in page.subheader[0].value
-    assert "python -m storage record" in page.code[0].value
+    assert "headroom history record" in page.code[0].value
     assert page.file_uploader(key="history-upload") is not None
     assert not page.dataframe
 
@@ -387,7 +387,7 @@ def test_runs_side_by_side_show_energy_per_token_where_it_was_measured():
 def test_the_command_that_repeats_a_run_has_its_model_workload_seed_and_setting():
     run = make_run(3, changes={"weights": "int4", "memory_limit_gib": 1.5, "prefix_cache": False})
     words = shlex.split(repeat_command(run, named=True))
-    assert words[:4] == ["python", "-m", "engine", "bench"]
+    assert words[:2] == ["headroom", "bench"]
     assert words[words.index("--workload") + 1] == "chat"
     assert words[words.index("--seed") + 1] == "1"
     settings = [words[place + 1] for place, word in enumerate(words) if word == "--set"]

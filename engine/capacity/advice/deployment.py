@@ -10,7 +10,8 @@ from typing import Any
 from engine.capacity.advice.money import Cost, cost_of
 from engine.capacity.memory.plan import Plan, max_concurrency, plan
 from engine.capacity.memory.request import CompleteRequest, PlanRequest
-from engine.capacity.speed.serving import OperatingPoint, Serving, serving
+from engine.capacity.speed.operating_point import OperatingPoint
+from engine.capacity.speed.serving import Serving, serving
 from engine.capacity.speed.workload import (
     MAX_RATE,
     Objectives,

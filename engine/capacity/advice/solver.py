@@ -12,8 +12,9 @@ from engine.capacity.advice.money import Cost, cost_of
 from engine.capacity.hardware import Gpu
 from engine.capacity.memory.parallel import MAX_GPUS, possible_tp
 from engine.capacity.memory.request import CompleteRequest, PlanRequest, complete
+from engine.capacity.speed.operating_point import OperatingPoint
 from engine.capacity.speed.roofline import has_speeds
-from engine.capacity.speed.serving import OperatingPoint, serving
+from engine.capacity.speed.serving import serving
 from engine.capacity.speed.workload import (
     MAX_RATE,
     Objectives,

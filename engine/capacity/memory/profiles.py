@@ -44,6 +44,7 @@ class Profile:
         non_torch_gib: on one GPU, and on each of several.
         batch_is_concurrency: there is no scheduler: all sequences are one batch, prefilled in one pass.
         text_only: runs the language model of a multimodal one alone.
+        zero_point_bits: of the zero point of a group of INT4 weights: 4 packed, 16 next to the scale.
         caps_cache: allocates no more blocks than ``max_num_seqs`` sequences of the planned context can use.
         assumptions: what the rows rest on, for display.
     """
@@ -64,6 +65,7 @@ class Profile:
     batch_is_concurrency: bool = False
     text_only: bool = False
     caps_cache: bool = False
+    zero_point_bits: int = 4
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -152,6 +154,7 @@ PROFILES: tuple[Profile, ...] = (
         non_torch_gib=(0.0, 0.0),
         text_only=True,
         caps_cache=True,
+        zero_point_bits=16,
         assumptions=(
             "Sized by the function that the engine itself uses; what lies outside of torch comes from the memory "
             "outside the utilization.",
@@ -208,9 +211,8 @@ def find_profile(name: str) -> Profile:
 
 
 def profile_weight_precision(profile: Profile, name: str, spec: ModelSpec) -> WeightPrecision:
-    """The weight format of that name as the engine keeps it: ours has the zero point of a group in 16 bits, next to the
-    scale. The model's checkpoint may have a format of its own by that name."""
-    return spec.weight_precision(name, zero_point_bits=16 if profile.name == "headroom" else 4)
+    """The weight format of that name as the engine keeps it; the model's checkpoint may have one of its own by it."""
+    return spec.weight_precision(name, zero_point_bits=profile.zero_point_bits)
 
 
 def resident_weight_bytes(

@@ -16,62 +16,17 @@ import functools
 import math
 
 from engine.capacity.memory.request import CompleteRequest, complete
-from engine.capacity.speed.queueing import Moments, mg1_wait, slot_wait
+from engine.capacity.speed.operating_point import OperatingPoint
+from engine.capacity.speed.queueing import Moments, slot_wait
 from engine.capacity.speed.roofline import Batch, Operator, StepModel, has_speeds, step_model
 from engine.capacity.speed.speculation import expected_tokens
+from engine.capacity.speed.steady_state import SteadyState, end_to_end
 from engine.capacity.speed.workload import Objectives, PlannedWorkload
 
 _HALVINGS = 40
 #: How far a request's mean step duration follows the fluctuation of the number of running requests: a time average
 #: over its own lifetime, where that number forgets its past within one lifetime.
 _FLUCTUATION = 0.7
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class OperatingPoint:
-    """A deployment at one load. Durations in seconds, rates a second; of all replicas together where they add up.
-
-    Attributes:
-        running: sequences that decode at once, mean, of one replica.
-        in_system: with those that wait or are prefilled.
-        rate: requests a second.
-        step_s: mean duration of a step; decode_step_s: of one without prompt tokens.
-        tpot_s, tpot_p95_s: time per output token, mean and 95th percentile over requests.
-        ttft_s, ttft_p50_s, ttft_p95_s, ttft_p99_s: time to first token, queueing included.
-        e2e_s, e2e_p50_s, e2e_p95_s, e2e_p99_s: from arrival to the last token.
-        output_tokens_s, total_tokens_s: throughput without and with prompt tokens.
-        prefill_share: of the time, spent on prompts.
-        slot_load: share of the slots that are busy, budget_load: of the token budget.
-        stable: the queue does not grow for ever.
-    """
-
-    running: float
-    in_system: float
-    rate: float
-    step_s: float
-    decode_step_s: float
-    tpot_s: float
-    tpot_p95_s: float
-    ttft_s: float
-    ttft_p50_s: float
-    ttft_p95_s: float
-    ttft_p99_s: float
-    e2e_s: float
-    e2e_p50_s: float
-    e2e_p95_s: float
-    e2e_p99_s: float
-    output_tokens_s: float
-    total_tokens_s: float
-    prefill_share: float
-    slot_load: float
-    budget_load: float
-    stable: bool
-
-    def meets(self, objectives: Objectives) -> bool:
-        """True if the 95th percentiles keep the objectives and the load is stable."""
-        ttft = objectives.ttft_s is None or self.ttft_p95_s <= objectives.ttft_s
-        tpot = objectives.tpot_s is None or self.tpot_p95_s <= objectives.tpot_s
-        return self.stable and ttft and tpot
 
 
 class Serving:
@@ -179,21 +134,15 @@ class Serving:
         """
         if self.request.profile.batch_is_concurrency:
             return self._static(running)
-        work = self.workload
-        base, slope, room = self._line(running)
-        rate = self.rate_at(running, closed)
-        load = rate * work.prefill_tokens * slope / self.request.pp
-        step = self.step_s(running, closed)
-        steps = _step_moments(work, rate, slope, step, load)
-        ttft, budget_load = self._ttft(base, slope, room, rate, steps, load)
-        growth, fluctuation, follows = (0.0, 0.0, 0.0) if closed else self._fluctuation(running, step)
+        state = self._steady_state(running, closed)
+        ttft, budget_load = state.ttft()
+        growth, fluctuation, follows = (0.0, 0.0, 0.0) if closed else self._fluctuation(running, state.step)
         if not closed:
-            felt = (0.5 + min(load, 1.0) + max(1.0, math.ceil(work.prefill_tokens / room - 1e-9))) * growth
+            felt = (0.5 + min(state.load, 1.0) + state.prompt_chunks) * growth
             ttft = Moments(ttft.mean, ttft.variance + felt**2 * fluctuation, ttft.least)
-            ttft = ttft.plus(self._slot_wait(running, step))
-        tpot = self._tpot(step, steps[1], follows * growth**2 * fluctuation)
-        e2e = _e2e(work, ttft, tpot)
-        return self._point(running, rate, base, step, ttft, tpot, e2e, budget_load)
+            ttft = ttft.plus(self._slot_wait(running, state.step))
+        tpot = state.tpot(follows * growth**2 * fluctuation)
+        return self._point(state, ttft, tpot, end_to_end(self.workload, ttft, tpot), budget_load)
 
     def at_concurrency(self, users: float) -> OperatingPoint:
         """``users`` users in all, each with one request at a time: Little's law splits them into those that decode and
@@ -257,35 +206,19 @@ class Serving:
 
     # -- parts -------------------------------------------------------------------------------------------------
 
-    def _ttft(
-        self, base: float, slope: float, room: float, rate: float, steps: tuple[float, float, float], load: float
-    ) -> tuple[Moments, float]:
-        """Time to first token without the wait for a slot, and the load of the token budget.
-
-        An arrival waits for the rest of the running step, then for the one that takes its prompt, together with the
-        prompts that arrived during the same step; where the budget is short, for prompts before it.
-        """
-        work, ca2 = self.workload, self.workload.burstiness
-        prompt, prompt2 = work.prefill_tokens, _second_moment(work.prefill_tokens, work.input_cv)
-        chunks = max(1.0, math.ceil(prompt / room - 1e-9))
-        # The step that an arrival meets is longer than the mean: its length is weighted by itself.
-        mean, variance, third = steps
-        most = max(base + slope * room, mean)
-        met = min((mean**2 + variance) / mean, most)
-        met2 = max(min((third + 3.0 * variance * mean + mean**3) / mean, most * met), met**2)
-        service, service2 = (
-            prompt * (base / room + slope) / self.request.pp,
-            prompt2 * ((base / room + slope) / self.request.pp) ** 2,
+    def _steady_state(self, running: float, closed: bool) -> SteadyState:
+        base, slope, room = self._line(running)
+        return SteadyState(
+            workload=self.workload,
+            pp=self.request.pp,
+            tokens_a_step=self.tokens_a_step,
+            running=running,
+            rate=self.rate_at(running, closed),
+            base=base,
+            slope=slope,
+            room=room,
+            step=self.step_s(running, closed),
         )
-        queued = mg1_wait(rate, service, service2, ca2)
-        unbounded = mg1_wait(rate, prompt * slope, prompt2 * slope**2, ca2)
-        extra = max(0.0, queued - unbounded) if math.isfinite(queued) else math.inf
-        others = 2.0 * _arrivals_near(rate, met / 2.0, ca2)
-        share = min(slope * prompt * others / met, 2.0) if met else 0.0
-        average = (0.5 + share) * met + chunks * base + slope * prompt + extra
-        spread = (1 / 3 + share + share**2) * met2 - ((0.5 + share) * met) ** 2
-        spread += slope**2 * others * (prompt2 - prompt**2 + ca2 * prompt**2)
-        return Moments(average, spread + slope**2 * (prompt2 - prompt**2) + extra**2, base), rate * service
 
     def _fluctuation(self, running: float, step: float) -> tuple[float, float, float]:
         """How much longer steps get with one more running sequence, the variance of their number, and how far a
@@ -305,15 +238,6 @@ class Serving:
         held = work.output_tokens / self.tokens_a_step * step
         return slot_wait(self.slots, running, held, work.output_cv**2, work.burstiness)
 
-    def _tpot(self, step: float, step_variance: float, slow_variance: float) -> Moments:
-        work, per_token = self.workload, step / self.tokens_a_step
-        steps = max(work.output_tokens / self.tokens_a_step, 1.0)
-        variance = (step_variance / steps + slow_variance) / self.tokens_a_step**2
-        if work.draft_length:
-            # The number of accepted drafts varies: a round yields 1 … k + 1 tokens.
-            variance += (per_token * work.draft_length / self.tokens_a_step) ** 2 / 4.0 / steps
-        return Moments(per_token, variance)
-
     def _static_cycle_s(self, batch: float) -> float:
         """A static batch from its first prompt token to the last token of its longest answer."""
         work = self.workload
@@ -327,21 +251,24 @@ class Serving:
 
     def _static(self, batch: float) -> OperatingPoint:
         cycle, prefill, step = self._static_cycle_s(batch), self._static_prefill_s(batch), self.decode_step_s(batch)
-        ttft, tpot = Moments(prefill, 0.0), Moments(step, 0.0)
-        point = self._point(batch, batch / cycle, step, step, ttft, tpot, Moments(cycle, 0.0), 0.0)
+        state = SteadyState(
+            workload=self.workload,
+            pp=self.request.pp,
+            tokens_a_step=self.tokens_a_step,
+            running=batch,
+            rate=batch / cycle,
+            base=step,
+            slope=0.0,
+            room=math.inf,
+            step=step,
+        )
+        point = self._point(state, Moments(prefill, 0.0), Moments(step, 0.0), Moments(cycle, 0.0), 0.0)
         return dataclasses.replace(point, prefill_share=prefill / cycle, in_system=batch * self.request.dp)
 
     def _point(
-        self,
-        running: float,
-        rate: float,
-        base: float,
-        step: float,
-        ttft: Moments,
-        tpot: Moments,
-        e2e: Moments,
-        budget_load: float,
+        self, state: SteadyState, ttft: Moments, tpot: Moments, e2e: Moments, budget_load: float
     ) -> OperatingPoint:
+        running, rate, base, step = state.running, state.rate, state.base, state.step
         work, dp = self.workload, self.request.dp
         p50, p95, p99 = (e2e.percentile(share) for share in (0.5, 0.95, 0.99))
         return OperatingPoint(
@@ -380,40 +307,6 @@ _QUEUED = (
     "e2e_p99_s",
     "in_system",
 )
-
-
-def _second_moment(mean: float, cv: float) -> float:
-    return mean**2 * (1.0 + cv**2)
-
-
-def _step_moments(
-    work: PlannedWorkload, rate: float, slope: float, step: float, load: float
-) -> tuple[float, float, float]:
-    """Mean, variance and third central moment of the duration of steps: prompts come or do not come."""
-    prompt, prompt2 = work.prefill_tokens, _second_moment(work.prefill_tokens, work.input_cv)
-    prompt3 = prompt**3 * (1.0 + work.input_cv**2) * (1.0 + 2.0 * work.input_cv**2)  # of a gamma distribution
-    below = min(load, 0.98)
-    a_request = slope**2 * (prompt2 - prompt**2 + work.burstiness * prompt**2)
-    variance = rate * step * a_request / (1.0 - below**2)
-    return step, variance, rate * step * slope**3 * prompt3 * work.burstiness / (1.0 - below**3)
-
-
-def _arrivals_near(rate: float, seconds: float, burstiness: float) -> float:
-    """Other arrivals within ``seconds`` after one, on average: of Poisson arrivals rate · seconds, in bursts more
-    (renewal function of gamma-distributed gaps, for short times and in its limit for long ones)."""
-    plain = rate * seconds
-    if burstiness <= 1.0 or plain <= 0.0:
-        return plain
-    shape = 1.0 / burstiness
-    soon = math.pow(shape * plain, shape) / math.gamma(1.0 + shape)
-    return max(plain, min(soon, plain + (burstiness - 1.0) / 2.0))
-
-
-def _e2e(work: PlannedWorkload, ttft: Moments, tpot: Moments) -> Moments:
-    rest = max(work.output_tokens - 1.0, 0.0)
-    spread = (work.output_tokens * work.output_cv) ** 2
-    variance = rest**2 * tpot.variance + spread * (tpot.mean**2 + tpot.variance)
-    return ttft.plus(Moments(rest * tpot.mean, variance))
 
 
 def _draft_model(request: CompleteRequest, workload: PlannedWorkload) -> StepModel | None:
