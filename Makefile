@@ -13,7 +13,7 @@ PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 # Processes that share the suite: one a core, four at most (each holds a gigabyte or two).
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 # Each computes with one thread: they have the cores already.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 SLOW_MARKS := model or browser or postgres or interpreter or beside or slow or waiting
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 

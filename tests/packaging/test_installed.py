@@ -23,6 +23,8 @@ from engine.capacity.advice.launch import launch_commands
 from engine.capacity.memory.request import PlanRequest, complete
 from engine.paths import headroom_home
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("app.py", ".streamlit/config.toml", "engine", "kernels", "storage", "pages")
 LLAMA_70B = ("plan", "--model", "Llama-3.1-70B", "--gpu", "H100 SXM 80GB", "--context", "8192", "--tp", "4", "--json")
