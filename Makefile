@@ -13,7 +13,7 @@ PEERS := $(or $(HEADROOM_PEERS),$(HEADROOM_HOME)/peers)
 # Processes that share the suite: one a core, four at most (each holds a gigabyte or two).
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 # Each computes with one thread: they have the cores already.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 SLOW_MARKS := model or browser or postgres or interpreter or beside or slow or waiting
 PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard tests/benchmarks/peers/*-requirements.txt))
 
@@ -33,14 +33,17 @@ setup-dev: $(VENV)/.installed-dev chromium
 	@$(BIN)/python -m engine fetch smollm2-135m
 	@$(BIN)/python -m tests.gemma
 
-# The stamps make a second run quick: packages are installed only after a lock has changed.
-$(VENV)/.installed: requirements.lock requirements-cpu.lock requirements-uv.lock
+# The stamps make a second run quick: packages are installed only after a lock, or the wanted build of torch, has changed.
+$(VENV)/.installed: requirements.lock requirements-cpu.lock requirements-uv.lock $(VENV)/.torch-$(TORCH)
 	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH)
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 	$(PYTHON) .ci/environment.py --venv $(VENV) --torch $(TORCH) --dev
 	@touch $@
+
+$(VENV)/.torch-$(TORCH):
+	@mkdir -p $(VENV) && rm -f $(VENV)/.torch-* && touch $@
 
 lock: ## Resolve requirements*.txt for every platform and write the locks, with hashes.
 	$(PYTHON) .ci/environment.py --venv $(VENV) --lock

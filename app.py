@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from streamlit.starlette import App
 
 from engine.errors import ConfigError
+from engine.worker.logs import configure_logging
 from pages.door import Door, check_environment
 from pages.services import close_services, get_services
 
@@ -30,6 +31,7 @@ async def lifespan(_: App) -> AsyncIterator[dict[str, Any]]:
 
 
 try:
+    configure_logging()
     check_environment()
 except ConfigError as error:
     sys.exit(str(error))

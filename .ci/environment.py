@@ -1,7 +1,7 @@
 """Make or refresh the virtual environment from the locks: ``make setup`` and ``make setup-dev`` call this.
 
     python3 .ci/environment.py [--venv .venv] [--torch auto|cpu|cuda] [--dev]
-    python3 .ci/environment.py --lock            write the locks anew from requirements*.txt
+    python3 .ci/environment.py --lock            write the locks again from requirements*.txt
 
 Every package comes with its hash. On Linux the default build of torch brings gigabytes of CUDA libraries; a machine
 without an NVIDIA GPU gets the CPU build where one can be reached: in the places that pip has been told of, else in
@@ -77,7 +77,15 @@ def _install(python: Path, torch: str) -> None:
             if _uv(python, "install", "--require-hashes", "-r", str(CPU), *further, must=False):
                 return
         print("No CPU build of torch is in reach for this Python: its default build is installed.", file=sys.stderr)
-    _uv(python, "install", "--require-hashes", "-r", str(DEFAULT))
+    # the CPU build satisfies the default one's version
+    other = ("--reinstall-package", "torch") if torch == "cuda" and _torch_version(python).endswith("+cpu") else ()
+    _uv(python, "install", "--require-hashes", "-r", str(DEFAULT), *other)
+
+
+def _torch_version(python: Path) -> str:
+    """The installed one, "" if there is none."""
+    code = "from importlib.metadata import version; print(version('torch'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
 def _lock(python: Path) -> None:
@@ -101,21 +109,22 @@ def _names(lock: Path) -> Iterator[str]:
 
 
 def _compile(python: Path, target: Path, *arguments: str, stdin: str = "", must: bool = True) -> bool:
-    options = ["--universal", "--python-version", "3.11", "--generate-hashes", "--quiet", "--no-annotate"]
+    options = ["--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate"]
     options += ["--no-emit-index-url", "--no-emit-find-links", "--custom-compile-command", "make lock"]
     return _uv(python, "compile", *options, "--output-file", str(target), *arguments, stdin=stdin, must=must)
 
 
 def _uv(python: Path, *arguments: str, stdin: str = "", must: bool = True) -> bool:
-    """Run ``uv pip …`` on this environment; False if it failed and need not succeed."""
-    command = [str(python.with_name("uv")), "pip", *arguments]
+    """Run ``uv pip …`` on this environment; False if it failed and need not succeed: then silently."""
+    command = [str(python.with_name("uv")), "pip", *arguments, *(() if sys.stderr.isatty() else ("--quiet",))]
     places = _pip_places(python)
     if arguments[0] == "compile":
         places = {name: value for name, value in places.items() if name in _FOR_LOCKS}
     else:
         command += ["--python", str(python)]
         places["UV_INDEX_STRATEGY"] = "unsafe-best-match"  # as pip: every index is equal; the hashes say what is taken
-    done = subprocess.run(command, cwd=ROOT, env={**places, **os.environ}, input=stdin, text=True)
+    where = {**places, **os.environ}
+    done = subprocess.run(command, cwd=ROOT, env=where, input=stdin, text=True, capture_output=not must)
     if must and done.returncode != 0:
         sys.exit(done.returncode)
     return done.returncode == 0
@@ -123,14 +132,23 @@ def _uv(python: Path, *arguments: str, stdin: str = "", must: bool = True) -> bo
 
 def _pip_places(python: Path) -> dict[str, str]:
     """The places that pip has been told to look in, as uv's variables."""
+    command = [python, "-m", "pip", "config", "list"]
+    return _as_uv_variables(subprocess.run(command, capture_output=True, text=True).stdout)
+
+
+def _as_uv_variables(settings: str) -> dict[str, str]:
+    """What ``pip config list`` prints, one ``section.name='value'`` a line, as far as uv needs it.
+
+    >>> _as_uv_variables("global.find-links='/a /b'\\nglobal.timeout='9'")
+    {'UV_FIND_LINKS': '/a,/b'}
+    """
     places = {}
-    for line in subprocess.run(
-        [python, "-m", "pip", "config", "list"], capture_output=True, text=True
-    ).stdout.splitlines():
+    for line in settings.splitlines():
         name, _, value = line.partition("=")
         variable = _PLACES.get(name.rpartition(".")[2])
-        if variable and value.strip("'\""):
-            places[variable] = value.strip("'\"").replace("\\n", " ").strip()
+        several = value.strip("'\"").replace("\\n", " ").split()
+        if variable and several:
+            places[variable] = ("," if variable == "UV_FIND_LINKS" else " ").join(several)
     return places
 
 

@@ -135,8 +135,8 @@ class EngineConfig:
         minimum=0,
         maximum=1_000_000,
         unit="requests",
-        help="How many requests may wait beside those that may run at once (`max_running`). One more is refused, with "
-        "the advice to try again a little later, instead of waiting in a queue that only grows.",
+        help="How many requests may wait besides the `max_running` that run. One more is refused with the advice to "
+        "try again a little later, instead of waiting in a queue that only grows.",
     )
     token_budget: int = _knob(
         512,
@@ -212,7 +212,7 @@ class EngineConfig:
         tier=Tier.LIVE,
         depends_on=("speculation", "ngram"),
         help="fixed: every draft has the draft length. adaptive: drafts follow how many tokens were accepted lately, "
-        "and stop where the measured time of steps shows that they do not pay at the present batch size.",
+        "and stop where the measured time of steps shows that they do not pay at the current batch size.",
     )
     ngram_max: int = _knob(
         4,
@@ -255,7 +255,7 @@ class EngineConfig:
         help="eager: every operation is launched from Python. native: all layers are one call of our C++ kernels for "
         "the CPU (needs native attention and linear layers). fused: layers through our fused Triton kernels (needs a "
         "GPU and attention=triton). compiled: each layer is one compiled program (needs a C++ compiler). graphs: "
-        "decode batches are CUDA graphs of the fused layers (the same). Compiled and graphs are "
+        "decode batches replay CUDA graphs of the fused layers (same needs as fused). Compiled and graphs are "
         "prepared while eager or fused goes on serving. auto: native on a CPU, fused on a GPU, else eager.",
     )
     linear: Literal["auto", "native", "triton", "torch"] = _knob(
@@ -272,8 +272,8 @@ class EngineConfig:
         label="Sampler",
         group="Execution",
         tier=Tier.LIVE,
-        help="Who chooses tokens where a request asks for a temperature. torch: torch's own operators, sorting where "
-        "top-k or top-p asks for it. triton: our kernels, which search instead of sorting (need a GPU). The tokens are "
+        help="What samples tokens where a request sets a temperature. torch: torch's own operators, sorting where "
+        "top-k or top-p needs it. triton: our kernels, which search instead of sorting (need a GPU). The tokens are "
         "the same. auto: triton on a GPU.",
     )
     # -- weights ---------------------------------------------------------------------------------------
@@ -284,10 +284,10 @@ class EngineConfig:
         tier=Tier.SWAP,
         lossless=False,
         help="model: as loaded. int8: one scale per output channel. int4: round-to-nearest in groups with scale "
-        "and zero point. w4a8: int4 in groups of 32, and activations of 8 bits in the same groups, as llama.cpp has "
-        "them; the quickest on a CPU, slow on a GPU. w8a8, fp8: activations too have 8 bits, INT8 or FP8 (e4m3), with "
-        "a scale for each token; for the matrix units of a GPU, slow on a CPU. Switching back to model restores the "
-        "exact weights from the checkpoint.",
+        "and zero point. w4a8: int4 in groups of 32, and activations of 8 bits in the same groups, as in "
+        "llama.cpp; the quickest on a CPU, slow on a GPU. w8a8, fp8: activations too have 8 bits, INT8 or FP8 (e4m3), "
+        "with a scale for each token; for the matrix units of a GPU, slow on a CPU. Switching back to model restores "
+        "the exact weights from the checkpoint.",
     )
     group_size: Literal["32", "64", "128"] = _knob(
         "32",
@@ -470,7 +470,7 @@ _ADDED_CHOICES: dict[str, tuple[str, ...]] = {}
 
 
 def add_choice(name: str, value: str) -> Callable[[], None]:
-    """Let a knob that is a choice take one more value: what an extension calls beside registering what the value names.
+    """Let a knob that is a choice take one more value: what an extension calls when it registers what the value names.
 
     Page, command line, API and error messages offer the value from then on.
 

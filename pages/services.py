@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ from typing import Any, Literal, Protocol
 from engine.config import DEFAULT_MODEL, Knob, Tier
 from pages.background.feed import Feed
 from pages.background.recorder import Job, RunRecorder
+
+logger = logging.getLogger(__name__)
 
 WorkerPhase = Literal["loading", "ready", "failed", "dead"]
 
@@ -166,6 +169,7 @@ class Services:
         """Start the worker again if it died (another tab may have done so already)."""
         with self._restart_lock:
             if self.view(max_age_s=0.0).phase == "dead":
+                logger.info("the engine worker is started again")
                 self.worker.restart()
                 self._restarted_unix_s = time.time()
                 self._forget_health()

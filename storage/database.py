@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
@@ -22,6 +23,8 @@ from storage.errors import TRANSLATED, StorageError, cause_of, translate
 from storage.masking import masked
 from storage.space import prepare
 from storage.views import create_views, drop_views, views_are_current
+
+logger = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x4EAD_200A  # any number that no other program on the server is likely to have picked
@@ -172,6 +175,7 @@ def migrate(engine: Engine) -> None:
             if not _is_current(connection, name):
                 drop_views(connection)
                 alembic.command.upgrade(alembic_config(connection), "head")
+                logger.info("the tables of %s are those of this version now", name)
             if not views_are_current(connection):  # knobs or metrics have come or gone since
                 create_views(connection)
     except TRANSLATED as error:

@@ -26,17 +26,21 @@ IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 _BESIDE = pytest.StashKey[Beside]()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Check the marks, put every test into a group of tests that run in one process, and order the groups."""
+    """Check the marks and order the groups of tests."""
     mistakes = [mistake for item in items if (mistake := marks.mistake(item)) is not None]
     if mistakes:
         raise pytest.UsageError("\n".join(mistakes))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(marks.group(item)))
         if item.get_closest_marker("beside") is not None:
             item.add_marker(pytest.mark.timeout(PATIENCE_S + 30))
     items.sort(key=lambda item: marks.rank(item, in_parallel=IN_PARALLEL))  # stable
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand whole groups to the processes that share the suite (``--dist loadscope``)."""
+    return marks.group_scheduling()(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

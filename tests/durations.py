@@ -21,21 +21,10 @@ def table(reports: Iterable[Timed], rows: int = ROWS) -> str:
     """The slowest tests, set-up and teardown included, and the sum of all, as Markdown."""
     seconds: dict[str, float] = {}
     for report in reports:
-        name = without_group(report.nodeid)
-        seconds[name] = seconds.get(name, 0.0) + report.duration
+        seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
     slowest = sorted(seconds.items(), key=lambda found: -found[1])[:rows]
     lines = [f"{len(seconds)} tests, {sum(seconds.values()):.0f} s in all.", "", "| seconds | test |", "|--:|---|"]
     return "\n".join(lines + [f"| {spent:.2f} | `{name}` |" for name, spent in slowest]) + "\n"
-
-
-def without_group(nodeid: str) -> str:
-    """A test's id without the group that pytest-xdist appends.
-
-    >>> without_group("tests/a.py::test_b[c@d]@tests/a.py"), without_group("tests/a.py::test_b[c@d]")
-    ('tests/a.py::test_b[c@d]', 'tests/a.py::test_b[c@d]')
-    """
-    head, found, group = nodeid.rpartition("@")
-    return head if found and "]" not in group else nodeid
 
 
 def write(reports: Iterable[Timed], path: Path) -> None:

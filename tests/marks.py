@@ -6,6 +6,8 @@ forgotten mark would bring it in by the back door, so a test that uses such a fi
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 #: The mark that whoever uses a fixture must have.
@@ -19,6 +21,14 @@ MARK_OF = {
 }
 #: Rooms whose tests start servers of several processes and measure how long these take to answer: one at a time.
 SERVED = ("tests/e2e/", "tests/server/", "tests/attack/")
+#: Files that compare with the default model in transformers, which takes a quarter of a minute to load.
+REFERENCED = (
+    "tests/parity/test_default_model_parity.py",
+    "tests/models/test_decoder_parity.py",
+    "tests/measure/test_measuring_the_real_engine.py",
+)
+#: Files of a minute: begun late, they would be waited for.
+LONG = ("tests/core/test_execution.py", "tests/parity/test_families_parity.py")
 
 
 def mistake(item: pytest.Item) -> str | None:
@@ -28,15 +38,12 @@ def mistake(item: pytest.Item) -> str | None:
     return f"{item.nodeid} needs the mark {', '.join(sorted(missing))}." if missing else None
 
 
-def group(item: pytest.Item) -> str:
-    """The tests with this name run in one process, one after another: those of a file, and all that measure servers."""
-    beside = item.get_closest_marker("beside")
-    if beside is not None:
-        return f"beside {beside.args[0]}"
-    path = item.nodeid.partition("::")[0]
+def group(nodeid: str) -> str:
+    """Tests of one group run in one process, one after another: those of a file, and all that measure servers."""
+    path = nodeid.partition("::")[0]
     if path.startswith(SERVED):
         return "served"
-    return "default model" if "hf_default_model" in getattr(item, "fixturenames", ()) else path
+    return "referenced" if path in REFERENCED else path
 
 
 def rank(item: pytest.Item, *, in_parallel: bool) -> int:
@@ -44,4 +51,18 @@ def rank(item: pytest.Item, *, in_parallel: bool) -> int:
     beside = item.get_closest_marker("beside") is not None
     if not in_parallel:
         return int(beside)
-    return {"served": 0, "default model": 2}.get(group(item), 1 if beside else 3)
+    found = group(item.nodeid)
+    if found == "served":
+        return 0
+    return 1 if beside else 2 if found == "referenced" or found in LONG else 3
+
+
+def group_scheduling() -> Any:
+    """The class with which pytest-xdist hands out groups. (Its own groups, by mark, get lost with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return GroupScheduling

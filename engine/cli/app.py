@@ -28,6 +28,7 @@ from engine.cli.plan import plan
 from engine.cli.run import run
 from engine.cli.serve import serve
 from engine.errors import HeadroomError
+from engine.worker.logs import configure_logging
 
 PROGRAM = "headroom"
 
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in given
     try:
+        configure_logging()
         code = command_line(completion=program == PROGRAM)(args=given, prog_name=program, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except HeadroomError as error:

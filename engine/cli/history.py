@@ -21,7 +21,11 @@ PASSES_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True, "a
 def history(context: typer.Context) -> None:
     """List, show, record, export and import the runs on record (see headroom history --help)."""
     sys.stdout.flush()
-    os.execve(sys.executable, [*storage_command(), *context.args], storage_environment())
+    os.execve(
+        sys.executable,
+        [*storage_command(), *context.args],
+        storage_environment({"HEADROOM_PROGRAM": context.command_path}),
+    )
 
 
 def storage_command() -> list[str]:
@@ -33,7 +37,7 @@ def storage_environment(values: Mapping[str, str] | None = None) -> dict[str, st
     """The environment in which :func:`storage_command` finds its room, from a source tree too.
 
     Args:
-        values: variables to set in it.
+        values: variables to set in it; HEADROOM_PROGRAM is what its help calls it.
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, **(values or {})}

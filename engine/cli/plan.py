@@ -186,9 +186,9 @@ def _model_spec_from_file(model: str) -> ModelSpec | None:
     elif path.suffix.lower() != ".json":
         return None
     config = _read_json(path, "model", "Give the path of a model's config.json, or the name of a model in the catalog.")
-    beside = path.with_name(_QUANTIZATION_FILE)
+    companion = path.with_name(_QUANTIZATION_FILE)
     remedy = "Download it again from the model's repository, or move it away to plan without it."
-    quantization = _read_json(beside, _QUANTIZATION_FILE, remedy) if beside.is_file() else None
+    quantization = _read_json(companion, _QUANTIZATION_FILE, remedy) if companion.is_file() else None
     return ModelSpec.from_hf_config(config, quantization=quantization)
 
 

@@ -68,7 +68,7 @@ class AutoMode(ExecutionMode):
         return self._chosen.forward(step)
 
     def prepared(self) -> Sequence[TokenRange]:
-        """As :meth:`ExecutionMode.prepared`. What could not be had was no wish of its own: nothing ever fails."""
+        """As :meth:`ExecutionMode.prepared`. A mode that is passed over is no failure: :meth:`failed` stays empty."""
         return self._chosen.prepared()
 
     def path(self) -> str:

@@ -55,9 +55,9 @@ class CompilerProcess:
             line = process.stdout.readline()
         except (OSError, ValueError):
             line = b""
-        answer: dict[str, Any] = json.loads(line) if line else {"error": self._last_line()}
-        if "error" in answer:
-            raise CompileError(answer["error"])
+        reply: dict[str, Any] = json.loads(line) if line else {"error": self._last_line()}
+        if "error" in reply:
+            raise CompileError(reply["error"])
 
     def close(self) -> None:
         """End the process and whatever it has started; from any thread."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.measure.claims import CLAIMS, Claim, ClaimVerdict, claims_for, judge_claim
     from engine.measure.comparison import MetricComparison, compare, compare_all
-    from engine.measure.driver import Comparison, RunProgress, run_comparison, run_workload
+    from engine.measure.driver import RunProgress, run_workload
+    from engine.measure.interleaved import Comparison, run_comparison
     from engine.measure.metrics import METRICS, MetricInfo, Slo, summarize
     from engine.measure.prompts import WorkloadRequest, expand, workload_hash
     from engine.measure.provenance import collect_provenance
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 _HOME = {
     "claims": ("CLAIMS", "Claim", "ClaimVerdict", "claims_for", "judge_claim"),
     "comparison": ("MetricComparison", "compare", "compare_all"),
-    "driver": ("Comparison", "RunProgress", "run_comparison", "run_workload"),
+    "driver": ("RunProgress", "run_workload"),
+    "interleaved": ("Comparison", "run_comparison"),
     "metrics": ("METRICS", "MetricInfo", "Slo", "summarize"),
     "prompts": ("WorkloadRequest", "expand", "workload_hash"),
     "quality": ("QualityComparison", "measure_quality"),

@@ -183,7 +183,7 @@ def _arrange(
 ) -> tuple[list[float], list[float], bool]:
     by_repeat_a = {run.repeat: run for run in runs_a if run.repeat is not None}
     by_repeat_b = {run.repeat: run for run in runs_b if run.repeat is not None}
-    labelled = len(by_repeat_a) == len(runs_a) and len(by_repeat_b) == len(runs_b)
+    labelled = 0 < len(by_repeat_a) == len(runs_a) and 0 < len(by_repeat_b) == len(runs_b)
     # repeats of two different comparisons are no pairs, even if they bear the same numbers
     together = {run.comparison_id for run in (*runs_a, *runs_b)}
     if labelled and len(together) == 1 and None not in together:

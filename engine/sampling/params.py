@@ -72,7 +72,7 @@ LIMITS: dict[str, Bounds] = {
     "logprobs": Bounds(int, 0, 20, "Give a whole number from 0 to 20."),
     "priority": Bounds(int, -(2**31), 2**31 - 1, "Give a whole number of 32 bits; lower runs first."),
 }
-"""Bounds of every number that a request brings, by field; ``priority`` goes beside the parameters."""
+"""Bounds of every number that a request brings, by field; ``priority`` goes alongside the parameters."""
 
 MOST_STOPS = 64
 MOST_STOP_CHARACTERS = 262_144  # of one stop string

@@ -132,6 +132,7 @@ class RunRecorder:
         job = Job(str(answer["job_id"]), run_ids, kind, title, dict(request))
         with self._lock:
             self._jobs.append(job)
+        logger.info("job %s started: %s, runs %s", job.job_id, title, ", ".join(run_ids) or "not named yet")
         threading.Thread(target=self._follow, args=(job,), name=f"record-{job.job_id[:8]}", daemon=True).start()
         return job
 
@@ -202,6 +203,7 @@ class RunRecorder:
         reason = error or f"{state} before this run was finished"
         for run_id in sorted(job.announced - finished):
             self._fail(job, run_id, reason)
+        logger.info("job %s %s, finished runs: %d%s", job.job_id, state, len(finished), f"; {error}" if error else "")
         job.state = state
 
     def _begin(self, job: Job, announcement: RunResult) -> None:

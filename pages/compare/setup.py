@@ -10,7 +10,7 @@ import streamlit as st
 
 from engine.config import Knob, Tier
 from pages.services import Services
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.knob_controls import control, knob_label
 from pages.shared.messages import value_text
 from pages.shared.quality_reference import stored_note

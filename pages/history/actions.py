@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.messages import show_error
 from pages.shared.run_values import moment_text, run_name
 from pages.shared.text import plain

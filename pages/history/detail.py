@@ -8,7 +8,7 @@ from engine.measure.results import RunResult
 from pages.history.provenance import provenance_tab
 from pages.history.run_charts import latency_histograms, over_time, request_timeline_and_table
 from pages.history.run_metrics import all_metrics
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.energy import PER_TOKEN, has_energy
 from pages.shared.run_values import (
     HEADLINES,

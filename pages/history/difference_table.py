@@ -29,7 +29,7 @@ def show_differences(groups: Sequence[Group]) -> None:
     """Draw what differs between the first runs of the groups; versions and hardware folded away."""
     several = any(len(group.runs) > 1 for group in groups)
     first = " :small[:gray[the first run of each setting]]" if several else ""
-    st.markdown(f"**In what they differ**{first}")
+    st.markdown(f"**Differences**{first}")
     found = differences([group.runs[0].provenance for group in groups])
     if not found:
         st.caption("In nothing that is on record: same model, knobs, workload, path, versions, hardware and code.")

@@ -10,7 +10,7 @@ import streamlit as st
 from engine.config import EngineConfig, Knob, Tier
 from pages.live.changes import is_run_in_progress
 from pages.services import Services
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.knob_controls import control, knob_label
 from pages.shared.messages import error_text
 

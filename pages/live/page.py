@@ -18,7 +18,7 @@ from pages.live.load_model import load_form
 from pages.live.series import bin_steps, event_marks
 from pages.live.telemetry_charts import telemetry_charts
 from pages.live.toasts import show_toasts
-from pages.live.workload import workload_launcher
+from pages.live.workload_launcher import workload_launcher
 from pages.services import Services, get_services
 
 _BUSY_S = 1.0

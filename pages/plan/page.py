@@ -13,7 +13,7 @@ from pages.plan.answer import answer, remedies
 from pages.plan.curve import concurrency_chart
 from pages.plan.formula import formulas
 from pages.plan.inputs import PlanInputs, plan_inputs
-from pages.plan.load import load_chart
+from pages.plan.latency import load_chart
 from pages.plan.memory import memory_bar
 from pages.plan.roofline import roofline_chart
 from pages.plan.saved import launch, save_and_compare

@@ -58,7 +58,7 @@ def tornado_chart(found: Deployment) -> None:
     )
     here = alt.Chart(pd.DataFrame({"x": [found.best.rate]})).mark_rule(color=_HERE, strokeWidth=2).encode(x="x:Q")
     st.altair_chart(alt.layer(bars, here).properties(height=_HEIGHT), width="stretch", key="plan-tornado")
-    st.caption("Each varied alone, by 20 % where nothing else is said.")
+    st.caption("Each is varied alone, by 20 % unless its tooltip says otherwise.")
 
 
 def pareto_table(points: Sequence[ParetoPoint]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from engine.measure.results import to_json
 from engine.outputs import EngineStatus
 from pages.background.recorder import Job
 from pages.services import Services, WorkerView
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.messages import seconds_text
 from pages.shared.text import badge_label, plain
 

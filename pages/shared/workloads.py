@@ -9,7 +9,7 @@ import streamlit as st
 
 from pages.background.recorder import Job
 from pages.services import Services
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.messages import seconds_text, show_error
 from pages.shared.text import plain
 

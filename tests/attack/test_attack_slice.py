@@ -15,6 +15,7 @@ SHARES = {"imports": 0.1, "streams": 0.1, "gguf": 0.05, "safetensors": 0.05, "co
 MINUTES = 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_nothing_an_outsider_sends_stops_the_engine(name: str):
     (tally,) = run([name], seed=1, minutes=MINUTES, share=SHARES[name])

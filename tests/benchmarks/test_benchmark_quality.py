@@ -10,6 +10,7 @@ import torch
 from tests.benchmarks.quality import measure, stored_as
 
 
+@pytest.mark.slow
 def test_quality_is_that_of_exactly_the_combination_and_the_reference_loses_nothing(tiny_llama: Path):
     shared = {"device": "cpu", "memory_limit_gib": 0.25, "max_model_len": 256}
     w4a8 = {"weights": "w4a8", "dtype": "float32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,7 @@ junk = st.recursive(
 fields = st.sampled_from([*model_config("Qwen2.5-7B"), "head_dim", "layer_types", "attention_bias", "dtype"])
 
 
+@pytest.mark.slow
 @given(st.sampled_from(model_names()), st.dictionaries(fields, junk | st.integers(0, 300), max_size=4), memories)
 @settings(max_examples=400, deadline=None)
 def test_fuzzed_config_gives_a_plan_or_an_explained_error(name: str, changes, gpu):

@@ -43,35 +43,44 @@ def test_collection_ends_with_an_error_where_the_mark_of_the_default_model_is_fo
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
 
 
-def test_what_measures_servers_runs_in_one_process_and_the_tests_of_a_file_and_of_a_command_together():
-    beside = FakeItem("tests/gpu/a.py::test", (), (pytest.mark.beside("proof"),))
-    served = [FakeItem(f"tests/{room}/test_a.py::test[1]") for room in ("e2e", "server", "attack")]
-    plain = FakeItem("tests/storage/test_a.py::test[x::y]")
-    assert [marks.group(item) for item in (*served, plain)] == ["served"] * 3 + ["tests/storage/test_a.py"]
-    assert marks.group(beside) == "beside proof"
+def test_what_measures_servers_runs_in_one_process_and_the_tests_of_a_file_together():
+    served = [f"tests/{room}/test_a.py::test[1]" for room in ("e2e", "server", "attack")]
+    assert [marks.group(nodeid) for nodeid in served] == ["served"] * 3
+    assert marks.group("tests/storage/test_a.py::test[x::y@z]") == "tests/storage/test_a.py"
+
+
+def test_files_that_are_named_for_their_length_exist():
+    assert [path for path in (*marks.LONG, *marks.REFERENCED, *marks.SERVED) if not (ROOT / path).exists()] == []
 
 
 def test_long_groups_begin_first_in_parallel_and_commands_are_asked_for_last_in_one_process():
     beside = FakeItem("tests/gpu/a.py::test", (), (pytest.mark.beside("proof"),))
     served, plain = FakeItem("tests/server/test_a.py::test"), FakeItem("tests/storage/test_a.py::test")
-    items = [plain, beside, served]
-    assert sorted(items, key=lambda item: marks.rank(item, in_parallel=True)) == [served, beside, plain]
-    assert sorted(items, key=lambda item: marks.rank(item, in_parallel=False)) == [plain, served, beside]
+    long = FakeItem(f"{marks.LONG[0]}::test")
+    items = [plain, beside, long, served]
+    assert sorted(items, key=lambda item: marks.rank(item, in_parallel=True)) == [served, beside, long, plain]
+    assert sorted(items, key=lambda item: marks.rank(item, in_parallel=False)) == [plain, long, served, beside]
 
 
-def test_the_table_of_the_slowest_adds_set_up_to_the_test_and_leaves_the_group_out():
+def test_processes_that_share_the_suite_are_handed_whole_groups():
+    split = marks.group_scheduling()._split_scope
+    assert split(None, "tests/storage/test_a.py::Some::test_b[c]") == "tests/storage/test_a.py"
+    assert split(None, "tests/server/test_a.py::test") == split(None, "tests/e2e/test_b.py::test")
+
+
+def test_the_table_of_the_slowest_adds_set_up_to_the_test():
     reports = [
-        FakeReport("a.py::test_1[x@y]@a.py", "setup", 2.0),
-        FakeReport("a.py::test_1[x@y]@a.py", "call", 1.5),
-        FakeReport("b.py::test_2@served", "call", 3.0),
-        FakeReport("b.py::test_3@served", "call", 0.5),
+        FakeReport("a.py::test_1", "setup", 2.0),
+        FakeReport("a.py::test_1", "call", 1.5),
+        FakeReport("b.py::test_2", "call", 3.0),
+        FakeReport("b.py::test_3", "call", 0.5),
     ]
     assert durations.table(reports, rows=2).splitlines() == [
         "3 tests, 7 s in all.",
         "",
         "| seconds | test |",
         "|--:|---|",
-        "| 3.50 | `a.py::test_1[x@y]` |",
+        "| 3.50 | `a.py::test_1` |",
         "| 3.00 | `b.py::test_2` |",
     ]
 

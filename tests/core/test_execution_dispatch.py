@@ -13,7 +13,7 @@ import torch
 from engine.attention.sdpa import SdpaAttention
 from engine.attention.triton import TritonAttention
 from engine.cache.kv_cache import KVCache
-from engine.config import EngineConfig
+from engine.config import EngineConfig, knob
 from engine.core import Engine
 from engine.device import on_device, pack, packed_bytes, unpack
 from engine.execution.base import PreparedShape, Step, TokenRange
@@ -21,6 +21,7 @@ from engine.execution.captured_graph import GraphCapture
 from engine.execution.dispatcher import Dispatcher
 from engine.execution.executor import Executor
 from engine.execution.graphs import GraphsMode, bucket_ranges, graph_buckets
+from engine.execution.modes import MODES
 from engine.execution.step_tensors import build_step_tensors
 from engine.execution.warm_up import warm_ups
 from engine.models import LoadedModel, load_model
@@ -70,6 +71,10 @@ def test_a_failure_is_the_reason_for_eager():
     dispatcher = Dispatcher()
     dispatcher.fail(TokenRange(2, 64), "no space left")
     assert decide(dispatcher, 3) == ("eager", "preparing 2–64 tokens failed: no space left")
+
+
+def test_every_value_of_the_knob_is_a_mode_that_calls_itself_by_it():
+    assert {name: mode.name for name, mode in MODES.items()} == {name: name for name in knob("execution").choices}
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 16, 40, 64, 100])

@@ -102,7 +102,7 @@ def _default(parameter: Any) -> str:
 
 # What each route is for, in one sentence. A route without one fails the test.
 ROUTES = {
-    "GET /health": "State of the worker: 200 when ready, 503 while loading, failed or shutting down. Asks for nothing.",
+    "GET /health": "State of the worker: 200 when ready, 503 while loading, failed or shutting down. Needs no key.",
     "GET /metrics": "Prometheus metrics, see [Metrics](metrics.md).",
     "GET /v1/models": "The model under each of its names, with `max_model_len`.",
     "POST /v1/completions": "OpenAI completions, streamed on request.",
@@ -133,9 +133,9 @@ def http() -> str:
         "asks for the admin token (`Authorization: Bearer …`). `force=true` does what a run in progress would forbid, "
         "and marks that run as disturbed. [Security](../security.md) says who is answered at all.",
         table(("route", "what it does", "query"), [_route(*route) for route in routes()]),
-        'Errors of `/v1` have OpenAI\'s form, all others are `{"error": {"message", "field", "remedy"}}`. 400 or '
-        "422: the request is wrong. 401, 403: token or key. 409: a run is in progress. 413, 431: too large. 421: "
-        "another host. 503: not ready, the queue is full, or shutting down; `Retry-After` says when to try again.",
+        'Errors of `/admin` are `{"error": {"message", "field", "remedy"}}`, all others have OpenAI\'s form. 400 is a '
+        "request that is wrong, 401 or 403 a token that is missing or wrong; 503 comes with `Retry-After`.",
+        table(("status", "when"), _errors()),
         *_bodies(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -159,6 +159,21 @@ def _route(method: str, path: str, operation: dict[str, Any]) -> tuple[str, str,
     name = f"{method} {path}"
     query = [parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "query"]
     return code(name), ROUTES.get(name, ""), ", ".join(map(code, query))
+
+
+def _errors() -> list[tuple[str, ...]]:
+    """(status, what it means) of each error that has a status of its own, from the classes' own first sentences."""
+    from engine.errors import HeadroomError
+    from engine.server.answers import _STATUS
+
+    known: dict[str, type[HeadroomError]] = {}
+    to_visit: list[type[HeadroomError]] = [HeadroomError]
+    while to_visit:
+        kind = to_visit.pop()
+        known[kind.__name__] = kind
+        to_visit += kind.__subclasses__()
+    rows = [(str(status), (known[name].__doc__ or "").partition("\n")[0]) for name, status in _STATUS.items()]
+    return sorted((status, text.replace(f" ({status})", "")) for status, text in rows)
 
 
 def _bodies() -> Iterator[str]:

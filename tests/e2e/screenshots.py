@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from storage import open_store
 from tests.e2e.dashboard import chromium_path, running_dashboard
 from tests.e2e.steps import ask, choose, open_page, run_workload, set_number, wait_ready
 
@@ -20,6 +22,7 @@ _SETTLE_MS = 2500
 _PATIENCE_MS = 120_000
 _LONG_MS = 600_000
 _TALLEST = 2400
+_QUESTIONS = ("Static or continuous batching", "Model weights or INT4")
 _PROMPTS = (
     "Write a long story about a lighthouse keeper and the sea.",
     "Write a long letter from a sailor to the lighthouse keeper.",
@@ -34,6 +37,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1280, 1600])
     parser.add_argument("--themes", nargs="+", default=["light", "dark"], choices=["light", "dark"])
     parser.add_argument("--repeats", type=int, default=5, help="of the comparison that is shown")
+    parser.add_argument(
+        "--questions", nargs="+", default=list(_QUESTIONS), choices=_QUESTIONS, help="that are compared"
+    )
     parser.add_argument("--workload", default="burst-8", help="of the runs and comparisons that are shown")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -45,10 +51,11 @@ def main() -> None:
     ):
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=flags)
-        _make_data(browser, dashboard.url, arguments.repeats, arguments.workload)
+        _make_data(browser, dashboard.url, arguments.questions, arguments.repeats, arguments.workload)
+        opened = _runs_of_a_comparison(dashboard.home)
         for width in arguments.widths:
             for theme in arguments.themes:
-                _take_all(browser, dashboard.url, arguments.out, width, theme)
+                _take_all(browser, dashboard.url, opened, arguments.out, width, theme)
         browser.close()
 
 
@@ -61,8 +68,8 @@ def _tab(browser: Browser, width: int, theme: str) -> Page:
     return page
 
 
-def _make_data(browser: Browser, url: str, repeats: int, workload: str) -> None:
-    """Two workload runs and two comparisons, so that Compare and History have something to show."""
+def _make_data(browser: Browser, url: str, questions: Sequence[str], repeats: int, workload: str) -> None:
+    """Two workload runs and the comparisons, so that Compare and History have something to show."""
     page = _tab(browser, 1600, "light")
     page.goto(f"{url}/live")
     wait_ready(page)
@@ -71,7 +78,7 @@ def _make_data(browser: Browser, url: str, repeats: int, workload: str) -> None:
         expect(page.get_by_text("recorded", exact=True)).to_have_count(count, timeout=_LONG_MS)
         page.reload()
         wait_ready(page)
-    for question in ("Static or continuous batching", "Model weights or INT4"):
+    for question in questions:
         open_page(page, "Compare")
         choose(page, "Question", question)
         choose(page, "Workload", workload)
@@ -82,10 +89,19 @@ def _make_data(browser: Browser, url: str, repeats: int, workload: str) -> None:
     page.close()
 
 
-def _take_all(browser: Browser, url: str, out: Path, width: int, theme: str) -> None:
+def _runs_of_a_comparison(home: Path) -> list[str]:
+    """The first run of each setting of the newest comparison: History opens them side by side."""
+    store = open_store(f"sqlite:///{home}/headroom.db")
+    newest = store.list_comparisons()[0]
+    store.close()
+    return [run_ids[0] for run_ids in newest.run_ids.values()]
+
+
+def _take_all(browser: Browser, url: str, opened: Sequence[str], out: Path, width: int, theme: str) -> None:
     page = _tab(browser, width, theme)
-    for name in ("plan", "compare", "history"):
-        page.goto(f"{url}/{'' if name == 'plan' else name}")
+    places = {"plan": "", "compare": "compare", "history": f"history?run={'&run='.join(opened)}"}
+    for name, place in places.items():
+        page.goto(f"{url}/{place}")
         wait_ready(page)
         _take(page, out / f"{name}-{width}-{theme}.png")
     _live(page, url, out / f"live-{width}-{theme}.png")
@@ -97,7 +113,7 @@ def _live(page: Page, url: str, target: Path) -> None:
     page.goto(f"{url}/live")
     wait_ready(page)
     page.get_by_role("button", name="Sampling").click()
-    set_number(page, "Max tokens", 900)  # still streaming when the picture is taken
+    set_number(page, "Max tokens", 3000)  # still streaming when the picture is taken
     page.keyboard.press("Escape")
     for prompt in _PROMPTS:
         ask(page, prompt)

@@ -17,7 +17,9 @@ from engine.execution.environment import ExecutionEnvironment, Kernels, Unsuppor
 from engine.execution.mode import ExecutionMode
 from engine.execution.modes import register_mode
 from engine.models import load_model
+from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
+from engine.status import path_of, take_status
 
 PROMPT = [72, 101, 108, 108, 111]
 PIECES = 3
@@ -80,7 +82,7 @@ def tokens_of(engine: Engine, switches: dict[int, dict[str, object]] | None = No
     step = 0
     while engine.has_unfinished():
         if switches and step in switches:
-            engine.reconfigure(switches[step])
+            reconfigure(engine, switches[step])
         finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
         engine.check_invariants()
         step += 1
@@ -97,31 +99,31 @@ def test_a_registered_mode_is_switched_on_and_off_mid_request_and_changes_no_tok
 
 def test_status_path_and_reason_name_the_registered_mode(tiny_llama: Path, registered: str):
     engine = make_engine(tiny_llama, execution=registered)
-    status = engine.status().execution
+    status = take_status(engine).execution
     assert (status["asked"], status["prepared"], status["failed"]) == ("patient", [], [])
     preparing = status["preparing"]
     assert (preparing["done"], preparing["total"], preparing["current"]) == (1, PIECES, "piece 2")
     assert engine.has_preparation()
     tokens_of(engine)
-    status = engine.status().execution
+    status = take_status(engine).execution
     assert (status["last"], status["reason"], status["preparing"]) == ("patient", "it waited long enough", None)
-    assert engine.path()["execution"] == "patient"
+    assert path_of(engine)["execution"] == "patient"
 
 
 def test_other_weights_make_the_registered_mode_prepare_again(tiny_llama: Path, registered: str):
     engine = make_engine(tiny_llama, execution=registered)
     tokens_of(engine)
-    assert engine.status().execution["preparing"] is None
-    engine.reconfigure({"weights": "int8"})
-    assert engine.status().execution["preparing"]["done"] == 1
-    engine.reconfigure({"weights": "model"})
+    assert take_status(engine).execution["preparing"] is None
+    reconfigure(engine, {"weights": "int8"})
+    assert take_status(engine).execution["preparing"]["done"] == 1
+    reconfigure(engine, {"weights": "model"})
     assert tokens_of(engine) == tokens_of(make_engine(tiny_llama))
 
 
 def test_where_the_registered_mode_is_unsupported_it_is_refused_with_its_own_remedy(tiny_llama: Path, registered: str):
     engine = make_engine(tiny_llama)
     with pytest.raises(ConfigError) as refused:
-        engine.reconfigure({"execution": registered, "attention": "reference"})
+        reconfigure(engine, {"execution": registered, "attention": "reference"})
     assert refused.value.field == "execution"
     assert refused.value.message == "'patient' execution cannot run here: it has no patience with attention=reference."
     assert refused.value.remedy == "Set attention to sdpa."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from engine.measure.driver import _attach_quality
+from engine.measure.interleaved import attach_quality
 from engine.measure.quality import QualityComparison, QualityStats, describe_reference
 from engine.models.checkpoint import stored_as
 from tests.storage.run_examples import make_run
@@ -22,7 +22,7 @@ def test_a_run_of_a_comparison_records_its_reference_in_field_and_event():
     )
     measured = QualityComparison(stats, stats, stats, "text", "hash", 32, 16, lossy=True)
     run = make_run(1, arm="B")
-    _attach_quality(run, measured)
+    attach_quality(run, measured)
     assert run.quality_reference == "weights as stored, Q4_1 (GGUF)"
     assert "reference: weights as stored, Q4_1 (GGUF)" in run.events[0].summary
     assert run.events[0].detail["reference"] == run.quality_reference

@@ -21,6 +21,8 @@ from tests.beside import ROOT
 from tests.conftest import byte_tokenizer
 from tests.models.test_gguf_checkpoint import write_gguf
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, HIDDEN, WIDTH, LAYERS = 4096, 1024, 4096, 4
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -23,6 +23,8 @@ from engine.capacity.advice.launch import launch_commands
 from engine.capacity.memory.request import PlanRequest, complete
 from engine.paths import headroom_home
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("app.py", ".streamlit/config.toml", "engine", "kernels", "storage", "pages")
 LLAMA_70B = ("plan", "--model", "Llama-3.1-70B", "--gpu", "H100 SXM 80GB", "--context", "8192", "--tp", "4", "--json")
@@ -137,6 +139,7 @@ def test_run_is_measured_and_recorded(installed: Path, elsewhere: Path, tiny_lla
     assert (provenance["code_revision"], provenance["code_dirty"]) == ("", None)  # not a checkout, and no other one's
     listed = headroom(installed, elsewhere, "history", "list", "--db", database, "--json")
     assert [row["label"] for row in json.loads(listed.stdout)] == ["installed"], listed.stderr
+    assert "headroom history list [OPTIONS]" in headroom(installed, elsewhere, "history", "list", "--help").stdout
 
 
 def test_dashboard_opens_and_starts_its_worker(installed: Path, elsewhere: Path, tmp_path: Path):

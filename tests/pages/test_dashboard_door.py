@@ -139,12 +139,15 @@ def test_a_wrong_name_in_the_variable_is_said_at_the_start(text):
     assert refused.value.field == "HEADROOM_ALLOWED_HOSTS"
 
 
-def test_a_wrong_name_ends_the_dashboard_before_it_starts_a_worker(tmp_path):
-    names = {"HEADROOM_ALLOWED_HOSTS": "https://gpu.example.com", "HEADROOM_HOME": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("variable", "value"), [("HEADROOM_ALLOWED_HOSTS", "https://gpu.example.com"), ("HEADROOM_LOG_LEVEL", "loud")]
+)
+def test_a_wrong_variable_ends_the_dashboard_before_it_starts_a_worker(tmp_path, variable, value):
+    names = {variable: value, "HEADROOM_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", "0"]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
-    assert "HEADROOM_ALLOWED_HOSTS" in ended.stderr
+    assert variable in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "logs").exists()
 

@@ -228,6 +228,7 @@ def test_number_of_gpus_follows_a_model_that_splits_otherwise(page):
     assert page.selectbox(key=key("tp")).value == 4
 
 
+@pytest.mark.slow
 def test_every_model_of_the_catalog_is_offered_and_every_family_can_be_planned(page):
     page.query_params[key("tp")] = "1"
     page.run()

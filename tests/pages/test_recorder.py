@@ -140,6 +140,14 @@ def test_a_failed_load_tells_that_the_previous_model_keeps_serving(services, cli
     assert "keeps serving" in page.warning[0].value
 
 
+def test_a_job_leaves_a_line_with_its_runs_in_the_log(services, wait_until, caplog):
+    with caplog.at_level("INFO", logger="pages"):
+        job = launch(services)
+        wait_until(lambda: not job.active)
+    lines = [record.getMessage() for record in caplog.records if job.job_id in record.getMessage()]
+    assert [job.run_ids[0] in lines[0], f"{job.job_id} completed, finished runs: 1" in lines[1]] == [True, True]
+
+
 def test_exit_codes_are_told_in_words():
     assert describe_exit(-9) == "killed by signal 9 (SIGKILL)"
     assert describe_exit(3) == "exit code 3"

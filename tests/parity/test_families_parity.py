@@ -20,6 +20,8 @@ from tests.core.toggles import pairwise_rows
 from tests.family_cases import FALLBACKS, FAMILIES, SCALINGS, random_prompt, save_random_model
 from tests.support import transformers_greedy
 
+pytestmark = pytest.mark.slow
+
 CASES = FAMILIES | {f"rope: {name}": config for name, config in SCALINGS.items()} | FALLBACKS
 PROMPTS = [random_prompt(length, seed=length) for length in (1, 7, 33, 90, 150)]
 OUTPUT_TOKENS = 24

@@ -94,7 +94,7 @@ class Event:
 
     Attributes:
         kind: ``"wait"``, ``"copy"`` or ``"launch"``.
-        what: in words; a launch's is the kernel's name.
+        what: a description; a launch's is the kernel's name.
     """
 
     kind: str
@@ -190,10 +190,10 @@ class Simulation(TorchDispatchMode):
 
     # -- the ledger ----------------------------------------------------------------------------------------------------
 
-    def fail(self, words: str) -> None:
+    def fail(self, message: str) -> None:
         """Raises :class:`GpuMistake`, and remembers it in case it is caught."""
-        self.mistakes.append(f"{_site()}: {words}")
-        raise GpuMistake(f"{_site()}: {words}")
+        self.mistakes.append(f"{_site()}: {message}")
+        raise GpuMistake(f"{_site()}: {message}")
 
     def note(self, kind: str, what: str) -> None:
         """Write an event into the ledger."""
@@ -348,8 +348,8 @@ class Simulation(TorchDispatchMode):
                 return
             except UnsupportedOperatorException:
                 return
-            except Exception as problem:
-                self.fail(f"{func.name()}: {problem}")
+            except Exception as error:
+                self.fail(f"{func.name()}: {error}")
         for ours, theirs in zip(tree_leaves(result), tree_leaves(expected), strict=True):
             if isinstance(ours, torch.Tensor) and _facts(ours) != _facts(theirs):
                 self.fail(f"{func.name()} gave {_facts(ours)}, on a GPU it gives {_facts(theirs)}")

@@ -27,7 +27,7 @@ def test_every_attention_path_and_execution_gives_the_tokens_of_the_cpu(
 
 
 def test_a_model_on_a_gpu_takes_the_triton_kernels_by_itself(tiny_llama, runtime, simulation):
-    path = load(tiny_llama, dtype="auto").path()
+    path = path_of(load(tiny_llama, dtype="auto"))
     assert (path["device"], path["dtype"]) == ("cuda:1", "bfloat16")
     assert (path["attention"], path["sampling"], path["execution"]) == ("triton", "triton", "fused")
     assert path["linear_reason"].startswith("compiled for sm_90")

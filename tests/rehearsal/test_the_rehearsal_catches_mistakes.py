@@ -16,9 +16,9 @@ from tests.rehearsal.rehearsal import load, rehearse, requests
 from tests.rehearsal.simulated_gpu import GpuMistake
 
 
-def refused(simulation, engine, words):
-    """Serving raises these words, and they are on record; then the record is empty again."""
-    with pytest.raises(GpuMistake, match=words):
+def refused(simulation, engine, message):
+    """Serving raises this message, and it is on record; then the record is empty again."""
+    with pytest.raises(GpuMistake, match=message):
         rehearse(engine, simulation, requests(["greedy"]))
     assert simulation.mistakes
     simulation.mistakes.clear()

@@ -11,6 +11,8 @@ from engine.measure.results import RunResult, from_json
 from engine.worker.client import RunInProgressError
 from tests.server.conftest import ServedApp, slowed, wait_until
 
+pytestmark = pytest.mark.slow
+
 WORKLOAD = {
     "name": "tiny",
     "num_requests": 8,

@@ -26,6 +26,8 @@ from tests.server.conftest import wait_until
 from tests.server.test_limits import ENDLESS
 from tests.server.test_worker_process import started
 
+pytestmark = pytest.mark.slow
+
 HELLO = [{"role": "user", "content": "hello"}]
 OPTIONS = ("--set", "dtype=float32", "--set", "memory_limit_gib=0.25", "--set", "attention=reference")
 ENDLESS_ANSWER = {"max_tokens": 480, "temperature": 0, "ignore_eos": True}

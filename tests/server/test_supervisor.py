@@ -16,6 +16,8 @@ import pytest
 from engine.config import EngineConfig
 from engine.worker.supervisor import Worker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def worker(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:

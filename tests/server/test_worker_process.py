@@ -22,6 +22,8 @@ from engine.worker.client import EngineClient, EngineUnreachableError, WorkerErr
 from engine.worker.supervisor import Worker
 from tests.server.conftest import wait_until
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-for-this-test"
 LONG = {"max_tokens": 480, "temperature": 0, "ignore_eos": True}
 

@@ -6,7 +6,7 @@ import streamlit as st
 
 from pages.background.recorder import Job
 from pages.services import Services
-from pages.shared.actions import act, show_action_error
+from pages.shared.callbacks import act, show_action_error
 from pages.shared.links import HISTORY, link_to
 from pages.shared.text import plain
 from pages.shared.workloads import progress, workload_choice
