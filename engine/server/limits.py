@@ -102,7 +102,7 @@ def with_limit_options(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Option(
             help=field.metadata["help"], envvar=f"{_ENVIRONMENT}{field.name.upper()}", rich_help_panel="Limits"
         )
-        annotation: Any = Annotated[_kind(field), option]  # type: ignore[valid-type]
+        annotation: Any = Annotated[_kind(field), option]
         annotations[field.name] = annotation
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
