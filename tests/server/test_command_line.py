@@ -82,6 +82,7 @@ def workload_file(tmp_path: Path) -> Path:
 # -- what is on which stream -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_standard_output(tiny_llama: Path):
     arguments = ("generate", "--model", tiny_llama, "--prompt", "hello", "--max-tokens", 6, "--greedy", "--json")
     done = in_subprocess("-m", "engine", *arguments, "--dtype", "float32", "--set", "speculation=ngram")
@@ -121,6 +122,7 @@ def test_help_and_mistakes_need_no_torch():
     assert json.loads(done.stdout)["error"]["field"] == "batchin"
 
 
+@pytest.mark.slow
 def test_reader_that_leaves_early_causes_no_traceback(tiny_llama: Path):
     command = f'"{sys.executable}" -m engine generate --model "{tiny_llama}" --prompt a --max-tokens 300 --ignore-eos'
     done = subprocess.run(
