@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _RECORD_HELP = (
     "SQLAlchemy URL of the database to put the run on record in. Other users of this machine can read a command line: "
-    "for a URL with a password, give --json, pipe into `python -m storage record`, and set HEADROOM_DB there."
+    "for a URL with a password, give --json, pipe into `headroom history record`, and set HEADROOM_DB there."
 )
 
 

@@ -1,4 +1,4 @@
-"""``python -m engine plan``: from a model and a goal to a deployment. See :mod:`engine.capacity`."""
+"""``headroom plan``: from a model and a goal to a deployment. See :mod:`engine.capacity`."""
 
 from __future__ import annotations
 

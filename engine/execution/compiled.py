@@ -62,7 +62,9 @@ class CompiledMode(ShapedMode):
     @property
     def preparing(self) -> bool:
         """As :attr:`ExecutionMode.preparing`."""
-        return self.preparation is not None and self.preparation.running
+        if self.preparation is None:
+            return False
+        return self.preparation.running or not self.preparation.news.empty()  # in this order: the news come first
 
     def progress(self) -> Progress:
         """As :meth:`ExecutionMode.progress`."""

@@ -187,7 +187,8 @@ def _check_memory(
     free = free_bytes(device)
     if needed > free:
         raise CapacityError(
-            f"the new weights need {needed / GIB:.2f} GiB next to the current ones; {free / GIB:.2f} are free.",
+            f"the new weights need {needed / GIB:.2f} GiB{choice.planning_note} next to the current ones; "
+            f"{free / GIB:.2f} are free.",
             field="weights",
             remedy="Free memory, or load the model again with these weights.",
         )

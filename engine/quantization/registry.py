@@ -123,6 +123,13 @@ class WeightChoice:
         return _PLANNED_AS.get(self.weights, self.format_name)
 
     @property
+    def planning_note(self) -> str:
+        """What an error about planned bytes adds where they are only an upper bound, else ``""``."""
+        if self.weights == "model" or self.planned_as != "model":
+            return ""
+        return f" (counted in the model's dtype: {self.weights} declares no size)"
+
+    @property
     def label(self) -> str:
         """All of it for people, e.g. ``"int4-g64, head int8"``."""
         return self.format_name + (f", head {self.head}" if self.head != "model" else "")

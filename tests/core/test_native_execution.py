@@ -127,6 +127,23 @@ def test_auto_follows_every_change_of_weights_and_attention(model: LoadedModel):
     assert mode() == "eager"
 
 
+def test_weights_that_another_engine_repacks_are_served_eagerly_with_the_reason(tiny_llama: Path):
+    model = load_model(str(tiny_llama), dtype="float32", device="cpu")
+    engine, other = make_engine(model, execution="native"), make_engine(model)
+    prompt = random_prompt(9)
+    expected = outputs([make_engine(model)], [prompt])
+    reconfigure(other, {"linear": "torch"})
+    assert outputs([engine], [prompt]) == expected
+    assert {step.execution for step in engine.steps.since(0)} == {"eager"}
+    status = take_status(engine).execution
+    assert status["asked"] == "native"
+    assert status["failed"][0]["error"] == "native execution is unavailable: it needs linear=native, not torch."
+    assert path_of(engine)["execution"] == "eager"
+    reconfigure(other, {"linear": "native"})
+    assert outputs([engine], [prompt]) == expected
+    assert engine.steps[-1].execution == "native"
+
+
 def test_two_engines_on_one_model_do_not_mix_their_caches(model: LoadedModel):
     prompts = [random_prompt(20, seed=1), random_prompt(31, seed=2)]
     alone = [outputs([make_engine(model)], [prompt])[0] for prompt in prompts]

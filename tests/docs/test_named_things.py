@@ -16,6 +16,7 @@ TEXTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
 ]
+OF_OUR_PROCESSES = {"HEADROOM_PROGRAM"}  # set by one of our processes for another, not by people
 VARIABLE = re.compile(r"\bHEADROOM_[A-Z_]*[A-Z]\b")
 
 
@@ -68,4 +69,4 @@ def test_every_variable_that_the_texts_name_is_read_somewhere():
 
 def test_every_variable_that_the_code_reads_is_documented():
     documented = set(VARIABLE.findall("".join(text.read_text(encoding="utf-8") for text in TEXTS)))
-    assert set(VARIABLE.findall(sources())) <= documented
+    assert set(VARIABLE.findall(sources())) - OF_OUR_PROCESSES <= documented

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from engine.config import EngineConfig, knob, schema
 from engine.core import Engine
-from engine.errors import ConfigError
-from engine.models import load_model
+from engine.errors import CapacityError, ConfigError
+from engine.models import load_model, weight_swap
 from engine.models.weight_swap import planned_bytes
 from engine.quantization.formats import WeightFormat
 from engine.quantization.registry import WeightChoice, register_weight_format
@@ -131,6 +131,18 @@ def test_the_planner_counts_a_registered_format_as_it_declares_and_otherwise_as_
     found = planned_bytes(spec, WeightChoice("eighths"), torch.float32)
     remove()
     assert found == planned_bytes(spec, WeightChoice(declared.get("planned_as", "model")), torch.float32)
+
+
+def test_a_refusal_says_where_the_size_of_a_registered_format_is_only_bounded(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(weight_swap, "free_bytes", lambda device: 1)
+    for declared, said in (({}, True), ({"planned_as": "int8"}, False)):
+        remove = register_weight_format("eighths", Eighths, **declared)
+        with pytest.raises(CapacityError, match="the new weights need") as refused:
+            reconfigure(engine, {"weights": "eighths"})
+        remove()
+        assert ("counted in the model's dtype: eighths declares no size" in refused.value.message) is said
 
 
 def test_what_is_not_registered_any_more_or_declares_no_format_of_the_planner_is_refused():
