@@ -162,7 +162,7 @@ def allowed_hosts(bound: str, stated: Sequence[str], warn: Callable[[str], None]
     for name in stated:
         if not host_name(name):
             remedy = "Give a host name or an address, or * for all."
-            raise ConfigError(f"{name!r} is no host.", field="allowed_host", remedy=remedy)
+            raise ConfigError(f"{name!r} is not a host name.", field="allowed_host", remedy=remedy)
     hosts = {"localhost", "127.0.0.1", "::1", host_name(bound), *map(host_name, stated)}
     if not stated and not is_loopback(bound):
         own = _own_names() if bound in ("", "0.0.0.0", "::") else set()
