@@ -132,6 +132,7 @@ def _live(page: Page, url: str, target: Path) -> None:
 
 
 def _take(page: Page, target: Path) -> None:
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
     expect(page.get_by_test_id("stSkeleton")).to_have_count(0)  # parts of the page that are still on their way
     page.wait_for_timeout(_SETTLE_MS)
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
