@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.batching.request import Request, RequestState
-from engine.batching.scheduler import Schedule, Scheduler
+from engine.batching.scheduler import Schedule, ScheduledRequest, Scheduler
 from engine.cache.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.outputs import RequestTimes
@@ -409,3 +409,65 @@ def test_without_windows_no_block_is_given_back_early():
     compute(scheduler, scheduler.schedule(config), config)
     scheduler.schedule(config)
     assert (request.num_freed, len(request.held_blocks)) == (0, 8)
+
+
+def test_row_samples_where_it_reaches_the_newest_known_token_whatever_drafts_follow():
+    request = make_request("a", 5)
+    assert ScheduledRequest(request, start=4, num_tokens=3, num_drafts=2).samples
+    assert ScheduledRequest(request, start=0, num_tokens=5, num_drafts=0).samples
+    assert not ScheduledRequest(request, start=0, num_tokens=5, num_drafts=2).samples
+    assert not ScheduledRequest(request, start=0, num_tokens=3, num_drafts=0).samples
+
+
+def test_a_new_scheduler_is_empty():
+    scheduler = scheduler_with(4)
+    assert (scheduler.running, scheduler.waiting, scheduler.num_waiting) == ([], (), 0)
+    assert scheduler.schedule(config_with()).rows == []
+
+
+def test_request_that_waits_can_be_finished():
+    first, second = make_request("a", 4), make_request("b", 4)
+    scheduler = scheduler_with(8, first, second)
+    scheduler.finish(first)
+    assert (first.state, scheduler.waiting) == (RequestState.FINISHED, (second,))
+    scheduler.check()
+
+
+def test_request_that_is_put_back_forgets_its_drafts_and_counts_it():
+    config = config_with()
+    request = make_request("a", 4)
+    scheduler = scheduler_with(8, request)
+    compute(scheduler, scheduler.schedule(config), config)
+    request.draft_token_ids = [7, 7]
+    assert scheduler.vacate() == 1
+    assert (request.state, request.draft_token_ids, request.num_preemptions) == (RequestState.PREEMPTED, [], 1)
+
+
+def test_starting_over_queues_everybody_again_and_counts_those_that_ran():
+    config = config_with(max_running=2)
+    ran, put_back, waited = (make_request(name, 4) for name in "abc")
+    scheduler = scheduler_with(50, ran, put_back, waited)
+    compute(scheduler, scheduler.schedule(config), config)
+    for request in (ran, put_back):
+        request.times.first_scheduled = 1.0  # the engine notes it
+    scheduler.vacate()
+    compute(scheduler, scheduler.schedule(config_with(max_running=1)), config)
+    assert (ran.state, put_back.state) == (RequestState.RUNNING, RequestState.PREEMPTED)
+    ran.draft_token_ids = [7]
+    scheduler.start_over([waited, put_back, ran], BlockPool(50, 4))
+    states = [(request.state, request.num_preemptions) for request in (ran, put_back, waited)]
+    assert states == [(RequestState.PREEMPTED, 2), (RequestState.PREEMPTED, 1), (RequestState.WAITING, 0)]
+    assert (ran.draft_token_ids, ran.block_ids, ran.num_computed_tokens) == ([], [], 0)
+    assert scheduler.waiting == (ran, put_back, waited)
+    scheduler.check()
+    run(scheduler, config)
+
+
+def test_static_batch_after_a_time_of_continuous_batching_is_whoever_runs_then():
+    static, continuous = config_with(batching="static", max_running=2), config_with(max_running=3)
+    scheduler = scheduler_with(100, *(make_request(name, 4, 9) for name in "abc"))
+    for config in (static, continuous):
+        compute(scheduler, scheduler.schedule(config), config)
+    scheduler.vacate()
+    again = scheduler.schedule(config_with(batching="static", max_running=3))
+    assert [row.request.request_id for row in again.rows] == ["a", "b", "c"]

@@ -16,6 +16,7 @@ from engine.cli import console
 from tests.cli.conftest import GENERATE_KEYS, REPOSITORY, Run, in_subprocess
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_standard_output(tiny_llama: Path):
     arguments = ("generate", "--model", tiny_llama, "--prompt", "hello", "--max-tokens", 6, "--greedy", "--json")
     done = in_subprocess("-m", "engine", *arguments, "--dtype", "float32", "--set", "speculation=ngram")
@@ -55,6 +56,7 @@ def test_help_and_mistakes_need_no_torch():
     assert json.loads(done.stdout)["error"]["field"] == "batchin"
 
 
+@pytest.mark.slow
 def test_reader_that_leaves_early_causes_no_traceback(tiny_llama: Path):
     command = f'"{sys.executable}" -m engine generate --model "{tiny_llama}" --prompt a --max-tokens 300 --ignore-eos'
     done = subprocess.run(

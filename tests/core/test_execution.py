@@ -26,6 +26,8 @@ from engine.status import path_of, take_status
 from tests.family_cases import FAMILIES, save_random_model
 from tests.support import transformers_greedy, wait_until_prepared
 
+pytestmark = pytest.mark.slow  # the compiler of torch takes seconds a shape
+
 OUTPUT_TOKENS = 24
 PROMPTS = [[(7 * row + 3 * place) % 200 + 5 for place in range(length)] for row, length in enumerate((1, 3, 9, 30, 55))]
 PROMPTS.append([20, 21, 22, 23] * 8)  # n-grams to speculate on
@@ -87,7 +89,6 @@ def events(engine: Engine) -> list[str]:
 # -- what is computed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("speculation", ["off", "ngram"])
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 def test_compiled_output_is_token_identical_to_transformers_and_to_eager(
@@ -113,7 +114,6 @@ def test_compiled_and_eager_toggled_in_mid_flight_change_no_token(model: LoadedM
     assert set(used[4:9] + used[12:]) == {"compiled"}
 
 
-@pytest.mark.slow
 def test_weights_swapped_while_compiled_run_by_their_own_programs_and_come_back(
     tiny_llama: Path, expected: list[list[int]]
 ):
@@ -161,7 +161,6 @@ def test_compiled_steps_write_the_same_slots_as_eager_and_no_other(model: Loaded
     torch.testing.assert_close(caches["compiled"], caches["eager"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_two_engines_in_one_process_do_not_mix(model: LoadedModel, expected: list[list[int]], tmp_path: Path):
     other = compiled_engine(model, block_size=8, attention="reference", max_num_seqs=4)
     engine = compiled_engine(model)
@@ -177,7 +176,6 @@ def test_two_engines_in_one_process_do_not_mix(model: LoadedModel, expected: lis
     assert set(modes(engine) + modes(other)) == {"compiled"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3"])
 def test_layers_that_differ_only_in_window_and_angles_share_a_program(family: str, tmp_path: Path, tiny_llama: Path):
     folder = save_random_model(FAMILIES[family], tmp_path, tiny_llama)
@@ -253,7 +251,6 @@ def test_an_engine_that_is_dropped_ends_its_preparation(model: LoadedModel, slow
     assert closed.wait(5)
 
 
-@pytest.mark.slow
 def test_a_real_compiling_process_ends_with_its_engine(
     model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -289,7 +286,6 @@ def test_a_failed_shape_stays_eager_with_the_reason_visible(
     assert any("1 tokens stay eager" in summary for summary in events(engine))
 
 
-@pytest.mark.slow
 def test_a_layer_that_cannot_be_traced_is_reported_by_the_real_compiler(tmp_path: Path, tiny_llama: Path):
     """A mixture asks the host which experts have tokens: no program can hold that."""
     folder = save_random_model(FAMILIES["mixtral"], tmp_path, tiny_llama)
@@ -302,7 +298,6 @@ def test_a_layer_that_cannot_be_traced_is_reported_by_the_real_compiler(tmp_path
     assert set(modes(engine)) == {"eager"}
 
 
-@pytest.mark.slow
 def test_the_second_preparation_comes_from_disk(model: LoadedModel):
     compiled_engine(model)
     again = compiled_engine(model)
@@ -310,7 +305,6 @@ def test_the_second_preparation_comes_from_disk(model: LoadedModel):
     assert all(event.detail["seconds"] < 5 for event in again.events.since(0) if event.kind == "execution")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("linear", ["torch", "native"])
 @pytest.mark.parametrize("weights", ["model", "int8", "int4", "w4a8", "w8a8", "fp8"])
 def test_all_layers_of_a_uniform_model_share_one_program_in_every_format(tiny_llama: Path, weights: str, linear: str):

@@ -189,3 +189,9 @@ def test_bounds_on_both_sides_of_none_are_signed():
 def test_few_repeats_and_a_wide_spread_are_told_of_the_arm_that_has_them():
     warnings = compare_values([100.0, 101.0], [50.0, 100.0], SPEED).warnings
     assert warnings == ["only 2 repeats: 5 or more are better", "B may be unstable: spread 47 % of its mean"]
+
+
+def test_one_repeat_of_a_comparison_is_a_pair(make_run):
+    result = compare(runs_of(make_run, [100.0]), runs_of(make_run, [150.0]), SPEED)
+    assert result.paired
+    assert (result.ratio, result.method) == (pytest.approx(1.5), "one repeat")
