@@ -62,7 +62,8 @@ class CudaRuntime:
 
     def capture(self, work: Callable[[], torch.Tensor], pool: Any) -> tuple[Callable[[], None], torch.Tensor]:
         """Record ``work`` on the current GPU: a function that repeats it, and the tensor its result then lies in."""
-        stream: Any = torch.cuda.Stream()
+        cuda: Any = torch.cuda  # its streams have no types
+        stream = cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_GRAPH_WARM_UP_RUNS):

@@ -178,8 +178,8 @@ def make_room_for_weights(model: LoadedModel, envelope: Envelope, target: Engine
     raise CapacityError(
         f"{target.weights} weights need {wanted / GIB:.3f} GiB{wanted_formats(target).planning_note}; "
         f"with {kv_bytes / GIB:.3f} GiB of KV cache and {envelope.activation_bytes / GIB:.3f} GiB of activations "
-        f"that is {total / GIB:.3f} GiB, above the limit of {envelope.limit_bytes / GIB:.3f} GiB; a smaller cache would not hold a request of "
-        f"{envelope.promised_len:,} tokens.",
+        f"that is {total / GIB:.3f} GiB, above the limit of {envelope.limit_bytes / GIB:.3f} GiB; "
+        f"a smaller cache would not hold a request of {envelope.promised_len:,} tokens.",
         field="weights",
         remedy="Load the model again with these weights: the KV cache is then sized to what is left.",
     )

@@ -108,7 +108,7 @@ class BodyReader:
             message = f"the body has not come within {self._limits.body_seconds:g} s."
             raise SlowClientError(message, remedy="Send it faster, or raise --body-seconds.") from None
         except ClientDisconnect:
-            raise SlowClientError("the client has gone.", remedy="Send the whole body.") from None
+            raise SlowClientError("the client disconnected.", remedy="Send the whole body.") from None
 
 
 def _check_media_type(header: str | None) -> None:

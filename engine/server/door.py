@@ -1,4 +1,4 @@
-"""The door of the worker: which requests come in at all, and that each of them gets an answer in the API's form."""
+"""The door of the worker: which requests are let in at all, and that each gets an answer in the API's form."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ApiDoor:
             what = f"{type(exc).__name__}: {shorten(str(exc))} ({place.filename}:{place.lineno})"
             logger.error("%s %s failed: %s", scope["method"], shorten(scope["path"]), what.replace("\n", " "))
             if not started:
-                error = HeadroomError(f"the worker failed over it: {type(exc).__name__}.", remedy="See its log.")
+                error = HeadroomError(f"internal error: {type(exc).__name__}.", remedy="See its log.")
                 await error_answer(scope["path"], error, 500)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> HeadroomError | None:
@@ -138,7 +138,7 @@ class ApiDoor:
 
 
 def _draining_answer(path: str) -> Response:
-    return error_answer(path, DrainingError("the worker has shut down meanwhile.", remedy="Send it again."))
+    return error_answer(path, DrainingError("the worker shut down before it answered.", remedy="Send it again."))
 
 
 class OpenAICors(CORSMiddleware):

@@ -102,7 +102,7 @@ def with_limit_options(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Option(
             help=field.metadata["help"], envvar=f"{_ENVIRONMENT}{field.name.upper()}", rich_help_panel="Limits"
         )
-        annotation: Any = Annotated[_kind(field), option]  # type: ignore[valid-type]
+        annotation: Any = Annotated[_kind(field), option]
         annotations[field.name] = annotation
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
@@ -162,7 +162,7 @@ def allowed_hosts(bound: str, stated: Sequence[str], warn: Callable[[str], None]
     for name in stated:
         if not host_name(name):
             remedy = "Give a host name or an address, or * for all."
-            raise ConfigError(f"{name!r} is no host.", field="allowed_host", remedy=remedy)
+            raise ConfigError(f"{name!r} is not a host name.", field="allowed_host", remedy=remedy)
     hosts = {"localhost", "127.0.0.1", "::1", host_name(bound), *map(host_name, stated)}
     if not stated and not is_loopback(bound):
         own = _own_names() if bound in ("", "0.0.0.0", "::") else set()

@@ -320,7 +320,7 @@ async def _events(answer: _Answer, submission: Submission, request: Request) -> 
         raise
     except Exception as error:
         logger.exception("a streamed answer failed")
-        yield _event(error_body(f"the worker failed over it: {type(error).__name__}.", "server_error", None, 500))
+        yield _event(error_body(f"internal error: {type(error).__name__}.", "server_error", None, 500))
     yield "data: [DONE]\n\n"
 
 

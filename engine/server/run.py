@@ -61,11 +61,12 @@ def door_settings(
     """
     for name in served_names:
         if not name.strip() or not name.isprintable():
-            raise ConfigError(f"{name!r} is no name.", field="served_model_name", remedy="Give a printable name.")
+            remedy = "Give a printable name."
+            raise ConfigError(f"{name!r} is not a usable name.", field="served_model_name", remedy=remedy)
     for origin in cors_origins:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             remedy = "Give origins such as https://chat.example.org, or *."
-            raise ConfigError(f"{origin!r} is no origin.", field="cors_origin", remedy=remedy)
+            raise ConfigError(f"{origin!r} is not an origin.", field="cors_origin", remedy=remedy)
     return DoorSettings(
         allowed_hosts=allowed_hosts(bound, hosts, lambda text: _say(f"warning: {text}")),
         api_key=api_key_from(api_key),
@@ -206,7 +207,7 @@ class WorkerServer(uvicorn.Server):
 
         def force() -> None:
             time.sleep(seconds)
-            _say("ended by force: something did not end by itself")
+            _say("forced to end: something did not end by itself")
             self._before_forced_end()
             os._exit(0)
 
@@ -223,7 +224,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"{host}:{port} cannot be listened on ({error.strerror or error}).",
+            f"cannot listen on {host}:{port} ({error.strerror or error}).",
             field="port",
             remedy="Choose another port, or 0 for a free one.",
         ) from error

@@ -248,7 +248,7 @@ def test_every_engine_can_be_planned(page, engine: str):
     page.selectbox(key=key("engine")).select(engine).run()
     assert not page.exception
     spec, gpu = model_spec("Llama-3.1-70B"), find_gpu("H100 SXM 80GB")
-    answer = plan(PlanRequest(spec, gpu, tp=4, context=8192, concurrency=32, profile=engine))
+    answer = plan(PlanRequest(spec, gpu, tp=4, context=8192, concurrency=32, utilization=0.9, profile=engine))
     assert metric(page, "Largest concurrency") == f"{answer.max_concurrency:,}"
 
 
