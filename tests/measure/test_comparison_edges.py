@@ -195,3 +195,14 @@ def test_one_repeat_of_a_comparison_is_a_pair(make_run):
     result = compare(runs_of(make_run, [100.0]), runs_of(make_run, [150.0]), SPEED)
     assert result.paired
     assert (result.ratio, result.method) == (pytest.approx(1.5), "one repeat")
+
+
+def test_differences_that_cancel_out_are_not_the_same_in_every_repeat():
+    verdict = compare_values([0.0, 2.0, 1.0], [2.0, 0.0, 1.0], "preemptions").verdict
+    assert verdict.startswith("No difference shown (95 % CI -")
+
+
+def test_few_repeats_are_those_of_the_arm_that_has_fewer_and_none_is_not_few():
+    unequal = compare_values([1.0] * 5, [2.0, 2.01], SPEED, paired=False)
+    assert unequal.warnings == ["only 2 repeats: 5 or more are better"]
+    assert compare_values([5.0], [], SPEED, paired=False).warnings == []

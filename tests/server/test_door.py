@@ -127,6 +127,7 @@ def test_model_is_served_under_its_names(guarded: ServedApp):
             assert response.json()["model"] == "small"
 
 
+@pytest.mark.slow
 def test_supervised_worker_has_the_key_but_not_among_its_arguments_nor_do_its_children(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, start_worker: Callable[[Worker], Worker]
 ):
