@@ -25,6 +25,8 @@ from engine.paths import headroom_home
 
 pytestmark = pytest.mark.slow
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("installed")]  # one environment for all of them
+
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("app.py", ".streamlit/config.toml", "engine", "kernels", "storage", "pages")
 LLAMA_70B = ("plan", "--model", "Llama-3.1-70B", "--gpu", "H100 SXM 80GB", "--context", "8192", "--tp", "4", "--json")
