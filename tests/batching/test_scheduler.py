@@ -471,3 +471,16 @@ def test_static_batch_after_a_time_of_continuous_batching_is_whoever_runs_then()
     scheduler.vacate()
     again = scheduler.schedule(config_with(batching="static", max_running=3))
     assert [row.request.request_id for row in again.rows] == ["a", "b", "c"]
+
+
+def test_budget_that_is_too_small_for_all_leaves_nobody_out_twice_in_a_row():
+    scheduler = scheduler_with(100, *(make_request(name, 4, 20) for name in "abc"))
+    compute(scheduler, scheduler.schedule(config_with(token_budget=64)), config_with())
+    small = config_with(token_budget=2)
+    left_out = []
+    for _ in range(8):
+        schedule = scheduler.schedule(small)
+        left_out.append({"a", "b", "c"} - {row.request.request_id for row in schedule.rows})
+        compute(scheduler, schedule, small)
+    assert all(len(names) == 1 for names in left_out)
+    assert not any(now & then for now, then in itertools.pairwise(left_out))
