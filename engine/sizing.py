@@ -158,13 +158,13 @@ def memory_limit_bytes(config: EngineConfig, device: torch.device, weights_bytes
 
 
 def make_room_for_weights(model: LoadedModel, envelope: Envelope, target: EngineConfig) -> Envelope:
-    """The envelope under which weights of another format fit: the present one, or a cache that gives blocks back.
+    """The envelope under which weights of another format fit: the current one, or a cache that gives blocks back.
 
     Blocks are given back as long as one request may hold what was promised when the cache was sized: a cache that has
     taken what lighter weights left returns that, at least.
 
     Raises:
-        CapacityError: with the arithmetic and the remedy, if the present cache would have to go below that.
+        CapacityError: with the arithmetic and the remedy, if the current cache would have to go below that.
     """
     wanted = predicted_weight_bytes(model, target)
     kv_bytes = _kv_bytes(model, target, envelope)
@@ -248,10 +248,10 @@ def cache_shortage(model: LoadedModel, config: EngineConfig, envelope: Envelope)
 
 def swap_shortage(model: LoadedModel, target: EngineConfig) -> CapacityError:
     """Memory ran out while other weights were made or put in place."""
-    wanted, present = predicted_weight_bytes(model, target), model.weight_bytes()
+    wanted, current = predicted_weight_bytes(model, target), model.weight_bytes()
     return CapacityError(
         f"memory ran out while {target.weights} weights were made: they need {wanted / GIB:.3f} GiB next to the "
-        f"current {present / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
+        f"current {current / GIB:.3f} GiB until these are dropped; {free_bytes(model.device) / GIB:.3f} GiB are free. "
         f"The current weights stay.",
         field="weights",
         remedy="Free memory, or load the model again with these weights.",

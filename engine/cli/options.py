@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -12,6 +17,8 @@ from engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.core import Engine
+
+Options = TypeVar("Options")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 ModelName = Annotated[
@@ -50,3 +57,28 @@ def load_engine(config: EngineConfig) -> Engine:
         from engine.core import Engine
 
         return Engine.load(config, report)
+
+
+def with_options(options: Callable[..., Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a function of one dataclass a command whose options are the dataclass's fields.
+
+    Args:
+        options: the dataclass; its annotations are typer's.
+    """
+    hints = typing.get_type_hints(options, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in dataclasses.fields(options)  # type: ignore[arg-type]
+    ]
+
+    def decorate(command: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_keywords(**values: Any) -> None:
+            command(options(**values))
+
+        with_keywords.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        with_keywords.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return with_keywords
+
+    return decorate

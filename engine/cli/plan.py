@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
-
-import typer
+from typing import TYPE_CHECKING, Any, TextIO
 
 from engine.cli import console
+from engine.cli.options import with_options
+from engine.cli.plan_options import PlanOptions
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.capacity import ModelSpec
     from engine.capacity.advice.deployment import Deployment
     from engine.capacity.memory.request import PlanRequest
+    from engine.capacity.speed.workload import PlannedWorkload
 
 _SECONDS = 1e-3
 _USUAL_OUTPUT = 256
@@ -23,101 +24,68 @@ _QUANTIZATION_FILE = "hf_quant_config.json"
 _LARGEST_FILE = 16 * 2**20
 
 
-def plan(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Name in the catalog, or path of a config.json.")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            help="A shape entered by hand, instead of --model: layers=32,hidden=4096,heads=32,kv_heads=8,"
-            "intermediate=14336,vocab=128256 … or JSON, or a file of it."
-        ),
-    ] = None,
-    gpu: Annotated[str | None, typer.Option(help='Name in the catalog, e.g. "H100 SXM 80GB".')] = None,
-    gpu_memory_gib: Annotated[
-        float | None, typer.Option(help="Usable memory of each GPU, in place of the catalog's. GiB.")
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel GPUs.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline-parallel GPUs.")] = 1,
-    ep: Annotated[int, typer.Option(help="GPUs that whole experts are distributed over: 1 or --tp.")] = 1,
-    dp: Annotated[int, typer.Option(help="Copies of the whole, each with a share of the requests.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="Compute dtype. Default: the checkpoint's.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="bf16, fp8, int8, w8a8, int4-g128, q4_k_m … Default: the checkpoint's own.")
-    ] = None,
-    kv_dtype: Annotated[str, typer.Option(help="bf16, fp8, int8, int4; auto: --dtype.")] = "auto",
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a sequence. Default: --input-tokens + --output-tokens, else the model's own."),
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Largest batch. Default: the profile's.")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="Tokens of a step. Default: the profile's.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV block. Default: the profile's.")] = None,
-    gpu_memory_utilization: Annotated[float | None, typer.Option(help="0 … 1. Default: the profile's.")] = None,
-    profile: Annotated[str, typer.Option(help="Serving engine: vllm-0.19, headroom, transformers …")] = "vllm-0.19",
-    concurrency: Annotated[int | None, typer.Option(help="The goal: users at once. Default: 1.")] = None,
-    rate: Annotated[float | None, typer.Option(help="The goal, instead: requests a second.")] = None,
-    input_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of a request.")] = None,
-    output_tokens: Annotated[int | None, typer.Option(min=1, help="Output tokens of a request.")] = None,
-    input_cv: Annotated[float, typer.Option(help="Their variation: standard deviation / mean.")] = 0.0,
-    output_cv: Annotated[float, typer.Option(help="Likewise, of output tokens.")] = 0.0,
-    burstiness: Annotated[float, typer.Option(help="Of arrivals: 1 is Poisson, more comes in bursts.")] = 1.0,
-    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective: time to first token, 95th percentile.")] = None,
-    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective: time per output token, likewise.")] = None,
-    prefix_hit_rate: Annotated[float, typer.Option(help="Share of a prompt that the prefix cache holds.")] = 0.0,
-    lora_adapters: Annotated[int, typer.Option(help="LoRA adapters loaded at once.")] = 0,
-    lora_rank: Annotated[int, typer.Option(help="Their rank.")] = 16,
-    draft: Annotated[str | None, typer.Option(help="Draft model for speculation: name or config.json.")] = None,
-    draft_length: Annotated[int, typer.Option(help="Tokens drafted a round; without --draft by n-gram look-up.")] = 0,
-    acceptance: Annotated[float, typer.Option(help="Probability that a drafted token is accepted.")] = 0.7,
-    price: Annotated[float | None, typer.Option(help="US dollars an hour for a GPU. Default: the catalog's.")] = None,
-    name: Annotated[str, typer.Option(help="Name of the plan, for documents.")] = "",
-    output_format: Annotated[str, typer.Option("--format", help="table, json, markdown or yaml.")] = "table",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")
-    ] = False,
-) -> None:
+@with_options(PlanOptions)
+def plan(options: PlanOptions) -> None:
     """Plan a deployment: memory, what fits, latency, cost. Figures of memory are of one GPU."""
     from engine.capacity.advice.deployment import deploy
-    from engine.capacity.memory.request import request_from_names
-    from engine.capacity.speed.workload import Objectives, PlannedWorkload
+    from engine.capacity.speed.workload import Objectives
 
-    _check_format(output_format)
-    if context is None and input_tokens is not None:
-        context = input_tokens + (output_tokens or _USUAL_OUTPUT)
-    if concurrency is not None and rate is not None:
+    _check_format(options.output_format)
+    if options.concurrency is not None and options.rate is not None:
         raise ConfigError("a rate and a concurrency are given.", field="rate", remedy="Give only one of them.")
-    request = request_from_names(
-        model or "",
-        gpu,
-        gpu_memory_gib=gpu_memory_gib,
-        spec=_spec(model, shape),
-        draft=_draft(draft),
-        tp=tp,
-        pp=pp,
-        ep=ep,
-        dp=dp,
-        dtype=dtype,
-        weights=weights,
-        kv_dtype=kv_dtype,
+    request = _request(options)
+    objectives = Objectives(_s(options.slo_ttft_ms), _s(options.slo_tpot_ms))
+    answer = deploy(request, _workload(options, request), objectives, options.rate, options.price)
+    _print(answer, options.name, "json" if options.as_json else options.output_format)
+
+
+def _request(options: PlanOptions) -> PlanRequest:
+    """The deployment that is asked about; without a context, one of a request's length."""
+    from engine.capacity.memory.request import request_from_names
+
+    context = options.context
+    if context is None and options.input_tokens is not None:
+        context = options.input_tokens + (options.output_tokens or _USUAL_OUTPUT)
+    return request_from_names(
+        options.model or "",
+        options.gpu,
+        gpu_memory_gib=options.gpu_memory_gib,
+        spec=_spec(options.model, options.shape),
+        draft=_draft(options.draft),
+        tp=options.tp,
+        pp=options.pp,
+        ep=options.ep,
+        dp=options.dp,
+        dtype=options.dtype,
+        weights=options.weights,
+        kv_dtype=options.kv_dtype,
         context=context,
-        concurrency=1 if concurrency is None else concurrency,
-        max_num_seqs=max_num_seqs,
-        token_budget=token_budget,
-        utilization=gpu_memory_utilization,
-        block_size=block_size,
-        profile=profile,
-        lora_adapters=lora_adapters,
-        lora_rank=lora_rank,
+        concurrency=1 if options.concurrency is None else options.concurrency,
+        max_num_seqs=options.max_num_seqs,
+        token_budget=options.token_budget,
+        utilization=options.gpu_memory_utilization,
+        block_size=options.block_size,
+        profile=options.profile,
+        lora_adapters=options.lora_adapters,
+        lora_rank=options.lora_rank,
     )
-    prompt, output = _lengths(request, input_tokens, output_tokens)
-    work = PlannedWorkload(
-        prompt, output, input_cv, output_cv, burstiness, prefix_hit_rate, draft_length, acceptance, None
+
+
+def _workload(options: PlanOptions, request: PlanRequest) -> PlannedWorkload:
+    from engine.capacity.speed.workload import PlannedWorkload
+
+    prompt, output = _lengths(request, options.input_tokens, options.output_tokens)
+    return PlannedWorkload(
+        prompt,
+        output,
+        options.input_cv,
+        options.output_cv,
+        options.burstiness,
+        options.prefix_hit_rate,
+        options.draft_length,
+        options.acceptance,
+        None,
     )
-    objectives = Objectives(_s(slo_ttft_ms), _s(slo_tpot_ms))
-    answer = deploy(request, work, objectives, rate, price)
-    _print(answer, name, "json" if as_json else output_format)
 
 
 def _s(milliseconds: float | None) -> float | None:

@@ -87,7 +87,7 @@ class CompilerProcess:
             "OMP_NUM_THREADS": "1",
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "engine.execution.compile_worker"],
+            [sys.executable, "-P", "-m", "engine.execution.compile_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -79,3 +79,9 @@ def test_places_of_pip_are_those_of_uv(script: ModuleType):
         "UV_INDEX": "file:///a file:///b",
         "UV_FIND_LINKS": "/a,/b",
     }
+
+
+def test_uv_itself_comes_by_its_lock(script: ModuleType):
+    lock = script.UV.read_text()
+    assert f"uv=={script.UV_VERSION} " in lock
+    assert "--hash=sha256:" in lock
