@@ -21,7 +21,7 @@ PEER_NAMES := $(patsubst tests/benchmarks/peers/%-requirements.txt,%,$(wildcard 
 .PHONY: help run setup setup-dev lock chromium check test test-waiting lint format docs reference image bench gpu peers soak attack clean
 
 help: ## Show the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 run: setup ## Open the dashboard on 127.0.0.1:8501 with the default model loading (MODEL=…, PORT=…).
 	@$(BIN)/python -m engine run --model $(MODEL) --port $(PORT)

@@ -471,3 +471,39 @@ def test_static_batch_after_a_time_of_continuous_batching_is_whoever_runs_then()
     scheduler.vacate()
     again = scheduler.schedule(config_with(batching="static", max_running=3))
     assert [row.request.request_id for row in again.rows] == ["a", "b", "c"]
+
+
+def test_budget_that_is_too_small_for_all_leaves_nobody_out_twice_in_a_row():
+    scheduler = scheduler_with(100, *(make_request(name, 4, 20) for name in "abc"))
+    compute(scheduler, scheduler.schedule(config_with(token_budget=64)), config_with())
+    small = config_with(token_budget=2)
+    left_out = []
+    for _ in range(8):
+        schedule = scheduler.schedule(small)
+        left_out.append({"a", "b", "c"} - {row.request.request_id for row in schedule.rows})
+        compute(scheduler, schedule, small)
+    assert all(len(names) == 1 for names in left_out)
+    assert not any(now & then for now, then in itertools.pairwise(left_out))
+
+
+def test_request_that_found_no_blocks_is_admitted_in_the_step_after_some_were_given_back():
+    config = config_with()
+    holder, large = make_request("a", 8, 20), make_request("b", 12)
+    scheduler = scheduler_with(4, holder, large)
+    for _ in range(2):
+        schedule = scheduler.schedule(config)
+        assert [row.request for row in schedule.rows] == [holder]
+        compute(scheduler, schedule, config)
+    scheduler.finish(holder)
+    assert [row.request for row in scheduler.schedule(config).rows] == [large]
+
+
+def test_request_that_was_put_back_does_not_return_in_the_same_step_although_a_chunk_of_it_would_fit():
+    config = config_with(token_budget=64)
+    first, second = make_request("a", 7, 20), make_request("b", 7, 20)
+    scheduler = scheduler_with(4, first, second)
+    for _ in range(2):
+        compute(scheduler, scheduler.schedule(config), config)
+    schedule = scheduler.schedule(config_with(token_budget=5))
+    assert [row.request for row in schedule.rows] == [first]
+    assert (schedule.preempted, scheduler.waiting) == (1, (second,))

@@ -85,6 +85,13 @@ def test_the_table_of_the_slowest_adds_set_up_to_the_test():
     ]
 
 
+def test_the_table_of_the_suite_is_not_overwritten_by_a_run_of_a_few_tests(tmp_path: Path):
+    table = tmp_path / "artifacts" / "slowest.md"
+    durations.write([FakeReport(f"a.py::test_{index}", "call", 1.0) for index in range(41)], table)
+    durations.write([FakeReport("b.py::test", "call", 9.0)], table)
+    assert table.read_text().startswith("41 tests, 41 s in all.")
+
+
 @dataclasses.dataclass
 class FakeReport:
     nodeid: str
