@@ -47,7 +47,7 @@ def pairwise_rows() -> list[dict[str, Any]]:
     }
     rows: list[dict[str, Any]] = []
     while uncovered:
-        row = dict(min(uncovered, key=sorted_key))
+        row = dict(sorted(min(uncovered, key=sorted_key)))
         for name, values in VALUES.items():
             if name not in row:
                 row[name] = max(values, key=lambda value: _newly_covered(row, name, value, uncovered))
