@@ -44,7 +44,7 @@ def main() -> None:
         return
     _install(python, "cuda" if options.torch == "auto" and _has_nvidia_gpu() else options.torch)
     if options.dev:
-        _uv(python, "install", "--no-deps", "--require-hashes", "-r", str(DEV))
+        _locked(python, DEV, "--no-deps")
     _uv(python, "check")
 
 
@@ -79,7 +79,19 @@ def _install(python: Path, torch: str) -> None:
         print("No CPU build of torch is in reach for this Python: its default build is installed.", file=sys.stderr)
     # the CPU build satisfies the default one's version
     other = ("--reinstall-package", "torch") if torch == "cuda" and _torch_version(python).endswith("+cpu") else ()
-    _uv(python, "install", "--require-hashes", "-r", str(DEFAULT), *other)
+    _locked(python, DEFAULT, *other)
+
+
+def _locked(python: Path, lock: Path, *options: str) -> None:
+    """Install a lock by uv or, where uv reaches no index (a proxy whose certificates only pip knows), by pip."""
+    if _uv(python, "install", "--require-hashes", "-r", str(lock), *options, must=False):
+        return
+    print(f"uv cannot install {lock.name}: pip tries, which takes longer.", file=sys.stderr)
+    again = [
+        "--force-reinstall" if option == "--reinstall-package" else option for option in options if option != "torch"
+    ]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
+    subprocess.run([*pip, "-r", str(lock), *again], check=True)
 
 
 def _torch_version(python: Path) -> str:
@@ -115,7 +127,7 @@ def _compile(python: Path, target: Path, *arguments: str, stdin: str = "", must:
 
 
 def _uv(python: Path, *arguments: str, stdin: str = "", must: bool = True) -> bool:
-    """Run ``uv pip …`` on this environment; False if it failed and need not succeed: then silently."""
+    """Run ``uv pip …`` on this environment; False if it failed and need not succeed."""
     command = [str(python.with_name("uv")), "pip", *arguments, *(() if sys.stderr.isatty() else ("--quiet",))]
     places = _pip_places(python)
     if arguments[0] == "compile":

@@ -8,8 +8,8 @@ Whatever takes long to import (torch, transformers) is imported by the command t
 
 from __future__ import annotations
 
+import logging
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -31,6 +31,7 @@ from engine.errors import HeadroomError
 from engine.worker.logs import configure_logging
 
 PROGRAM = "headroom"
+logger = logging.getLogger(__name__)
 
 #: In the order of the help. A new command is one file and one row.
 COMMANDS: tuple[Callable[..., None], ...] = (run, serve, plan, bench, generate, fetch, reset_prefix_cache)
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         return FAILED
     except Exception as error:
-        traceback.print_exc()
+        logger.exception("a command failed")
         message = f"{type(error).__name__}: {error}"
         remedy = "This is a bug in the engine: please report it with the traceback above."
         return _fail({"message": message, "field": None, "remedy": remedy}, f"{message}. {remedy}", as_json, FAILED)

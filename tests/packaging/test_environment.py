@@ -30,7 +30,7 @@ def installs(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     def uv(python: Path, *arguments: str, must: bool = True) -> bool:
         assert arguments[:3] == ("install", "--require-hashes", "-r")
         attempts.append((Path(arguments[3]).name, *arguments[4:]))
-        return must
+        return Path(arguments[3]).name == "requirements.lock"
 
     monkeypatch.setattr(script, "_uv", uv)
     monkeypatch.setattr(script, "_torch_version", lambda python: "")
@@ -85,3 +85,14 @@ def test_uv_itself_comes_by_its_lock(script: ModuleType):
     lock = script.UV.read_text()
     assert f"uv=={script.UV_VERSION} " in lock
     assert "--hash=sha256:" in lock
+
+
+def test_pip_takes_over_where_uv_reaches_no_index(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(script, "_uv", lambda *arguments, must=True: False)
+    monkeypatch.setattr(script.subprocess, "run", lambda command, check: commands.append(command))
+    script._locked(PYTHON, script.DEFAULT, "--reinstall-package", "torch")
+    (command,) = commands
+    assert command[1:4] == ["-m", "pip", "install"]
+    assert "--require-hashes" in command
+    assert command[-3:] == ["-r", str(script.DEFAULT), "--force-reinstall"]
