@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         return FAILED
     except Exception as error:
-        logger.exception("a command failed")
+        logger.critical("a command failed", exc_info=True)  # at every level: the remedy points to it
         message = f"{type(error).__name__}: {error}"
         remedy = "This is a bug in the engine: please report it with the traceback above."
         return _fail({"message": message, "field": None, "remedy": remedy}, f"{message}. {remedy}", as_json, FAILED)

@@ -142,12 +142,12 @@ def test_unknown_workload(error_of: Callable[..., dict[str, Any]], tmp_path: Pat
     assert error_of("bench", "--workload", broken)["field"] == "workload"
 
 
-def test_bug_is_told_from_wrong_input(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_bug_is_told_from_wrong_input(run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     def broken(config: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("engine.cli.generate.load_engine", broken)
-    code, out, err = run("generate", "--prompt", "x", "--json")
+    code, out, _ = run("generate", "--prompt", "x", "--json")
     assert code == 1
     assert json.loads(out)["error"]["message"] == "RuntimeError: a bug"
-    assert "Traceback" in err
+    assert "Traceback" in caplog.text, "the remedy points to it"
