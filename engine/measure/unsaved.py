@@ -46,7 +46,7 @@ def keep_document(document: Mapping[str, Any]) -> Path | None:
 
 def kept_message(path: Path) -> str:
     """Where a run was kept and what to do with it, in a sentence."""
-    return f"The run was kept in {path}; afterwards: python -m storage record < {path}"
+    return f"The run was kept in {path}; afterwards: headroom history record < {path}"
 
 
 def _folders() -> Iterator[Path]:
