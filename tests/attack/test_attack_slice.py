@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.attack.__main__ import CLASSES, HEALTH_LIMIT_MS, run
@@ -13,13 +15,16 @@ from tests.attack.wire import Answer
 
 SHARES = {"imports": 0.1, "streams": 0.1, "gguf": 0.05, "safetensors": 0.05, "configs": 0.05, "kill": 0.04, "http": 0.1}
 MINUTES = 2.0
+#: Of /health. Where processes share the suite another one's work stands between a question and its answer, and an
+#: engine that stands still would show in seconds; `make attack` has the machine to itself and demands 250 ms.
+LIMIT_MS = 4 * HEALTH_LIMIT_MS if "PYTEST_XDIST_WORKER" in os.environ else HEALTH_LIMIT_MS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_nothing_an_outsider_sends_stops_the_engine(name: str):
     (tally,) = run([name], seed=1, minutes=MINUTES, share=SHARES[name])
-    assert not tally.holds(HEALTH_LIMIT_MS), markdown([tally], HEALTH_LIMIT_MS) + "\n" + "\n".join(tally.examples)
+    assert not tally.holds(LIMIT_MS), markdown([tally], LIMIT_MS) + "\n" + "\n".join(tally.examples)
 
 
 def test_more_kinds_of_requests_are_tried_than_are_demanded_and_the_same_ones_for_a_seed(tmp_path):

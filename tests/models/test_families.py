@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, Gemma3TextConfig, MixtralConfig, Phi3Config, Qwen3MoeConfig
 
 from engine.capacity import weight_bytes
-from engine.capacity.formats import FLOAT32
+from engine.capacity.formats import BFLOAT16, FLOAT32
 from engine.capacity.memory.profiles import find_profile, profile_weight_precision
 from engine.config import EngineConfig
 from engine.core import Engine
@@ -155,7 +155,7 @@ def test_option_that_is_not_computed_is_refused_by_name(architecture, fields, fi
 @pytest.mark.parametrize("name", family_cases.FAMILIES)
 def test_planned_weights_are_what_each_family_holds(name, save_model):
     model = load_model(str(save_model(family_cases.FAMILIES[name])), dtype="bfloat16", device="cpu")
-    assert weight_bytes(model.spec, "bfloat16") == model.weight_bytes()
+    assert weight_bytes(model.spec, BFLOAT16.as_weights) == model.weight_bytes()
     assert model.spec.layer_windows == tuple(model.decoder.layer_windows)
     assert "own decoder" in model.decoder_path()
 
