@@ -14,6 +14,8 @@ import pytest
 from engine.measure.metrics import METRICS
 from tests.cli.conftest import WORKLOAD, Run, in_subprocess
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def workload_file(tmp_path: Path) -> Path:

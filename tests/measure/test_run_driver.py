@@ -220,6 +220,7 @@ def test_a_comparison_sends_both_arms_the_same_requests_in_a_balanced_order(scri
     assert loop.engine.config.prefix_cache is True
 
 
+@pytest.mark.slow
 def test_a_comparison_finds_the_arm_that_is_really_faster(scripted_loop):
     from engine.measure import compare
 

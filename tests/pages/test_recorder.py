@@ -9,6 +9,8 @@ from pages.services import Services, describe_exit
 from storage import StorageError
 from tests.pages.engine_fakes import PAGES, FullStore
 
+pytestmark = pytest.mark.slow
+
 STRIP = """
 from pages.services import get_services
 from pages.shared.status import status_strip

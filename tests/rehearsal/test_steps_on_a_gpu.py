@@ -10,6 +10,8 @@ from tests.family_cases import FALLBACKS, FAMILIES
 from tests.rehearsal.rehearsal import KINDS, NAMED_WAITS, TORCH_SAMPLER, load, on_the_cpu, rehearse, requests
 from tests.support import engine_with_blocks
 
+pytestmark = pytest.mark.slow
+
 MIXTURES = [name for name in FAMILIES if "mixtral" in name or "moe" in name]
 
 

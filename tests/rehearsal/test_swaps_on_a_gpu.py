@@ -14,6 +14,8 @@ from engine.status import path_of, take_status
 from engine.telemetry.gpu import gpu_uuid
 from tests.rehearsal.rehearsal import add, check_step, load, on_the_cpu, rehearse, requests, serve, take, warmed_up
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ["int8", "w4a8", "fp8", "int4", "w8a8", "model"]
 
 

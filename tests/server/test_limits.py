@@ -29,6 +29,8 @@ from engine.server.texts import TextPool
 from tests.conftest import save_tiny_llama
 from tests.server.conftest import KNOBS, ServedApp, wait_until
 
+pytestmark = pytest.mark.slow
+
 PLAIN, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"

@@ -19,6 +19,8 @@ from engine.config import EngineConfig
 from engine.worker.client import EngineClient, WorkerError
 from tests.server.conftest import ServedApp, slowed, wait_until
 
+pytestmark = pytest.mark.slow
+
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 LONG = {"max_tokens": 400, "temperature": 0, "ignore_eos": True}
 HELLO = [{"role": "user", "content": "hello"}]

@@ -185,6 +185,7 @@ def test_host_ends_the_sampling_and_tells_which_gpu_the_model_is_on(nvml: FakeNv
     assert telemetry.latest().sample["process"]["resident_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_real_worker_reads_power_of_gpus_that_it_does_not_use_and_claims_no_energy(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
