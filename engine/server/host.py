@@ -97,11 +97,13 @@ class EngineHost:
 
     def state(self) -> LoadState:
         """What is loaded or loading now."""
-        loop = self._loop
-        if self._state.phase == "ready" and loop is not None and not loop.alive:
-            error = {"message": loop.error or "it was shut down", "field": None, "remedy": "Restart the worker."}
-            return dataclasses.replace(self._state, phase="dead", error=error)
-        return self._state
+        state, loop = self._state, self._loop
+        if state.phase != "ready" or loop is None or loop.alive:
+            return state
+        if state is not self._state:  # it was stopped to be replaced, and the state said so first
+            return self._state
+        error = {"message": loop.error or "it was shut down", "field": None, "remedy": "Restart the worker."}
+        return dataclasses.replace(state, phase="dead", error=error)
 
     def load(self, config: EngineConfig) -> None:
         """Start loading in the background and return.
