@@ -134,6 +134,10 @@ def _run(app: FastAPI, listener: socket.socket, limits: ServerLimits, ready_file
             ready_file.unlink(missing_ok=True)
 
     server = WorkerServer(options, app, limits, forget)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn listens to signals once it runs; whoever reads the ready file may send one before.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.handle_exit)
     if ready_file is not None:
         _write_ready_file(ready_file, listener.getsockname()[1])
     try:
