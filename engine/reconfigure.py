@@ -134,11 +134,17 @@ def apply(engine: Engine, prepared: PreparedChange) -> ReconfigureResult:
 
 def cache_on_offer(engine: Engine) -> CacheOffer | None:
     """What :func:`resize` would give; None where lighter weights have left the cache nothing worth taking."""
-    larger = sizing.cache_on_offer(engine.model, engine.config, engine.envelope)
-    gained = larger.num_blocks - engine.envelope.num_blocks
-    if gained < max(1, LEAST_GAIN * engine.envelope.num_blocks):
+    larger = _larger_envelope(engine)
+    if larger is None:
         return None
+    gained = larger.num_blocks - engine.envelope.num_blocks
     return CacheOffer(larger.num_blocks, gained, gained * engine.cache.nbytes // engine.cache.num_blocks)
+
+
+def _larger_envelope(engine: Engine) -> sizing.Envelope | None:
+    """What the memory holds with the present weights; None if that is hardly more."""
+    larger, blocks = sizing.cache_on_offer(engine.model, engine.config, engine.envelope), engine.envelope.num_blocks
+    return larger if larger.num_blocks - blocks >= max(1, LEAST_GAIN * blocks) else None
 
 
 def resize(engine: Engine) -> ReconfigureResult:
@@ -151,8 +157,8 @@ def resize(engine: Engine) -> ReconfigureResult:
         CapacityError: if the machine does not have the memory after all; then the cache is what it was.
     """
     began, before, notes = time.perf_counter(), engine.envelope.num_blocks, []
-    if cache_on_offer(engine) is not None:
-        larger = sizing.cache_on_offer(engine.model, engine.config, engine.envelope)
+    larger = _larger_envelope(engine)
+    if larger is not None:
         notes = _swap_cache(engine, engine.config, larger, None)
         engine.executor.configure(engine.config, engine.kernels.attention)
     after = engine.envelope.num_blocks

@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from engine.attention.base import AttentionBackend
-from engine.config import EngineConfig, knob, schema
+from engine.config import knob, schema
 from engine.core import Engine
 from engine.errors import ConfigError
 from engine.execution.base import Decision, Progress, Step
 from engine.execution.environment import ExecutionEnvironment, Kernels, Unsupported
 from engine.execution.mode import ExecutionMode
 from engine.execution.modes import register_mode
-from engine.models import load_model
 from engine.reconfigure import reconfigure
-from engine.sampling.params import SamplingParams
 from engine.status import path_of, take_status
+from tests.extending import steps
+from tests.extending.steps import tokens_of
 
-PROMPT = [72, 101, 108, 108, 111]
 PIECES = 3
 
 
@@ -69,24 +68,7 @@ def registered() -> Iterator[str]:
 
 
 def make_engine(folder: Path, **knobs: object) -> Engine:
-    base = {"block_size": 4, "max_num_seqs": 4, "memory_limit_gib": 0.25, "execution": "eager", "attention": "sdpa"}
-    return Engine(load_model(str(folder), dtype="float32", device="cpu"), EngineConfig.from_mapping(base | knobs))
-
-
-def tokens_of(engine: Engine, switches: dict[int, dict[str, object]] | None = None) -> dict[str, list[int]]:
-    """Greedy and sampled output of two requests; ``switches[n]`` changes knobs before step n."""
-    greedy = SamplingParams(max_tokens=20, ignore_eos=True)
-    engine.add_request("greedy", PROMPT, greedy)
-    engine.add_request("sampled", PROMPT, SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, seed=5))
-    finished: dict[str, list[int]] = {}
-    step = 0
-    while engine.has_unfinished():
-        if switches and step in switches:
-            reconfigure(engine, switches[step])
-        finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
-        engine.check_invariants()
-        step += 1
-    return finished
+    return steps.make_engine(folder, **{"execution": "eager", "attention": "sdpa"} | knobs)
 
 
 def test_a_registered_mode_is_switched_on_and_off_mid_request_and_changes_no_token(tiny_llama: Path, registered: str):

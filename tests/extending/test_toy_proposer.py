@@ -9,16 +9,11 @@ import pytest
 
 from engine.batching.request import Request
 from engine.config import EngineConfig, knob, schema
-from engine.core import Engine
 from engine.errors import ConfigError
-from engine.models import load_model
-from engine.reconfigure import reconfigure
-from engine.sampling.params import SamplingParams
 from engine.speculation.proposers.base import Proposer
 from engine.speculation.proposers.table import register_proposer
 from engine.status import take_status
-
-PROMPT = [72, 101, 108, 108, 111]
+from tests.extending.steps import make_engine, tokens_of
 
 
 class Echo(Proposer):
@@ -42,31 +37,10 @@ def registered() -> Iterator[str]:
     remove()
 
 
-def make_engine(folder: Path, **knobs: object) -> Engine:
-    base = {"block_size": 4, "max_num_seqs": 4, "memory_limit_gib": 0.25, "draft_control": "fixed"}
-    return Engine(load_model(str(folder), dtype="float32", device="cpu"), EngineConfig.from_mapping(base | knobs))
-
-
-def tokens_of(engine: Engine, switch: dict[str, object] | None = None) -> dict[str, list[int]]:
-    """Greedy and sampled output of two requests; ``switch`` changes knobs after four steps."""
-    greedy = SamplingParams(max_tokens=30, ignore_eos=True)
-    engine.add_request("greedy", PROMPT, greedy)
-    engine.add_request("sampled", PROMPT, SamplingParams(max_tokens=30, ignore_eos=True, temperature=1.0, seed=5))
-    finished: dict[str, list[int]] = {}
-    steps = 0
-    while engine.has_unfinished():
-        if steps == 4 and switch is not None:
-            reconfigure(engine, switch)
-        finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
-        engine.check_invariants()
-        steps += 1
-    return finished
-
-
 def test_a_registered_proposer_is_switched_on_mid_request_and_changes_no_token(tiny_llama: Path, registered: str):
-    expected = tokens_of(make_engine(tiny_llama))
-    engine = make_engine(tiny_llama)
-    assert tokens_of(engine, {"speculation": registered}) == expected
+    expected = tokens_of(make_engine(tiny_llama, draft_control="fixed"))
+    engine = make_engine(tiny_llama, draft_control="fixed")
+    assert tokens_of(engine, {4: {"speculation": registered}}) == expected
     status = take_status(engine)
     assert status.path["speculation"] == status.config["speculation"] == registered
     assert status.speculation["drafts"] > 0

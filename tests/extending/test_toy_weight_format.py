@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from engine.config import EngineConfig, knob, schema
 from engine.core import Engine
 from engine.errors import CapacityError, ConfigError
-from engine.models import load_model, weight_swap
+from engine.models import weight_swap
 from engine.models.weight_swap import planned_bytes
 from engine.quantization.formats import WeightFormat
 from engine.quantization.registry import WeightChoice, register_weight_format
@@ -20,9 +20,10 @@ from engine.quantization.rows import Weight, row_slices
 from engine.reconfigure import reconfigure
 from engine.sampling.params import SamplingParams
 from engine.status import path_of, take_status
+from tests.extending.steps import PROMPT, finish, make_engine
 from tests.support import transformers_greedy
 
-PROMPT, LONG = [72, 101, 108, 108, 111], list(range(40, 64))
+LONG = list(range(40, 64))
 
 
 class Eighths(WeightFormat):
@@ -67,20 +68,11 @@ def registered() -> Iterator[str]:
 
 @pytest.fixture
 def engine(tiny_llama: Path) -> Engine:
-    knobs = {"block_size": 4, "max_num_seqs": 4, "memory_limit_gib": 0.25}
-    return Engine(load_model(str(tiny_llama), dtype="float32", device="cpu"), EngineConfig.from_mapping(knobs))
+    return make_engine(tiny_llama)
 
 
 def ask(engine: Engine, name: str, prompt: list[int], count: int) -> None:
     engine.add_request(name, prompt, SamplingParams(max_tokens=count, ignore_eos=True))
-
-
-def finish(engine: Engine) -> dict[str, list[int]]:
-    tokens: dict[str, list[int]] = {}
-    while engine.has_unfinished():
-        tokens |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
-        engine.check_invariants()
-    return tokens
 
 
 def rounded_reference(folder: Path, prompt: list[int], count: int) -> list[int]:

@@ -32,7 +32,7 @@ DIMENSIONS = {
     "num_attention_heads": 32,
 }
 WIDE = {**BASE, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-EXCHANGED = {
+SWAPPED = {
     "gemma3": Gemma3TextConfig(**WIDE, head_dim=32, sliding_window=16),
     "phi3": Phi3Config(**WIDE),
     "mixtral": MixtralConfig(**WIDE, num_local_experts=3),
@@ -161,9 +161,9 @@ def test_planned_weights_are_what_each_family_holds(name, save_model):
 
 
 @pytest.mark.parametrize(("weights", "planned"), [("int8", "int8"), ("int4", "int4-g32")])
-@pytest.mark.parametrize("name", EXCHANGED)
+@pytest.mark.parametrize("name", SWAPPED)
 def test_weights_of_every_family_are_swapped_and_restored_bit_identical(name, weights, planned, save_model):
-    model = load_model(str(save_model(EXCHANGED[name])), dtype="float32", device="cpu")
+    model = load_model(str(save_model(SWAPPED[name])), dtype="float32", device="cpu")
     before = {name: linear.format.dequantize() for name, linear, _ in model.decoder.linears()}
     engine = Engine(model, EngineConfig.from_mapping({"memory_limit_gib": 0.1, "max_num_batched_tokens": 64}))
     expected = engine.prompt_logits(list(range(40)))
