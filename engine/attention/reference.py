@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from engine.attention.paged import PagedAttention, attended_by
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionBatch, AttentionLayer, NewTokens
 from kernels.kv_write import kv_write_reference
 from kernels.paged_attention import paged_attention_reference
 
 
-class ReferenceAttention(PagedAttention):
+class ReferenceAttention(AttentionBackend):
     """See :func:`kernels.paged_attention.paged_attention_reference`."""
 
     name = "reference"
-    write = staticmethod(kv_write_reference)
-    read = staticmethod(attended_by(paged_attention_reference))
+
+    def attend(self, new: NewTokens, layer: AttentionLayer, batch: AttentionBatch) -> torch.Tensor:
+        """As :meth:`AttentionBackend.attend`."""
+        query, key, value = new
+        kv_write_reference(key, value, layer.key_cache, layer.value_cache, batch.slot_mapping, layer.kv_scales)
+        attended, _ = paged_attention_reference(
+            query,
+            layer.key_cache,
+            layer.value_cache,
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens_tensor,
+            layer.scale,
+            layer.window,
+            scales=layer.kv_scales,
+        )
+        return attended
